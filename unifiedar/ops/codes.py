@@ -1,0 +1,403 @@
+"""Residual quantization: vectors as sums of codebook rows, one code a depth.
+
+    r_0 = x;  code_d = argmin_k |r_d - codebook_d[k]|^2 (the lowest k on ties);  r_{d+1} = r_d - codebook_d[code_d]
+    quantized = sum_d codebook_d[code_d]
+
+A codebook is (K, C), shared by all depths, or (D, K, C), one a depth. Sums over depth run in float32 (float64 for float64
+codebooks), in the order of the depths, and are rounded once. Code -1 stands for "no code" and adds nothing.
+
+Residual quantization in this form: Lee et al., "Autoregressive Image Generation using Residual Quantization" (2022).
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unifiedar.ops import _checks
+from unifiedar.ops._op import Op
+
+__all__ = ["ResidualCodes", "code_statistics", "residual_lookup", "residual_quantize"]
+
+# Bytes of scores (rows x K) that the eager search holds at a time.
+_SEARCH_BYTES = 64 << 20
+
+
+class ResidualCodes(NamedTuple):
+    """Result of `residual_quantize`.
+
+    Fields:
+        codes: (..., D) int64.
+        quantized: (..., C), the sum of the chosen codebook rows, in the dtype of x.
+    """
+
+    codes: Tensor
+    quantized: Tensor
+
+
+# ---- definitions -------------------------------------------------------------------------------------------------------
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _level(codebook: Tensor, d: int) -> Tensor:
+    """The (K, C) table of one depth."""
+    return codebook if codebook.ndim == 2 else codebook[d]
+
+
+def _require_codes(function: str, codes: Tensor, num_codes: int) -> None:
+    """On the CPU, raises ValueError for a code outside [-1, num_codes). On a GPU reading a value would stall the stream."""
+    if codes.device.type == "cpu" and codes.numel():
+        low, high = (int(value) for value in codes.aminmax())
+        if low < -1 or high >= num_codes:
+            bad = low if low < -1 else high
+            raise ValueError(f"{function}: codes must be -1 or in [0, {num_codes}), got {bad}")
+
+
+def _lookup_eager(codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
+    num_codes, channels = codebook.shape[-2:]
+    _require_codes("residual_lookup", codes, num_codes)
+    known = (codes >= 0) & (codes < num_codes)
+    rows = codes.where(known, 0)
+    out = _lookup_fake(codes, codebook, cumulative)
+    total = out.new_zeros((*codes.shape[:-1], channels), dtype=_accumulator(codebook.dtype))
+    for d in range(codes.shape[-1]):
+        chosen = _level(codebook, d)[rows[..., d]]
+        total += chosen.masked_fill_(~known[..., d, None], 0)
+        if cumulative:
+            out[..., d, :] = total
+    return out if cumulative else out.copy_(total)
+
+
+def _lookup_backward_eager(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    depth, channels = codes.shape[-1], grad.shape[-1]
+    _require_codes("residual_lookup_backward", codes, num_codes)
+    # Row `num_codes` of each table takes what unknown codes would have got.
+    rows = codes.where((codes >= 0) & (codes < num_codes), num_codes).reshape(-1, depth)
+    tables = 1 if shared else depth
+    sums = grad.new_zeros((tables, num_codes + 1, channels), dtype=_accumulator(grad.dtype))
+    if cumulative:
+        grad = grad.reshape(-1, depth, channels)
+        tail = torch.zeros_like(grad[:, 0], dtype=sums.dtype)
+        for d in reversed(range(depth)):
+            tail += grad[:, d]
+            sums[0 if shared else d].index_add_(0, rows[:, d], tail)
+    else:
+        flat = grad.reshape(-1, channels).to(sums.dtype)
+        for d in range(depth):
+            sums[0 if shared else d].index_add_(0, rows[:, d], flat)
+    out = _lookup_backward_fake(grad, codes, num_codes, shared, cumulative)
+    return out.copy_(sums[0, :num_codes] if shared else sums[:, :num_codes])
+
+
+class _ExactMatmul:
+    """Makes float32 matmuls use float32 products, process-wide, while any thread is inside; restores the settings after.
+
+    The settings are the process's, so overlapping threads share one change: the first one in makes it, the last one out
+    undoes it. Matmuls elsewhere are at worst more exact for that time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved: list[tuple[object, str]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, device_type: str) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+                self._saved = [(setting, setting.fp32_precision) for setting in settings]
+                for setting, value in self._saved:
+                    if value not in ("none", "ieee"):
+                        setting.fp32_precision = "ieee"  # type: ignore[attr-defined]
+            self._inside += 1
+        try:
+            with torch.autocast(device_type, enabled=False):
+                yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    for setting, value in self._saved:
+                        if value not in ("none", "ieee"):
+                            setting.fp32_precision = value  # type: ignore[attr-defined]
+
+
+_exact_matmul = _ExactMatmul()
+
+
+def _nearest(rows: Tensor, table: Tensor, norms: Tensor, out: Tensor) -> None:
+    """Fills out (N,) with argmin_k (norms[k] - 2 rows . table[k]): squared distances short of |rows|^2, the same for every k.
+
+    Leaving that term out orders the entries as the distances do, with one rounding fewer.
+    """
+    step = max(1, _SEARCH_BYTES // max(1, table.shape[0] * table.element_size()))
+    scores = rows.new_empty((min(step, rows.shape[0]), table.shape[0]))
+    for begin in range(0, rows.shape[0], step):
+        part = rows[begin : begin + step]
+        score = torch.addmm(norms, part, table.T, alpha=-2, out=scores[: part.shape[0]])
+        torch.argmin(score, dim=1, out=out[begin : begin + step])
+
+
+def _quantize_eager(x: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(torch.promote_types(x.dtype, codebook.dtype))
+    residual = x.reshape(-1, x.shape[-1]).to(dtype, copy=True)
+    total = torch.zeros_like(residual)
+    codes = torch.empty((residual.shape[0], depth), dtype=torch.int64, device=x.device)
+    nearest = codes.new_empty(residual.shape[0])
+    table = norms = searched = residual
+    with _exact_matmul(x.device.type):
+        for d in range(depth):
+            if d == 0 or codebook.ndim == 3:
+                table = _level(codebook, d).to(dtype)
+                if metric == "cosine":
+                    searched = torch.nn.functional.normalize(table, dim=1)
+                    norms = searched.new_zeros(table.shape[0])
+                else:
+                    searched = table
+                    norms = table.square().sum(dim=1)
+            _nearest(residual, searched, norms, nearest)
+            codes[:, d] = nearest
+            chosen = table[nearest]
+            residual -= chosen
+            total += chosen
+    return codes.reshape(*x.shape[:-1], depth), total.to(x.dtype).reshape(x.shape)
+
+
+def _statistics_eager(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    _require_codes("code_statistics", codes, num_codes)
+    dtype = _accumulator(residuals.dtype)
+    rows = codes.where((codes >= 0) & (codes < num_codes), num_codes).reshape(-1)
+    flat = residuals.reshape(-1, residuals.shape[-1]).to(dtype)
+    counts = flat.new_zeros(num_codes + 1).index_add_(0, rows, flat.new_ones(()).expand(rows.shape))
+    sums = flat.new_zeros((num_codes + 1, flat.shape[1])).index_add_(0, rows, flat)
+    return counts[:num_codes].clone(), sums[:num_codes].clone()
+
+
+# ---- shapes of the outputs, gradients ----------------------------------------------------------------------------------
+
+
+def _lookup_fake(codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
+    shape = codes.shape if cumulative else codes.shape[:-1]
+    return codebook.new_empty((*shape, codebook.shape[-1]))
+
+
+def _lookup_backward_fake(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    shape = (num_codes, grad.shape[-1])
+    return grad.new_empty(shape if shared else (codes.shape[-1], *shape))
+
+
+def _quantize_fake(x: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], depth), dtype=torch.int64), x.new_empty(x.shape)
+
+
+def _statistics_fake(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(residuals.dtype)
+    return (
+        residuals.new_empty((num_codes,), dtype=dtype),
+        residuals.new_empty((num_codes, residuals.shape[-1]), dtype=dtype),
+    )
+
+
+def _lookup_setup(ctx, inputs, output):
+    codes, codebook, ctx.cumulative = inputs
+    ctx.num_codes, ctx.shared = codebook.shape[-2], codebook.ndim == 2
+    ctx.save_for_backward(codes)
+
+
+def _lookup_gradient(ctx, grad):
+    (codes,) = ctx.saved_tensors
+    return None, _residual_lookup_backward(grad, codes, ctx.num_codes, ctx.shared, ctx.cumulative, ctx.backend), None
+
+
+def _lookup_backward_setup(ctx, inputs, output):
+    _, codes, _, _, ctx.cumulative = inputs
+    ctx.save_for_backward(codes)
+
+
+def _lookup_backward_gradient(ctx, grad):
+    # The backward is linear in its gradient, and its transpose is the lookup.
+    (codes,) = ctx.saved_tensors
+    return _residual_lookup(codes, grad, ctx.cumulative, ctx.backend), None, None, None, None
+
+
+# ---- operators ---------------------------------------------------------------------------------------------------------
+
+_residual_lookup = Op(
+    "residual_lookup(Tensor codes, Tensor codebook, bool cumulative) -> Tensor",
+    eager=_lookup_eager,
+    fake=_lookup_fake,
+    setup_context=_lookup_setup,
+    backward=_lookup_gradient,
+)
+
+_residual_lookup_backward = Op(
+    "residual_lookup_backward(Tensor grad, Tensor codes, SymInt num_codes, bool shared, bool cumulative) -> Tensor",
+    eager=_lookup_backward_eager,
+    fake=_lookup_backward_fake,
+    setup_context=_lookup_backward_setup,
+    backward=_lookup_backward_gradient,
+)
+
+_residual_quantize = Op(
+    "residual_quantize(Tensor x, Tensor codebook, int depth, str metric) -> (Tensor, Tensor)",
+    eager=_quantize_eager,
+    fake=_quantize_fake,
+)
+
+_code_statistics = Op(
+    "code_statistics(Tensor residuals, Tensor codes, SymInt num_codes) -> (Tensor, Tensor)",
+    eager=_statistics_eager,
+    fake=_statistics_fake,
+)
+
+
+# ---- public functions --------------------------------------------------------------------------------------------------
+
+
+def residual_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    depth: int | None = None,
+    *,
+    metric: str = "l2",
+    backend: str = "auto",
+) -> ResidualCodes:
+    """Codes of the codebook rows that approximate x as a sum, chosen greedily depth by depth, and that sum.
+
+    At each depth the entry nearest to what is left of x is chosen, its row is subtracted and the search goes on with the rest.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64, any strides.
+        codebook: (K, C), shared by all depths, or (D, K, C); of x's device, any of the same dtypes, any strides.
+        depth: the number of depths D, required with a shared codebook; otherwise None or the codebook's D.
+        metric: "l2", the smallest Euclidean distance, or "cosine", the largest cosine similarity (as VAR's `using_znorm`
+            searches; the row itself is subtracted either way).
+        backend: "auto", "cuda", "triton" or "eager".
+
+    Returns:
+        `ResidualCodes`: codes (..., D) int64 in [0, K) and quantized (..., C) in x's dtype.
+
+    Raises:
+        TypeError: for an argument of another type or dtype.
+        ValueError: for shapes that do not match, an empty codebook, an unknown metric or backend, or one that does not fit.
+
+    Note:
+        The search and the residuals are in float32 (in float64 if x or the codebook is), never in TF32 or under autocast;
+        quantized is rounded once. Equal scores go to the lowest index. Neither output carries a gradient: the
+        straight-through estimator is `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a CUDA
+        graph.
+    """
+    function = "residual_quantize"
+    _checks.check_tensor(function, "x", x)
+    _checks.check_tensor(function, "codebook", codebook)
+    _check_codebook(function, codebook)
+    if x.ndim < 1 or x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(f"{function}: x must be (..., {codebook.shape[-1]}) to match codebook, got {tuple(x.shape)}")
+    _checks.check_same_device(function, "codebook", codebook, "x", x)
+    if metric not in ("l2", "cosine"):
+        raise ValueError(f"{function}: metric must be 'l2' or 'cosine', got {metric!r}")
+    if codebook.ndim == 3:
+        if depth is not None and depth != codebook.shape[0]:
+            raise ValueError(f"{function}: depth must be None or {codebook.shape[0]}, as codebook has it, got {depth}")
+        depth = codebook.shape[0]
+    elif depth is None:
+        raise ValueError(f"{function}: depth must be given with a shared codebook (K, C), got None")
+    _checks.check_integer(function, "depth", depth, 1)
+    return ResidualCodes(*_residual_quantize(x, codebook, depth, metric, backend))
+
+
+def residual_lookup(
+    codes: Tensor,
+    codebook: Tensor,
+    *,
+    cumulative: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over depth of the codebook rows that the codes name, or its running sums.
+
+    out[...] = sum_d codebook_d[codes[..., d]]; with `cumulative`, out[..., d, :] = sum_{e <= d} codebook_e[codes[..., e]].
+
+    Args:
+        codes: (..., D) int64, any strides; -1 adds nothing.
+        codebook: (K, C), shared by all depths, or (D, K, C); float32, bfloat16, float16 or float64, on the device of codes.
+            The kernels want its last dimension contiguous and copy it where it is not.
+        cumulative: whether to return the running sums.
+        backend: "auto", "cuda", "triton" or "eager".
+
+    Returns:
+        (..., C), or (..., D, C) if `cumulative`, in the codebook's dtype, contiguous.
+
+    Raises:
+        TypeError: for an argument of another type or dtype.
+        ValueError: for shapes that do not match, an empty codebook, an unknown backend or one that does not fit; on the CPU also
+            for a code outside [-1, K). On a GPU, where looking at a code would stall the stream, such a code adds nothing, as
+            -1 does.
+
+    Note:
+        Each sum is accumulated in float32 (float64 for a float64 codebook) from depth 0 up and rounded once, on every
+        backend: equal results. Differentiable in the codebook, twice if need be. The kernels' gradient sums each entry's rows
+        in an order that shapes and codes fix, so it is bit-equal between runs; the eager one uses `index_add_`, which has
+        that property on the CPU only. No host sync on a GPU; may be captured in a CUDA graph.
+    """
+    function = "residual_lookup"
+    _checks.check_codes(function, codes)
+    _checks.check_tensor(function, "codebook", codebook)
+    _check_codebook(function, codebook)
+    if codes.ndim < 1 or codes.shape[-1] < 1:
+        raise ValueError(f"{function}: codes must be (..., D) with D at least 1, got {tuple(codes.shape)}")
+    if codebook.ndim == 3 and codes.shape[-1] != codebook.shape[0]:
+        raise ValueError(f"{function}: codes must be (..., {codebook.shape[0]}) to match codebook, got {tuple(codes.shape)}")
+    _checks.check_same_device(function, "codebook", codebook, "codes", codes)
+    return _residual_lookup(codes, codebook, bool(cumulative), backend)
+
+
+def code_statistics(
+    residuals: Tensor, codes: Tensor, num_codes: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """How often each code was chosen, and the sum of the vectors that chose it: what an EMA codebook update needs.
+
+    counts[k] = number of codes equal to k; sums[k] = sum of residuals[i] over codes[i] = k.
+
+    Args:
+        residuals: (..., C), the vectors that were searched for, float32, bfloat16, float16 or float64.
+        codes: (...) int64, their codes; -1 counts nowhere.
+        num_codes: the number of codes K.
+        backend: "auto", "cuda", "triton" or "eager".
+
+    Returns:
+        counts (K,) and sums (K, C), float32 (float64 for float64 residuals).
+
+    Raises:
+        TypeError: for an argument of another type or dtype.
+        ValueError: for shapes that do not match, num_codes below 1, an unknown backend or one that does not fit; on the CPU also
+            for a code outside [-1, K). On a GPU such a code counts nowhere.
+
+    Note:
+        Accumulated in float32 (float64 for float64). No gradient. On a GPU the eager backend uses `index_add_`, whose order of
+        summation varies between runs. No host sync on a GPU.
+    """
+    function = "code_statistics"
+    _checks.check_tensor(function, "residuals", residuals)
+    _checks.check_codes(function, codes)
+    _checks.check_integer(function, "num_codes", num_codes, 1)
+    if residuals.ndim < 1 or residuals.shape[:-1] != codes.shape:
+        raise ValueError(
+            f"{function}: codes must have the shape of residuals without its channels, "
+            f"{tuple(residuals.shape[:-1])}, got {tuple(codes.shape)}"
+        )
+    _checks.check_same_device(function, "codes", codes, "residuals", residuals)
+    return _code_statistics(residuals, codes, num_codes, backend)
+
+
+def _check_codebook(function: str, codebook: Tensor) -> None:
+    if codebook.ndim not in (2, 3) or 0 in codebook.shape:
+        raise ValueError(
+            f"{function}: codebook must be (K, C) or (D, K, C) with no empty dimension, got {tuple(codebook.shape)}"
+        )
