@@ -7,12 +7,12 @@ A checkpoint is a folder in the layout that Hugging Face made common::
     model-00002-of-00002.safetensors
     model.safetensors.index.json       {"metadata": {...}, "weight_map": {tensor name: shard}}
 
-with two additions. Tensors that are one tensor under several names (a codebook that every depth shares) are stored once:
-``metadata.aliases`` maps each further name to the stored one. And an int8 tensor ``name`` with a companion ``name.scale``
-(float32, one entry a row) stands for ``int8 * scale[:, None, ...]`` and is read as that float32 tensor.
+with two additions. A tensor that has several names (a codebook that every depth shares) is stored once:
+``metadata.aliases`` maps each further name to the stored one. And an int8 tensor ``name`` with a companion
+``name.scale`` (float32, one entry a row) stands for ``int8 * scale[:, None, ...]`` and is read as that float32 tensor.
 
-Published ``.pth``, ``.pt`` and ``.bin`` files are read with ``torch.load(weights_only=True)``, which builds tensors and plain
-containers and refuses everything else. Whatever is wrong with a file becomes one `CheckpointError` of one line.
+Published ``.pth``, ``.pt`` and ``.bin`` files are read with ``torch.load(weights_only=True)``, which builds tensors and
+plain containers and refuses everything else. Whatever is wrong with a file becomes one `CheckpointError` of one line.
 
 This module imports nothing of unifiedar, so that any other may import it.
 """
@@ -26,7 +26,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,12 +40,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = (".pth", ".pt", ".bin")
 
-# A 7-billion-parameter model has headers of some 30 kB. Far larger ones come from damage or malice and cost memory to parse.
+# A 7-billion-parameter model has headers of some 30 kB. Far larger ones come from damage or malice and cost memory.
 MAX_HEADER_BYTES = 16_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written: one line that names the file, the cause and, where there is one, a way out."""
+    """A checkpoint that cannot be read or written: one line with the file, the cause and, if there is one, a way out."""
 
 
 def weights_folder() -> Path:
@@ -54,7 +54,7 @@ def weights_folder() -> Path:
 
 
 def shipped() -> list[str]:
-    """Names of the checkpoints that ship inside the package, sorted: the folders of `weights_folder` with a config.json."""
+    """Names of the checkpoints that ship, sorted: the folders of `weights_folder` that hold a config.json."""
     folder = weights_folder()
     if not folder.is_dir():
         return []
@@ -107,8 +107,9 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, on the CPU.
 
     Args:
-        path: a folder (``model.safetensors.index.json`` with its shards, or one ``model.safetensors``), a ``.safetensors``
-            file, or a ``.pth``, ``.pt`` or ``.bin`` file whose state is at the top or under "state_dict" or "model".
+        path: a folder (``model.safetensors.index.json`` with its shards, or one ``model.safetensors``), a
+            ``.safetensors`` file, or a ``.pth``, ``.pt`` or ``.bin`` file whose state is at the top or under
+            "state_dict" or "model".
 
     Returns:
         Name to tensor. int8 weights with scales come back as float32, all others in the dtype that was stored; names
@@ -144,9 +145,10 @@ def save(
 ) -> Path:
     """Writes a checkpoint folder, whole or not at all.
 
-    Everything is written to a temporary sibling of `folder`, flushed to the disk and then renamed. With `overwrite` the two
-    folders are exchanged in one step (Linux ``renameat2``), so that a reader finds the old or the new checkpoint at any time,
-    and so does a restart after a kill. A file system without that step gets two renames, with a moment between them.
+    Everything is written to a temporary sibling of `folder`, flushed to the disk and then renamed. With `overwrite` the
+    two folders are exchanged in one step (Linux ``renameat2``), so that a reader finds the old or the new checkpoint at
+    any time, and so does a restart after a kill. A file system without that step gets two renames, with a moment
+    between them.
 
     Args:
         folder: the folder to make; missing parents are made too.
@@ -162,8 +164,9 @@ def save(
         Path of the folder.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above, such as one tensor that alone passes `max_shard_bytes`.
-        CheckpointError: `folder` exists (without `overwrite`, or as something else than a checkpoint) or cannot be written.
+        ValueError, TypeError: an argument breaks a rule above; one tensor alone reaches `max_shard_bytes`, say.
+        CheckpointError: `folder` exists (without `overwrite`, or as something else than a checkpoint), or it cannot be
+            written.
     """
     target = Path(folder).resolve()  # through a link, so that the link stays
     stored, aliases = _stored_tensors(tensors, frozenset(int8))
@@ -199,7 +202,7 @@ def save(
     return target
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def _load_folder(folder: Path) -> dict[str, Tensor]:
@@ -211,7 +214,7 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
     index = _read_json(index_path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     aliases = metadata.get("aliases", {}) if isinstance(metadata, dict) else None
-    if not _is_str_dict(weight_map) or not _is_str_dict(aliases):
+    if not (_is_str_dict(weight_map) and _is_str_dict(aliases)):
         raise CheckpointError(f"{index_path}: damaged; weight_map and metadata.aliases must map names to names")
 
     names_of: dict[str, list[str]] = {}
@@ -220,7 +223,7 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
     for shard in names_of:  # all names before the first file is opened
         if not _is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index_path}: tampered; a shard must be a .safetensors file in the folder, got {shard!r}"
+                f"{index_path}: tampered; a shard must be a .safetensors file beside it, got {shard!r}"
             )
 
     tensors: dict[str, Tensor] = {}
@@ -354,7 +357,7 @@ def _is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0", ":"}
 
 
-def _is_str_dict(value: object) -> bool:
+def _is_str_dict(value: object) -> TypeGuard[dict[str, str]]:
     return isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
 
 
@@ -363,11 +366,11 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:160]
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def _stored_tensors(tensors: Mapping[str, Tensor], int8: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What goes to the disk (the first name of each tensor, int8 with scales) and the further names (name to first name)."""
+    """What goes to the disk (each tensor under its first name, int8 with scales), and further names to first names."""
     unknown = sorted(set(int8) - set(tensors))
     if unknown:
         raise ValueError(f"save: int8 must name tensors of the checkpoint, got {unknown[0]!r}")
@@ -378,9 +381,7 @@ def _stored_tensors(tensors: Mapping[str, Tensor], int8: Collection[str]) -> tup
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"save: tensors must map names to tensors, got {name!r} -> {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ValueError(
-                f"save: tensors must be dense and hold data, got {name} ({tensor.layout}, {tensor.device})"
-            )
+            raise ValueError(f"save: tensors must be dense, with data, got {name} ({tensor.layout}, {tensor.device})")
         if tensor.dtype == torch.int8 and f"{name}.scale" in tensors:
             raise ValueError(f"save: int8 tensor {name} next to {name}.scale would be read back as their product")
         tensor = tensor.detach()
@@ -392,9 +393,7 @@ def _stored_tensors(tensors: Mapping[str, Tensor], int8: Collection[str]) -> tup
     for name in dict.fromkeys(aliases.get(name, name) for name in int8):
         tensor = stored[name]
         if tensor.dim() < 2 or not tensor.is_floating_point():
-            raise ValueError(
-                f"save: int8 takes floating-point tensors of 2 dimensions or more, got {name} {tensor.dtype}"
-            )
+            raise ValueError(f"save: int8 needs floating point and 2 dimensions or more, got {name} {tensor.dtype}")
         if f"{name}.scale" in tensors:
             raise ValueError(f"save: int8 would store {name}.scale, a name that is taken")
         if not torch.isfinite(tensor).all():
@@ -413,16 +412,17 @@ def _quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
     """Names of each shard: in order, a new one whenever the next tensor would bring the file to `max_shard_bytes`."""
-    # Per tensor: its bytes, its name as JSON, and at most 80 bytes of dtype and offsets and 20 a dimension. Per file: the
-    # length field, {"__metadata__": {"format": "pt"}}, and padding.
+    # Per tensor: its bytes, its name as JSON, and at most 80 bytes of dtype and offsets and 20 a dimension. Per file:
+    # the length field, {"__metadata__": {"format": "pt"}}, and padding.
     overhead = 64
     shards: list[list[str]] = [[]]
     size = overhead
     for name, tensor in tensors.items():
         need = _nbytes(tensor) + len(json.dumps(name)) + 80 + 20 * tensor.dim()
         if overhead + need >= max_shard_bytes:
+            size = _nbytes(tensor)
             raise ValueError(
-                f"save: max_shard_bytes must exceed each tensor, got {max_shard_bytes} for {name} of {_nbytes(tensor)} bytes"
+                f"save: max_shard_bytes must exceed each tensor, got {max_shard_bytes} for {name} of {size}"
             )
         if size + need >= max_shard_bytes:
             shards.append([])
