@@ -45,7 +45,7 @@ MAX_HEADER_BYTES = 16_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written: one line with the file, the cause and, if there is one, a way out."""
+    """A checkpoint that cannot be read or written: one line with the file, the cause and, if any, a way out."""
 
 
 def weights_folder() -> Path:
