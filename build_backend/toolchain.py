@@ -126,6 +126,7 @@ def architectures() -> str:
 def wheel_tag(platform: str, *, library: bool, inspect_tag: tuple[str, str] | None = None) -> tuple[str, str, str]:
     """(python, abi, platform) of the wheel: any platform without the library, any Python 3 with it;
     `inspect_tag` is this interpreter's (python, abi), given when the pybind11 module is inside."""
+    platform = re.sub(r"[-. ]", "_", platform)
     if inspect_tag is not None:
         return (*inspect_tag, platform)
     return ("py3", "none", platform if library else "any")
