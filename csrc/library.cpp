@@ -1,0 +1,115 @@
+// The only file that knows torch: tensors in, raw pointers and the current stream out to the launchers. Schemas are declared
+// from Python, beside the fakes; this library registers implementations only, so loading two copies of it does no harm.
+// The operators' names end in _cuda; outputs and workspace are allocated by the caller, and arguments are checked there:
+// what is checked here is what would corrupt memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifdef USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <climits>
+
+#include "codes.h"
+
+// These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA tensor
+// exists and they are never called.
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
+
+namespace unifiedar {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "needs float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+int int_of(int64_t size) {
+  STD_TORCH_CHECK(size >= 0 && size <= INT_MAX, "needs a size below 2^31, got ", size);
+  return static_cast<int>(size);
+}
+
+void residual_lookup(const Tensor& codes, const Tensor& codebook, Tensor out, bool cumulative) {
+  STD_TORCH_CHECK(codes.dim() == 2 && codebook.dim() >= 2 && codebook.dim() <= 3 && out.is_contiguous(),
+                  "residual_lookup_cuda: needs codes [rows, depth], codebook [(depth,) codes, channels], contiguous out");
+  const bool shared = codebook.dim() == 2;
+  const int64_t entries = codebook.dim() - 2;
+  LookupArgs args;
+  args.codes = codes.const_data_ptr<int64_t>();
+  args.codebook = codebook.data_ptr();
+  args.out = out.data_ptr();
+  args.codes_row = codes.stride(0);
+  args.codes_level = codes.stride(1);
+  args.book_level = shared ? 0 : codebook.stride(0);
+  args.book_entry = codebook.stride(entries);
+  args.rows = codes.size(0);
+  args.num_codes = codebook.size(entries);
+  args.depth = int_of(codes.size(1));
+  args.channels = int_of(codebook.size(entries + 1));
+  STD_TORCH_CHECK(shared || codebook.size(0) == args.depth, "residual_lookup_cuda: codes and codebook differ in depth");
+  STD_TORCH_CHECK(codebook.stride(entries + 1) == 1 || args.channels == 1,
+                  "residual_lookup_cuda: needs contiguous codebook rows");
+  STD_TORCH_CHECK(out.scalar_type() == codebook.scalar_type() &&
+                      out.numel() == args.rows * args.channels * (cumulative ? args.depth : 1),
+                  "residual_lookup_cuda: out does not match");
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+  STD_CUDA_CHECK(launch_residual_lookup(args, dtype_of(codebook), cumulative, current_stream(codes)));
+}
+
+void residual_lookup_backward(const Tensor& grad, const Tensor& order, const Tensor& keys, const Tensor& begins,
+                              int64_t depth, bool cumulative, int64_t chunk, Tensor partial, Tensor out) {
+  STD_TORCH_CHECK(grad.is_contiguous() && order.is_contiguous() && keys.is_contiguous() && begins.is_contiguous() &&
+                      partial.is_contiguous() && out.is_contiguous() && out.dim() == 2,
+                  "residual_lookup_backward_cuda: needs contiguous tensors and out [tables, channels]");
+  LookupBackwardArgs args;
+  args.grad = grad.data_ptr();
+  args.order = order.const_data_ptr<int64_t>();
+  args.keys = keys.const_data_ptr<int32_t>();
+  args.begins = begins.const_data_ptr<int64_t>();
+  args.partial = partial.mutable_data_ptr<float>();
+  args.out = out.data_ptr();
+  args.entries = order.numel();
+  args.tables = out.size(0);
+  args.chunk = chunk;
+  args.depth = int_of(depth);
+  args.channels = int_of(out.size(1));
+  STD_TORCH_CHECK(depth > 0 && chunk > 0 && keys.numel() == args.entries && begins.numel() == args.tables + 1 &&
+                      out.scalar_type() == grad.scalar_type() &&
+                      grad.numel() == args.entries / (cumulative ? 1 : depth) * args.channels &&
+                      partial.numel() >= (args.entries + chunk - 1) / chunk * 2 * args.channels,
+                  "residual_lookup_backward_cuda: sizes do not match");
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  STD_CUDA_CHECK(launch_residual_lookup_backward(args, dtype_of(grad), cumulative, current_stream(grad)));
+}
+
+}  // namespace
+}  // namespace unifiedar
+
+STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
+  m.impl("residual_lookup_cuda", TORCH_BOX(&unifiedar::residual_lookup));
+  m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
+}
+#endif  // USE_CUDA
