@@ -1,6 +1,6 @@
 """Data that can be had without the open web: emoji pictures with captions, and the tokenizer of the captions.
 
-- `emoji`: renders the icon sets of npm packages into pictures with a concept and a style each, and says which are held out.
+- `emoji`: renders the icon sets of npm packages into pictures with a concept and a style each; says which are held out.
 - `text`: the byte-level BPE tokenizer.
 - `samples()`: a few dozen pictures that ship with the package.
 """

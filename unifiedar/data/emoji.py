@@ -1,12 +1,13 @@
 """Emoji pictures drawn in several styles, rendered from the SVG icon sets of the `@iconify-json` npm packages.
 
-Four packages draw largely the same things, each in its own hand, and name them by what they show; that makes pictures with two
-known attributes, a *concept* ("red apple") and a *style* ("noto"), and lets a model be tested on pairs that it never saw together.
+Four packages draw largely the same things, each in its own hand, and name them by what they show; that makes pictures
+with two known attributes, a *concept* ("red apple") and a *style* ("noto"), and lets a model be tested on pairs that it
+never saw together.
 
     unifiedar data emoji --from PACKAGE_FOLDER... --out FOLDER [--size 64]
 
-What is left out of a package: skin-tone variants, icons marked hidden (earlier drawings under earlier names, which would put one
-picture under two concepts) and aliases (other names of the same drawing).
+What is left out of a package: skin-tone variants; icons marked hidden (older drawings under older names, which would
+put one thing under two concepts); aliases (other names, and in a few cases mirror images, of a drawing that is there).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -111,8 +112,8 @@ def caption(concept: str, style: str | None = None) -> str:
 def is_skin_tone(icon: str, style: str, icons: Container[str]) -> bool:
     """Whether an icon is a skin-tone variant, or a bare tone swatch, of the set that has `icons`.
 
-    Fluent writes only the tone ("waving-hand-dark"), which counts where the plain icon and all five tones of it exist: the
-    "police-car-light" is no tone of the "police-car".
+    Fluent writes only the tone ("waving-hand-dark"), which counts where the plain icon and all five tones of it exist:
+    the "police-car-light" is no tone of the "police-car".
     """
     if _TONE.search(icon):
         return True
@@ -145,7 +146,7 @@ class Source:
     left_out: dict[str, int]
 
     @property
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """What index.json says of the source."""
         return {
             "style": self.style,
@@ -153,6 +154,7 @@ class Source:
             "version": self.version,
             "licence": self.licence,
             "sha256": self.digest,
+            "left_out": self.left_out,
         }
 
 
@@ -164,14 +166,14 @@ class EmojiSet:
         images: (N, size, size, 3) uint8 RGB; a read-only memory map where loaded from a file.
         concepts, styles: (N,) what each picture shows and in which style.
         icons: (N,) the name of the icon in its package.
-        sources: per style its package name, version, licence and the digest of its icons.json.
+        sources: per style its package name, version, licence, the sha256 of its icons.json, and what was left out.
     """
 
     images: np.ndarray
     concepts: list[str]
     styles: list[str]
     icons: list[str]
-    sources: list[dict[str, str]]
+    sources: list[dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.concepts)
@@ -208,6 +210,8 @@ def _svg(icon: dict[str, Any], sheet: dict[str, Any], where: str) -> str:
     body = icon.get("body")
     if not isinstance(body, str):
         raise ValueError(f"{where}: an icon needs a text `body`, got {type(body).__name__}")
+    if any(icon.get(key) for key in ("rotate", "hFlip", "vFlip")):
+        raise ValueError(f"{where}: rotated and mirrored icons are not supported")
     box = []
     for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16)):  # defaults of the Iconify format
         value = icon.get(key, sheet.get(key, default))
@@ -322,8 +326,8 @@ def _render_all(jobs: Sequence[tuple[str, str, int]], processes: int) -> Iterato
     if processes == 1:
         yield from map(_render_one, jobs)
     else:
-        with multiprocessing.Pool(processes) as pool:
-            yield from pool.imap(_render_one, jobs, chunksize=32)
+        with ProcessPoolExecutor(processes) as pool:  # unlike multiprocessing.Pool, it notices a process that dies
+            yield from pool.map(_render_one, jobs, chunksize=32)
 
 
 def build(
@@ -331,7 +335,8 @@ def build(
 ) -> EmojiSet:
     """Render icon sets into `out`/images.npy (N, size, size, 3 uint8 RGB) and `out`/index.json, and load them.
 
-    Nothing is done where `out` already holds the pictures of the same sources at the same size. Files appear whole or not at all.
+    Nothing is done where `out` already holds the pictures of the same sources at the same size. Files appear whole or
+    not at all.
 
     Args:
         sources: unpacked folders of the npm packages, at most one a style.
@@ -438,7 +443,7 @@ def _hash(text: str) -> float:
 def near_duplicates(emoji: EmojiSet, rows: Sequence[int]) -> np.ndarray:
     """Distance of pictures to the closest other picture of their own style: (len(rows),) float64.
 
-    The distance is the root mean square difference of the pixel values, 0 to 255; infinite for the only picture of a style.
+    The distance is the root mean square difference of the pixel values, 0 to 255; infinite where there is no other.
     """
     styles = np.array(emoji.styles)
     asked = np.asarray(rows, dtype=np.int64)
@@ -448,7 +453,8 @@ def near_duplicates(emoji: EmojiSet, rows: Sequence[int]) -> np.ndarray:
         ours = asked[mine]
         # Integers in float64: the squares are exact, so equal pictures come out at exactly 0.
         left = emoji.images[ours].reshape(len(ours), -1).astype(np.float64)
-        for others in np.array_split(peers := np.flatnonzero(styles == style), 1 + len(peers) // 512):
+        peers = np.flatnonzero(styles == style)
+        for others in np.array_split(peers, 1 + len(peers) // 512):
             right = emoji.images[others].reshape(len(others), -1).astype(np.float64)
             squares = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * (left @ right.T)
             squares[ours[:, None] == others] = np.inf
@@ -459,11 +465,12 @@ def near_duplicates(emoji: EmojiSet, rows: Sequence[int]) -> np.ndarray:
 def choose_held_out(emoji: EmojiSet) -> list[tuple[str, str]]:
     """The rule behind emoji_held_out.json: which (concept, style) pairs no model may be trained on, sorted.
 
-    Of the concepts drawn in three styles or more, the tenth whose hash is below `HELD_OUT_SHARE`; of each the one style with the
-    smallest hash, so that at least two others stay. A pair is passed over where its picture is a near duplicate of another of
-    its style ("family" and "family man boy" are one drawing): a model would have seen it under the other name. Flags of places,
-    many of which differ by a few pixels, are in two sets only and so never held out.
+    Of the concepts drawn in three styles or more, the tenth whose hash is below `HELD_OUT_SHARE`; of each the one style
+    with the smallest hash, so that two or more stay. A pair is passed over where its picture is a near duplicate
+    of another of its style ("family" and "family man boy" are one drawing): a model would have seen it under the other
+    name. Flags of places, many of which differ by a few pixels, are in two sets only and so never held out.
     The hash is SHA-256 of "held out/CONCEPT" and "held out/CONCEPT/STYLE", its first 48 bits as a fraction.
+    The committed list was drawn from all four sets at 64 pixels.
     """
     row = {pair: i for i, pair in enumerate(emoji.pairs)}
     styles: dict[str, list[str]] = {}
@@ -487,7 +494,7 @@ def choose_held_out(emoji: EmojiSet) -> list[tuple[str, str]]:
 
 @cache
 def held_out() -> frozenset[tuple[str, str]]:
-    """The committed (concept, style) pairs that are for testing only, as `choose_held_out` drew them once from all four sets."""
+    """The committed (concept, style) pairs that are for testing only, as `choose_held_out` drew them once."""
     text = resources.files(__package__).joinpath("emoji_held_out.json").read_text(encoding="utf-8")
     return frozenset((concept, style) for concept, style in json.loads(text))
 
@@ -512,7 +519,7 @@ def split(emoji: EmojiSet, styles: Sequence[str] | None = None) -> tuple[np.ndar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`unifiedar data emoji`: build the set, print what it holds; 0 if all went well, 1 with one line on what did not."""
+    """`unifiedar data emoji`: build the set and print what it holds; 0, or 1 with one line on what went wrong."""
     parser = argparse.ArgumentParser(
         prog="unifiedar data emoji",
         description="Render the SVG icon sets of @iconify-json packages (noto, twemoji, fluent-emoji-flat, openmoji).",
@@ -531,24 +538,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: one a CPU)")
     args = parser.parse_args(argv)
     try:
-        sources = [read_source(folder) for folder in args.sources]
         emoji = build(args.sources, args.out, args.size, jobs=args.jobs)
     except (ValueError, OSError) as error:
         print(f"unifiedar data emoji: {error}", file=sys.stderr)
         return 1
-    for source in sources:
-        left_out = ", ".join(f"{count} {reason}" for reason, count in source.left_out.items())
-        print(
-            f"{source.style}: {len(source.drawings)} pictures from {source.package} {source.version} ({source.licence}); "
-            f"left out: {left_out}"
-        )
+    for source in emoji.sources:
+        style, package, version = source["style"], source["package"], source["version"]
+        left_out = ", ".join(f"{count} {reason}" for reason, count in source["left_out"].items())
+        print(f"{style}: {emoji.styles.count(style)} pictures from {package} {version} ({source['licence']})")
+        print(f"    left out: {left_out}")
     drawn: dict[str, int] = {}
     for concept in emoji.concepts:
         drawn[concept] = drawn.get(concept, 0) + 1
     train, test = split(emoji)
     print(
-        f"{len(emoji)} pictures of {args.size} x {args.size} in {args.out}; {len(train)} to train on, {len(test)} held out"
+        f"{len(emoji)} pictures of {args.size} x {args.size} pixels in {args.out}: "
+        f"{len(train)} to train on, {len(test)} held out"
     )
-    spread = ", ".join(f"{sum(n >= k for n in drawn.values())} in {k} or more" for k in range(2, len(sources) + 1))
+    spread = ", ".join(
+        f"{sum(n >= k for n in drawn.values())} in {k} or more" for k in range(2, len(emoji.sources) + 1)
+    )
     print(f"{len(drawn)} concepts" + (f", {spread} styles" if spread else ""))
     return 0

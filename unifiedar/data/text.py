@@ -1,7 +1,8 @@
 """The text side of the small models: a byte-level BPE tokenizer trained on captions.
 
-Text is brought to NFKC, lower-cased and stripped of white space at both ends; every string has a tokenization. Seven ids are
-special, the first three and the last four, and no text can produce them: what a user types as "<s>" is four harmless characters.
+Text is brought to NFKC, lower-cased and stripped of white space at both ends; every string has a tokenization. Seven
+ids are special, the first three and the last four, and no text can produce them: a "<s>" that a user types is three
+harmless characters.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -27,8 +28,8 @@ SPECIALS = FIRST_SPECIALS + LAST_SPECIALS
 class TextTokenizer:
     """Text to ids and back.
 
-    Special tokens are entries of the vocabulary that no merge leads to (rather than "added tokens", which the library would
-    look for in the text), so the file is safe with any loader.
+    Special tokens are entries of the vocabulary that no merge leads to (rather than "added tokens", which the library
+    would look for in the text), so the file is safe with any loader.
 
     Attributes:
         inner: the `tokenizers.Tokenizer` that does the work.
@@ -138,11 +139,6 @@ def load(path: str | Path) -> TextTokenizer:
         return TextTokenizer(inner)
     except ValueError as error:
         raise ValueError(f"{path}: not a tokenizer of this package ({error})") from None
-
-
-def longest(tokenizer: TextTokenizer, captions: Sequence[str]) -> int:
-    """Tokens of the longest caption, special ones not counted; 0 for no captions."""
-    return max((len(tokenizer.encode(text)) for text in captions), default=0)
 
 
 def _assemble(model: models.BPE) -> tokenizers.Tokenizer:
