@@ -1,0 +1,103 @@
+"""`python -m bench`: list the cases, measure a family, write the scoreboard."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import _results, _scoreboard
+from bench._case import Case, families, family_cases, run_family
+
+
+class _Problem(Exception):
+    """Something the user can put right; its text is printed as one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 after one line on stderr if it cannot do what was asked."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "list":
+            return _list(_device(arguments.device))
+        if arguments.command == "scoreboard":
+            print(f"wrote {_scoreboard.write(arguments.results, arguments.docs)}")
+            return 0
+        return _measure(arguments)
+    except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib) as problem:
+        print(f"bench: {problem}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Time unifiedar against its peers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
+
+    commands.add_parser("list", parents=[device], help="the families and their cases")
+    board = commands.add_parser("scoreboard", help="write docs/scoreboard.md from measured results")
+    board.add_argument("--results", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
+    board.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
+    for family in families():
+        measure = commands.add_parser(family, parents=[device], help=f"measure the family {family}")
+        measure.add_argument(
+            "--case", action="append", metavar="PATTERN", help="only cases of this name, e.g. 'vila-u-*'; repeatable"
+        )
+        measure.add_argument("--out", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
+        measure.add_argument("--commit", help="of the sources measured; default: $UNIFIEDAR_COMMIT, then git")
+        measure.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="samples a case; default 1")
+    return parser
+
+
+def _device(name: str | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise _Problem("--device cuda: torch finds no usable GPU here")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _list(device: torch.device) -> int:
+    for family in families():
+        print(family)
+        for case in family_cases(family, device):
+            shape = " ".join(f"{letter} {size}" for letter, size in case.shape.items())
+            peers = ", ".join(variant.name for variant in case.variants if variant.role == "peer")
+            print(f"  {case.name:32} {shape} {str(case.dtype).removeprefix('torch.')}; peers: {peers}")
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    if not arguments.budget > 0:
+        raise _Problem(f"--budget must be positive, got {arguments.budget:g}")
+    cases = _chosen(family_cases(arguments.command, device), arguments.case)
+    run = run_family(
+        arguments.command,
+        cases,
+        device,
+        commit=arguments.commit,
+        budget_s=arguments.budget,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f"wrote {_results.write(run, arguments.out)}")
+    failed = [case for case in run.cases if case.ours.error]
+    for case in failed:
+        print(f"bench: {case.name}: ours failed: {case.ours.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _chosen(cases: Sequence[Case], patterns: Sequence[str] | None) -> list[Case]:
+    if not patterns:
+        return list(cases)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
+            raise _Problem(f"--case {pattern}: matches no case; `python -m bench list` shows their names")
+    return [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

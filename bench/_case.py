@@ -1,0 +1,221 @@
+"""What a family hands to the bench, and the one way from there to a row of results.
+
+A family's file (`bench/cases_<family>.py`) defines `cases(device) -> list[Case]`; everything else is here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench._results import CaseResult, Run, environment
+from bench._time import Call, copy_rate, input_sets, matmul_rate, measure
+
+__all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "run_family"]
+
+OURS = "unifiedar"
+
+Check = Callable[["Variant", object], None]
+"""Called with a variant and the output of its first call, on input set 0; raises ValueError if that is wrong."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work of a case.
+
+    Args:
+        name: as it stands in the tables.
+        role: "ours" (the public function, backend="auto"; one per case), "backend" (one of our backends, forced) or
+            "peer".
+        bind: takes an input set, returns the call to time. What a user would do once (compiling, building a module)
+            happens in `bind` or before; what they would do on every call happens in the call.
+    """
+
+    name: str
+    role: str
+    bind: Callable[[Any], Call]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work of one shape, with everything that is needed to time it.
+
+    Args:
+        name: unique in the family, "<model>/<what>".
+        shape: the sizes by their letters.
+        dtype: of the floating-point inputs.
+        bytes: least memory traffic: each input that is needed read once, each output written once.
+        flops: least floating-point operations.
+        make: make(seed, device) -> a fresh input set (tensors in tuples, lists or dicts) of random, never zero, values.
+        variants: all ways, ours first.
+        check: check(input set 0) -> Check; usually `against(oracle, eager, ...)`.
+        backend: backend(input set) -> the name of the backend that "auto" chooses.
+        on_matrix_units: whether the flops can run at the rate of a matrix product, which then bounds the floor too.
+    """
+
+    name: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    bytes: int
+    flops: int
+    make: Callable[[int, torch.device], Any]
+    variants: Sequence[Variant]
+    check: Callable[[Any], Check]
+    backend: Callable[[Any], str]
+    on_matrix_units: bool = False
+
+
+def tensors(inputs: object) -> Iterable[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(inputs, torch.Tensor):
+        yield inputs
+    elif isinstance(inputs, dict):
+        yield from tensors(list(inputs.values()))
+    elif isinstance(inputs, tuple | list):
+        for one in inputs:
+            yield from tensors(one)
+
+
+def against(oracle: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], *, peer_tolerance: float) -> Check:
+    """The check of floating-point outputs.
+
+    Ours must be within twice the error of the eager formula in the same dtype (plus 1e-5), by the largest element; a
+    peer must compute the same function: |out - oracle| / |oracle| <= peer_tolerance by norm.
+
+    Args:
+        oracle: the outputs in float64.
+        eager: the outputs of the eager formula.
+        peer_tolerance: relative; 2e-2 suits half precision, 1e-5 float32.
+    """
+    allowed = [2 * (e.double() - o).abs().max().item() + 1e-5 for e, o in zip(eager, oracle, strict=True)]
+
+    def check(variant: Variant, output: object) -> None:
+        outputs = list(tensors(output))
+        if [one.shape for one in outputs] != [one.shape for one in oracle]:
+            got = [tuple(one.shape) for one in outputs]
+            raise ValueError(f"wrong shapes: {got} instead of {[tuple(one.shape) for one in oracle]}")
+        for i, (one, right) in enumerate(zip(outputs, oracle, strict=True)):
+            difference = one.double() - right
+            if variant.role == "peer":
+                error, limit = (difference.norm() / right.norm()).item(), peer_tolerance
+            else:
+                error, limit = difference.abs().max().item(), allowed[i]
+            if not error <= limit:  # NaN fails too
+                raise ValueError(f"wrong result: output {i} is off by {error:.3g}, allowed {limit:.3g}")
+
+    return check
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case on a device: input sets, the calls of every variant (one per set), and the check."""
+
+    case: Case
+    sets: list[Any]
+    calls: dict[str, list[Call]]
+    check: Callable[[str, object], None]
+
+
+def prepare(case: Case, device: torch.device | str, only: str | None = None) -> Prepared:
+    """Make the input sets of a case and bind its variants (or the one named) to them."""
+    device = torch.device(device)
+    # Without this, torch.compile falls back to the slow path after eight shapes.
+    torch.compiler.reset()
+    sets = [case.make(0, device)]
+    size = sum(one.nbytes for one in tensors(sets[0]))
+    sets += [case.make(seed, device) for seed in range(1, input_sets(size, device))]
+    by_name = {one.name: one for one in case.variants if only in (None, one.name)}
+    check = case.check(sets[0])
+    calls = {name: [_late(one, inputs) for inputs in sets] for name, one in by_name.items()}
+    return Prepared(case, sets, calls, lambda name, output: check(by_name[name], output))
+
+
+def _late(variant: Variant, inputs: Any) -> Call:
+    """The variant's call, bound at first use: a peer that cannot be bound then fails as a row, not as a run."""
+    bound: list[Call] = []
+
+    def call() -> object:
+        if not bound:
+            bound.append(variant.bind(inputs))
+        return bound[0]()
+
+    return call
+
+
+def _floor(case: Case, copy: float, matmul: float | None) -> tuple[float, str]:
+    by_bytes = case.bytes / copy * 1e3
+    how = f"{case.bytes} bytes at the copy rate of this run, {copy / 1e9:.0f} GB/s"
+    if not case.on_matrix_units or matmul is None:
+        return by_bytes, how
+    by_flops = case.flops / matmul * 1e3
+    if by_flops <= by_bytes:
+        return by_bytes, how
+    return by_flops, f"{case.flops} FLOP at the matrix product rate of this run, {matmul / 1e12:.1f} TFLOP/s"
+
+
+def run_family(
+    family: str,
+    cases: Sequence[Case],
+    device: torch.device | str,
+    *,
+    commit: str | None = None,
+    budget_s: float = 1.0,
+    report: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Measure cases of one family.
+
+    Args:
+        family: its word.
+        cases: what to measure.
+        device: where.
+        commit: of the sources (see `bench._results.environment`).
+        budget_s: seconds of samples per case.
+        report: called with a line of text per variant as results come in.
+    """
+    device = torch.device(device)
+    copy = copy_rate(device)
+    matmul = matmul_rate(device) if any(case.on_matrix_units for case in cases) else None
+    rows = []
+    for case in cases:
+        prepared = prepare(case, device)
+        timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s)
+        floor_ms, floor = _floor(case, copy, matmul)
+        roles = {one.name: one.role for one in case.variants}
+        for name, timing in timings.items():
+            figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
+            report(f"{case.name:32} {name:28} {figure}  ({timing.method})")
+        row = CaseResult(
+            name=case.name,
+            shape=case.shape,
+            dtype=str(case.dtype).removeprefix("torch."),
+            bytes=case.bytes,
+            flops=case.flops,
+            floor_ms=floor_ms,
+            floor=floor,
+            sets=len(prepared.sets),
+            backend=case.backend(prepared.sets[0]),
+            ours=next(timing for name, timing in timings.items() if roles[name] == "ours"),
+            backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
+            peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
+        )
+        rows.append(row)
+        del prepared
+    return Run(family, environment(device, copy_bytes_per_s=copy, matmul_flops_per_s=matmul, commit=commit), rows)
+
+
+def families() -> list[str]:
+    """The families that have a `bench/cases_<family>.py`, by name."""
+    folder = str(Path(__file__).resolve().parent)
+    found = (module.name for module in pkgutil.iter_modules([folder]))
+    return sorted(name.removeprefix("cases_") for name in found if name.startswith("cases_"))
+
+
+def family_cases(family: str, device: torch.device | str) -> list[Case]:
+    """The cases of a family at the sizes meant for a device (small ones on the CPU)."""
+    return importlib.import_module(f"bench.cases_{family}").cases(torch.device(device))
