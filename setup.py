@@ -63,24 +63,29 @@ class BuildLibrary(build_ext):
                 shutil.copyfile(made, package / made.name)
 
     def cmake(self) -> Path:
-        """Configures and builds; returns the build folder, which a later build with the same tools reuses."""
-        build, cmake = ROOT / "build" / "cmake", toolchain.tool("cmake")
-        arguments = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        arguments += [f"-DCMAKE_MAKE_PROGRAM={toolchain.tool('ninja')}", f"-DCMAKE_CUDA_COMPILER={toolchain.find_nvcc()}"]
-        arguments += [f"-DTORCH_DIR={toolchain.package_folder('torch')}", f"-DPython_EXECUTABLE={sys.executable}"]
-        stamp = build / "arguments.txt"
-        if build.exists() and not (stamp.exists() and stamp.read_text() == "\n".join(arguments)):
-            shutil.rmtree(build)  # other tools: CMake's cache would point at the old ones
+        """Configures and builds; returns the build folder. A later build compiles only what has changed."""
+        build, nvcc, cmake = ROOT / "build" / "cmake", toolchain.find_nvcc(), toolchain.tool("cmake")
+        options = {
+            "CMAKE_MAKE_PROGRAM": toolchain.tool("ninja"),
+            "CMAKE_CUDA_COMPILER": nvcc,
+            "CMAKE_CUDA_ARCHITECTURES": toolchain.architectures(),
+            "TORCH_DIR": toolchain.package_folder("torch"),
+            "Python_EXECUTABLE": sys.executable,
+            "UNIFIEDAR_INSPECT": "ON" if toolchain.inspect() else "OFF",
+        }
+        if toolchain.inspect():
+            options["pybind11_DIR"] = toolchain.package_folder("pybind11") / "share/cmake/pybind11"
+        stamp, origin = build / "origin.txt", f"{ROOT}\n{nvcc}\n"
+        if build.exists() and not (stamp.is_file() and stamp.read_text() == origin):
+            shutil.rmtree(build)  # a copied checkout or another toolkit: CMake's cache would be wrong
         build.mkdir(parents=True, exist_ok=True)
-        stamp.write_text("\n".join(arguments))
+        stamp.write_text(origin)
         for old in build.glob("_inspect*.so"):
             old.unlink()
-        arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={toolchain.architectures()}")
-        arguments.append(f"-DUNIFIEDAR_INSPECT={'ON' if toolchain.inspect() else 'OFF'}")
-        if toolchain.inspect():
-            arguments.append(f"-Dpybind11_DIR={toolchain.package_folder('pybind11')}/share/cmake/pybind11")
-        toolchain.call(arguments)
-        toolchain.call([cmake, "--build", str(build), "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count())])
+        settings = [f"-D{name}={value}" for name, value in options.items()]
+        toolchain.call([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *settings])
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        toolchain.call([cmake, "--build", str(build), "--parallel", jobs])
         return build
 
 

@@ -1,8 +1,8 @@
 """Keeps what ptxas says of each kernel (registers, shared memory, stack, spills) and turns it into a table.
 
-    kernel_report.py run NVCC ARGUMENTS...    the compiler launcher that CMake puts in front of nvcc: the report goes
-                                              to OBJECT.ptxas instead of the terminal
-    kernel_report.py table OUT OBJECTS...     all reports as one C++ initializer list, for csrc/inspect.cpp
+kernel_report.py run NVCC ARGUMENTS...    the compiler launcher that CMake puts in front of nvcc: the report goes
+                                          to OBJECT.ptxas instead of the terminal
+kernel_report.py table OUT OBJECTS...     all reports as one C++ initializer list, for csrc/inspect.cpp
 """
 
 import re
@@ -14,7 +14,8 @@ from pathlib import Path
 def run(command: list[str]) -> int:
     """Runs the compiler with -Xptxas=-v in its arguments; returns its exit code."""
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    report, rest = [], []
+    report: list[str] = []
+    rest: list[str] = []
     for line in result.stderr.splitlines(keepends=True):
         is_report = line.startswith("ptxas info") or "bytes stack frame" in line
         (report if is_report else rest).append(line)
@@ -59,7 +60,9 @@ def table(out: str, objects: list[str]) -> int:
     for path in objects:
         log = Path(f"{path}.ptxas")
         for kernel in parse(log.read_text(encoding="utf-8")) if log.exists() else ():
-            numbers = [str(kernel.get(key, 0)) for key in ("registers", "shared", "stack", "spill_stores", "spill_loads")]
+            numbers = [
+                str(kernel.get(key, 0)) for key in ("registers", "shared", "stack", "spill_stores", "spill_loads")
+            ]
             rows.append(f'{{"{kernel["name"]}", "{kernel["arch"]}", {", ".join(numbers)}}},\n')
     Path(out).write_text("".join(rows), encoding="utf-8")
     return 0

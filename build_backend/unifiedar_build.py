@@ -4,7 +4,6 @@ Torch is gigabytes; it is needed for its headers and one stub library, and only 
 """
 
 import toolchain
-from setuptools import build_meta
 from setuptools.build_meta import (
     build_editable,
     build_sdist,
@@ -26,11 +25,11 @@ __all__ = [
 ]
 
 
-def get_requires_for_build_wheel(config_settings: build_meta._ConfigSettings = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
     """Requirements of a wheel build on this machine, beside [build-system] requires."""
     return toolchain.requirements()
 
 
-def get_requires_for_build_editable(config_settings: build_meta._ConfigSettings = None) -> list[str]:
+def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
     """Requirements of an editable build on this machine, beside [build-system] requires."""
     return toolchain.requirements()

@@ -1,7 +1,7 @@
 """What this installation has and can use: the command `unifiedar info`.
 
-It answers, without running a kernel: which versions, which devices, whether the compiled library is there and what it was
-built for, and for every operator which backends can be used on this machine, with the reason where one cannot.
+It answers, without running a kernel: which versions, which devices, whether the compiled library is there and what it
+was built for, and for every operator which backends can be used on this machine, with the reason where one cannot.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def collect() -> dict[str, Any]:
     """Facts about this installation and machine, ready for JSON.
 
     Returns:
-        versions: name -> version (None if not installed); devices: one dict each with name, type and, for a GPU, capability
-        ("9.0") and memory (bytes); library: path, usable, reason and the recorded facts of its build; ops: operator ->
-        backend -> None if usable on this machine, else the reason; forced: the value of UNIFIEDAR_BACKEND, or None.
+        versions: name -> version (None if not installed); devices: one dict each with type, name and, for a GPU,
+        capability ("9.0") and memory (bytes); library: path, usable, reason and the recorded facts of its build;
+        ops: operator -> backend -> None if usable on this machine, else the reason; forced: UNIFIEDAR_BACKEND, or None.
     """
     return {
         "versions": _versions(),
@@ -47,23 +47,23 @@ def collect() -> dict[str, Any]:
     }
 
 
-def kernel_report() -> tuple[list[dict[str, Any]], str | None]:
-    """Resources of every CUDA kernel in the compiled library, from the optional inspect module.
+def kernel_report() -> dict[str, Any]:
+    """Build flags and the resources of every CUDA kernel in the compiled library, from the optional inspect module.
 
     Returns:
-        One dict per kernel and architecture (name, symbol, arch, registers, shared, stack, spill_stores, spill_loads,
-        max_threads, and occupancy: block size -> share of a multiprocessor's warps, 0 to 1, static shared memory only),
-        and None; or an empty list and the reason.
+        flags: name -> value; kernels: one dict per kernel and architecture (name, symbol, arch, registers, shared,
+        stack, spill_stores, spill_loads, max_threads, and occupancy: block size -> share of a multiprocessor's warps,
+        0 to 1, with static shared memory only). Without the module both are empty and reason says how to get it.
     """
     try:
         inspect = importlib.import_module("unifiedar._inspect")
     except ImportError:
-        return [], NO_INSPECT
+        return {"reason": NO_INSPECT, "flags": {}, "kernels": []}
     kernels = inspect.kernels()
     for kernel in kernels:
         resources = kernel["arch"], kernel["registers"], kernel["shared"]
         kernel["occupancy"] = {threads: inspect.occupancy(*resources, threads)["share"] for threads in BLOCKS}
-    return kernels, None
+    return {"reason": None, "flags": inspect.flags(), "kernels": kernels}
 
 
 def _versions() -> dict[str, str | None]:
@@ -128,7 +128,10 @@ def _table(rows: Sequence[Sequence[str]], numbers_from: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(w) if i < numbers_from else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        cells = [
+            cell.ljust(w) if i < numbers_from else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -169,17 +172,18 @@ def _text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _kernel_text(kernels: list[dict[str, Any]], reason: str | None) -> str:
-    if reason:
-        return f"kernels  {reason}"
+def _kernel_text(report: dict[str, Any]) -> str:
+    if report["reason"]:
+        return f"kernels  {report['reason']}"
+    flags = "\n".join(f"{name:<15}{value}" for name, value in report["flags"].items())
     head = ["kernel", "arch", "registers", "shared B", "stack B", "spilled B", "max threads"]
     rows = [[*head, *(f"occ @{threads}" for threads in BLOCKS)]]
-    for kernel in kernels:
+    for kernel in report["kernels"]:
         numbers = [kernel["registers"], kernel["shared"], kernel["stack"]]
         numbers += [kernel["spill_stores"] + kernel["spill_loads"], kernel["max_threads"]]
         shares = [f"{kernel['occupancy'][threads]:.0%}" for threads in BLOCKS]
         rows.append([kernel["name"], kernel["arch"], *map(str, numbers), *shares])
-    return _table(rows, numbers_from=2)
+    return f"{flags}\n\n{_table(rows, numbers_from=2)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,17 +198,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="unifiedar info", description="Versions, devices, and which backends can be used here, with reasons."
     )
-    parser.add_argument("--kernels", action="store_true", help="also the registers, memory and occupancy of CUDA kernels")
+    parser.add_argument(
+        "--kernels", action="store_true", help="also the registers, memory and occupancy of CUDA kernels"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     facts = collect()
-    kernels, reason = kernel_report() if arguments.kernels else ([], None)
+    if arguments.kernels:
+        facts["kernel_report"] = kernel_report()
     if arguments.json:
-        if arguments.kernels:
-            facts["kernels"], facts["kernels_reason"] = kernels, reason
         print(json.dumps(facts, indent=2))
         return 0
     print(_text(facts))
     if arguments.kernels:
-        print(f"\n{_kernel_text(kernels, reason)}")
+        print(f"\n{_kernel_text(facts['kernel_report'])}")
     return 0
