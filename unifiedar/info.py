@@ -59,7 +59,7 @@ def kernel_report() -> dict[str, Any]:
         inspect = importlib.import_module("unifiedar._inspect")
     except ImportError:
         return {"reason": NO_INSPECT, "flags": {}, "kernels": []}
-    kernels = inspect.kernels()
+    kernels = sorted(inspect.kernels(), key=lambda kernel: (kernel["name"], kernel["arch"]))
     for kernel in kernels:
         resources = kernel["arch"], kernel["registers"], kernel["shared"]
         kernel["occupancy"] = {threads: inspect.occupancy(*resources, threads)["share"] for threads in BLOCKS}
