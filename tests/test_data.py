@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unifiedar import data
-from unifiedar.data import emoji, text
+from unifiedar import tokenizer as text
+from unifiedar.data import emoji
 
 RED, BLUE = [255, 0, 0], [0, 0, 255]
 DISC = '<circle cx="8" cy="8" r="8" fill="red"/>'
@@ -510,7 +511,7 @@ def test_decode(tokenizer):
 def test_training_is_deterministic(tokenizer, tmp_path):
     assert text.train_tokenizer(CAPTIONS[::-1], 512).inner.to_str() == tokenizer.inner.to_str()
     code = (
-        "import sys; from unifiedar.data import emoji, text\n"
+        "import sys; from unifiedar import tokenizer as text; from unifiedar.data import emoji\n"
         "captions = [emoji.caption(*pair) for pair in emoji.held_out()]\n"
         "text.train_tokenizer(captions, 512).save(sys.argv[1])"
     )

@@ -1,0 +1,6 @@
+"""Modules: parameters, buffers and state around the ops; the arithmetic lives in `unifiedar.ops`."""
+
+from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
+from unifiedar.nn.depth import DepthTransformer
+
+__all__ = ["Codebook", "DepthTransformer", "Quantized", "ResidualQuantizer"]

@@ -1,0 +1,284 @@
+"""What both stages share: options, ranks, the step loop, averaged weights, checkpoints that resume exactly."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unifiedar.nn import Codebook
+
+__all__ = ["Loop", "add_arguments", "fail", "sheet"]
+
+
+def fail(message: str) -> SystemExit:
+    """One-line error, exit code 1."""
+    return SystemExit(f"unifiedar train: {message}")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr: float) -> None:
+    """Options that every stage has."""
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `unifiedar data emoji`")
+    parser.add_argument("--styles", nargs="+", help="train on these styles only (default: all in the folder)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, sheets, scalars and the model")
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=batch, help="pictures per step and rank (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, help="split a batch into this many parts (default: 1)")
+    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="of matrices (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=200, help="steps of linear warm-up (default: %(default)s)")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default: %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of matmuls (default: bf16)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the heavy parts")
+    parser.add_argument("--deterministic", action="store_true", help="deterministic GPU algorithms (slower)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--sheet-every", type=int, default=1000, help="steps between validations")
+    parser.add_argument("--minutes", type=float, help="stop with a checkpoint after this long; --resume goes on")
+
+
+def sheet(images: Iterable[Tensor], columns: int) -> Any:
+    """PIL image of pictures (3, S, S) uint8 side by side."""
+    from unifiedar.images import contact_sheet
+
+    return contact_sheet(torch.stack(list(images)).cpu(), columns)
+
+
+class Loop:
+    """One training run on this rank.
+
+    `train` calls `losses(step, part)` for every part of a step, adds up their "loss", steps AdamW with a cosine
+    schedule, keeps an exponential moving average of the weights, and writes checkpoints. All randomness of a
+    step is reseeded from (seed, step, rank), so that a run resumed after a kill is the run that was not killed.
+
+    Args:
+        args: with the options of `add_arguments`.
+        model: what is saved; only parameters that require a gradient are trained.
+    """
+
+    def __init__(self, args: argparse.Namespace, make_model: Callable[[], nn.Module]):
+        for name in ("steps", "batch", "accumulate", "save_every", "sheet_every"):
+            if getattr(args, name) < 1:
+                raise fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        if args.batch % args.accumulate:
+            raise fail(f"--accumulate must divide --batch {args.batch}, got {args.accumulate}")
+        self.args = args
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if kind.startswith("cuda") and not torch.cuda.is_available():
+            raise fail("--device cuda: no GPU is usable here (see `unifiedar info`)")
+        self.device = torch.device(kind)
+        if self.device.type == "cuda":
+            index = self.device.index if self.device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+            self.device = torch.device("cuda", index)
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.manual_seed(args.seed)
+        self.model = make_model().to(self.device)
+        self.averaged = make_model().to(self.device).requires_grad_(False)
+        self.averaged.load_state_dict(self.model.state_dict())
+        self.averaged.eval()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        vectors = [p for p in self.parameters if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=args.lr,
+            betas=(0.9, 0.95),
+            fused=self.device.type == "cuda",
+        )
+        # Untrained parameters that a forward moves all the same (codebooks); the rest of the frozen ones stay put.
+        moved = {id(b.weight) for b in self.model.modules() if isinstance(b, Codebook)}
+        self.follow: Callable[[Tensor], bool] = lambda p: id(p) in moved
+        self.begin = 0
+        self.writer: Any = None
+        if self.rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+        if args.resume:
+            self._load()
+
+    # ---- checkpoints
+
+    @property
+    def _path(self) -> Path:
+        return self.args.out / "last.pt"
+
+    def _save(self, step: int) -> None:
+        if self.rank:
+            return
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self._path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self._path)
+
+    def _load(self) -> None:
+        if not self._path.is_file():
+            raise fail(f"--resume: no checkpoint {self._path}")
+        state = torch.load(self._path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.begin = state["step"]
+
+    # ---- steps
+
+    def autocast(self) -> torch.autocast:
+        """Context of a forward in the precision asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def compiled(self, function: Callable) -> Callable:
+        """The function, compiled if that was asked for."""
+        return torch.compile(function) if self.args.compile else function
+
+    def _rate(self, step: int) -> float:
+        warmup, steps = self.args.warmup, self.args.steps
+        if step < warmup:
+            return self.args.lr * (step + 1) / warmup
+        return self.args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+    def _average_gradients(self) -> None:
+        """Mean over the ranks in one flat all-reduce: so few parameters take less time than many buckets' launches."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world
+        begin = 0
+        for p in self.parameters:
+            p.grad = flat[begin : begin + p.numel()].view(p.shape)
+            begin += p.numel()
+
+    @torch.no_grad()
+    def _average_weights(self, step: int) -> None:
+        decay = min(self.args.ema, (step + 1) / (step + 10))
+        pairs = list(zip(self.averaged.parameters(), self.model.parameters(), strict=True))
+        moving = [(a, p) for a, p in pairs if p.requires_grad]
+        torch._foreach_lerp_([a for a, _ in moving], [p for _, p in moving], 1 - decay)
+        # Codebooks and their statistics are averages already.
+        for a, p in [(a, p) for a, p in pairs if not p.requires_grad and self.follow(p)]:
+            a.copy_(p)
+        for a, b in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+            a.copy_(b)
+
+    def train(
+        self,
+        losses: Callable[[int, int], dict[str, Tensor]],
+        validate: Callable[[nn.Module], tuple[dict[str, Any], dict[str, float]]],
+    ) -> bool:
+        """Run to the last step.
+
+        Args:
+            losses: (step, part) to scalars, of which "loss" is minimised.
+            validate: the averaged model to PIL images and figures by name, written to `--out` and TensorBoard.
+
+        Returns:
+            True if the run is complete, False if `--minutes` ended it early.
+        """
+        args, started = self.args, time.monotonic()
+        if self.rank == 0:
+            self.writer = self._tensorboard()
+        bar = tqdm(
+            total=args.steps, initial=self.begin, unit="step", disable=bool(self.rank), file=sys.stderr, mininterval=2
+        )
+        complete = True
+        for step in range(self.begin, args.steps):
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + self.rank)
+            self.model.train()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(step)
+            self.optimizer.zero_grad(set_to_none=True)
+            seen: dict[str, Tensor] = {}
+            for part in range(args.accumulate):
+                values = losses(step, part)
+                (values["loss"] / args.accumulate).backward()
+                for name, value in values.items():
+                    seen[name] = seen.get(name, 0) + value.detach() / args.accumulate
+            if self.world > 1:
+                self._average_gradients()
+            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self._average_weights(step)
+            done = step + 1
+            bar.update()
+            if done % 50 == 0 or done == args.steps:
+                self._report(done, {**seen, "gradient_norm": norm}, bar, done - self.begin, started)
+            over = (
+                args.minutes is not None
+                and done % 10 == 0
+                and self._agree(time.monotonic() - started > 60 * args.minutes)
+            )
+            if (done % args.sheet_every == 0 or done == args.steps or over) and self.rank == 0:
+                self._validate(done, validate)
+            if done % args.save_every == 0 or done == args.steps or over:
+                self._save(done)
+            if over and done < args.steps:
+                complete = False
+                break
+        bar.close()
+        if self.writer is not None:
+            self.writer.close()
+        return complete
+
+    def _tensorboard(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            print("unifiedar train: tensorboard is not installed; scalars go to log.jsonl alone", file=sys.stderr)
+            return None
+        return SummaryWriter(str(self.args.out / "tensorboard"), purge_step=self.begin)
+
+    def _agree(self, over: bool) -> bool:
+        """The same answer on every rank: clocks differ, and a rank that stops alone leaves the others waiting."""
+        if self.world == 1:
+            return over
+        flag = torch.tensor(float(over), device=self.device)
+        dist.broadcast(flag, 0)
+        return bool(flag)
+
+    def _report(self, done: int, values: dict[str, Tensor], bar: tqdm, steps: int, started: float) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        if not math.isfinite(numbers["loss"]):
+            raise fail(f"loss is {numbers['loss']} at step {done}; lower --lr, or --resume from {self._path}")
+        if self.rank:
+            return
+        rate = steps * self.args.batch * self.world / (time.monotonic() - started)
+        bar.set_postfix_str(
+            " ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f" {rate:.0f} pictures/s", refresh=False
+        )
+        self._log(done, {**numbers, "learning_rate": self._rate(done - 1), "pictures_per_second": rate})
+
+    def _log(self, done: int, numbers: dict[str, float]) -> None:
+        with (self.args.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps({"step": done, **{k: float(f"{v:.6g}") for k, v in numbers.items()}}) + "\n")
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, done)
+
+    def _validate(self, done: int, validate: Callable[[nn.Module], tuple[dict[str, Any], dict[str, float]]]) -> None:
+        images, figures = validate(self.averaged)
+        self._log(done, figures)
+        tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr)
+        for name, image in images.items():
+            image.save(self.args.out / f"{name}.png")
+            if self.writer is not None:
+                self.writer.add_image(name, np.asarray(image), done, dataformats="HWC")
