@@ -12,64 +12,99 @@ constexpr int kLevels = 4;   // codebook rows of one output row that a thread ha
 constexpr int kRows = 2;     // output rows that a thread works on at a time
 constexpr int kEntries = 4;  // gradient rows that a thread has in flight
 
-// A block is blockDim.x packs wide and blockDim.y rows high; a thread owns the packs threadIdx.x, threadIdx.x + blockDim.x, ...
-// of its rows. All lanes that share a row read the same code, which is one broadcast.
+// Sums of kRows rows of the lookup at one pack of channels. Loads come first, so that they are in flight together. Addresses
+// are kept in bytes: a gathered row's is then one multiply-add.
+template <typename T, int kVec, bool kCumulative>
+struct LookupTile {
+  const LookupArgs& args;
+  const int64_t (&row)[kRows];
+  const int64_t* codes[kRows];  // at the next level
+  const char* table;            // the next level's codebook, at the tile's channels
+  T* out[kRows];                // the next row to be written, at the tile's channels
+  float sum[kRows][kVec] = {};
+
+  __device__ __forceinline__ LookupTile(const LookupArgs& args, const int64_t (&row)[kRows], int channel)
+      : args(args), row(row), table(static_cast<const char*>(args.codebook) + channel * sizeof(T)) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      codes[r] = args.codes + row[r] * args.depth;
+      out[r] = static_cast<T*>(args.out) + row[r] * (kCumulative ? args.depth : 1) * args.channels + channel;
+    }
+  }
+
+  // Adds kCount levels. kKnown promises that all rows are inside and all codes in the codebook, and needs no predicates.
+  template <int kCount, bool kKnown>
+  __device__ __forceinline__ void add(const int64_t (&code)[kRows][kCount]) {
+    Pack<T, kVec> part[kRows][kCount];
+#pragma unroll
+    for (int l = 0; l < kCount; ++l) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (kKnown || uint64_t(code[r][l]) < args.num_codes)
+          part[r][l].load(reinterpret_cast<const T*>(table + uint64_t(uint32_t(code[r][l])) * args.book_entry_bytes));
+        else
+          part[r][l].clear();
+      }
+      table += args.book_level_bytes;
+    }
+#pragma unroll
+    for (int l = 0; l < kCount; ++l) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        part[r][l].add_to(sum[r]);
+        if constexpr (kCumulative) {
+          if (kKnown || row[r] < args.rows) store(r);
+          out[r] += args.channels;
+        }
+      }
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void step() {
+    int64_t code[kRows][kCount];
+    bool known = true;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int l = 0; l < kCount; ++l) code[r][l] = row[r] < args.rows ? __ldg(codes[r] + l) : -1;
+      codes[r] += kCount;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int l = 0; l < kCount; ++l) known &= uint64_t(code[r][l]) < args.num_codes;
+    }
+    if (known)
+      add<kCount, true>(code);
+    else
+      add<kCount, false>(code);
+  }
+
+  __device__ __forceinline__ void store(int r) const {
+    Pack<T, kVec> rounded;
+    rounded.set(sum[r]);
+    rounded.store_streaming(out[r]);
+  }
+};
+
+// A block is blockDim.x packs wide and kRows * blockDim.y rows high; a thread owns the packs threadIdx.x,
+// threadIdx.x + blockDim.x, ... of its rows. Lanes that share a row read the same code, which is one broadcast.
 template <typename T, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads) residual_lookup_kernel(const LookupArgs args) {
-  const T* const codebook = static_cast<const T*>(args.codebook);
-  T* const out = static_cast<T*>(args.out);
-  const int64_t stride = int64_t(gridDim.x) * blockDim.y * kRows;
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.y * kRows + threadIdx.y; first < args.rows; first += stride) {
-    for (int64_t channel = int64_t(threadIdx.x) * kVec; channel < args.channels; channel += int64_t(blockDim.x) * kVec) {
-      float sum[kRows][kVec] = {};
-      for (int level = 0; level < args.depth; level += kLevels) {
-        int64_t code[kRows][kLevels];
+  int64_t row[kRows];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t row = first + r * blockDim.y;
+  for (int r = 0; r < kRows; ++r) row[r] = (int64_t(blockIdx.x) * kRows + r) * blockDim.y + threadIdx.y;
+  if (row[0] >= args.rows) return;
+  for (int channel = threadIdx.x * kVec; channel < args.channels; channel += blockDim.x * kVec) {
+    LookupTile<T, kVec, kCumulative> tile(args, row, channel);
+    int level = 0;
+    for (; level + kLevels <= args.depth; level += kLevels) tile.template step<kLevels>();
+    for (; level < args.depth; ++level) tile.template step<1>();
+    if constexpr (!kCumulative) {
 #pragma unroll
-          for (int l = 0; l < kLevels; ++l) {
-            const bool inside = row < args.rows && level + l < args.depth;
-            code[r][l] = inside ? __ldg(args.codes + row * args.codes_row + (level + l) * args.codes_level) : -1;
-          }
-        }
-        Pack<T, kVec> part[kRows][kLevels];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-          for (int l = 0; l < kLevels; ++l) {
-            part[r][l].clear();
-            if (uint64_t(code[r][l]) < uint64_t(args.num_codes))
-              part[r][l].load(codebook + (level + l) * args.book_level + code[r][l] * args.book_entry + channel);
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t row = first + r * blockDim.y;
-#pragma unroll
-          for (int l = 0; l < kLevels; ++l) {
-            part[r][l].add_to(sum[r]);
-            if constexpr (kCumulative) {
-              if (row < args.rows && level + l < args.depth) {
-                Pack<T, kVec> rounded;
-                rounded.set(sum[r]);
-                rounded.store_streaming(out + (row * args.depth + level + l) * args.channels + channel);
-              }
-            }
-          }
-        }
-      }
-      if constexpr (!kCumulative) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t row = first + r * blockDim.y;
-          if (row < args.rows) {
-            Pack<T, kVec> rounded;
-            rounded.set(sum[r]);
-            rounded.store_streaming(out + row * args.channels + channel);
-          }
-        }
-      }
+      for (int r = 0; r < kRows; ++r)
+        if (row[r] < args.rows) tile.store(r);
     }
   }
 }
@@ -81,7 +116,7 @@ __device__ __forceinline__ int64_t row_of(int64_t index, int depth) {
 
 // Adds the gradients of the sorted entries [begin, end) at one pack of channels, in that order.
 template <typename T, int kVec, bool kCumulative>
-__device__ __forceinline__ void add_entries(const LookupBackwardArgs& args, int64_t begin, int64_t end, int64_t channel,
+__device__ __forceinline__ void add_entries(const LookupBackwardArgs& args, int64_t begin, int64_t end, int channel,
                                             float (&sum)[kVec]) {
   const T* const grad = static_cast<const T*>(args.grad) + channel;
   if constexpr (kCumulative) {
@@ -153,9 +188,9 @@ __device__ __forceinline__ void add_partial(const float* from, float (&sum)[kVec
 template <typename T, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads) residual_lookup_partial_kernel(const LookupBackwardArgs args) {
   const int64_t chunk = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t low = chunk * args.chunk;
+  const int64_t low = chunk << args.chunk_log2;
   if (low >= args.entries) return;
-  const int64_t high = min(low + args.chunk, args.entries);
+  const int64_t high = min(low + (int64_t(1) << args.chunk_log2), args.entries);
   const int32_t first = __ldg(args.keys + low), last = __ldg(args.keys + high - 1);
   const int64_t head_end = first < args.tables && __ldg(args.begins + first) < low
                                ? min(high, __ldg(args.begins + first + 1))
@@ -165,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) residual_lookup_partial_kernel(const
     const int64_t begin = __ldg(args.begins + last);
     if (begin >= low) tail_begin = begin;
   }
-  for (int64_t channel = int64_t(threadIdx.x) * kVec; channel < args.channels; channel += int64_t(blockDim.x) * kVec) {
+  for (int channel = threadIdx.x * kVec; channel < args.channels; channel += blockDim.x * kVec) {
     float* const partial = args.partial + chunk * 2 * args.channels + channel;
     if (head_end > low) {
       float sum[kVec] = {};
@@ -183,25 +218,24 @@ __global__ void __launch_bounds__(kThreads) residual_lookup_partial_kernel(const
 // One row of threads per codebook row: the sum of its entries, or of its parts in the order of the chunks.
 template <typename T, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads) residual_lookup_backward_kernel(const LookupBackwardArgs args) {
-  const int64_t stride = int64_t(gridDim.x) * blockDim.y;
-  for (int64_t entry = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; entry < args.tables; entry += stride) {
-    const int64_t begin = __ldg(args.begins + entry), end = __ldg(args.begins + entry + 1);
-    // Segments are cut at multiples of the chunk; an empty one lies in no chunk.
-    const int64_t first = begin / args.chunk, last = end > begin ? (end - 1) / args.chunk : first;
-    for (int64_t channel = int64_t(threadIdx.x) * kVec; channel < args.channels; channel += int64_t(blockDim.x) * kVec) {
-      float sum[kVec] = {};
-      if (first == last) {
-        add_entries<T, kVec, kCumulative>(args, begin, end, channel, sum);
-      } else {
-        const float* const partial = args.partial + channel;
-        add_partial(partial + (first * 2 + 1) * args.channels, sum);
+  const int64_t entry = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (entry >= args.tables) return;
+  const int64_t begin = __ldg(args.begins + entry), end = __ldg(args.begins + entry + 1);
+  // Segments are cut at multiples of the chunk; an empty one lies in no chunk.
+  const int64_t first = begin >> args.chunk_log2, last = end > begin ? (end - 1) >> args.chunk_log2 : first;
+  for (int channel = threadIdx.x * kVec; channel < args.channels; channel += blockDim.x * kVec) {
+    float sum[kVec] = {};
+    if (first == last) {
+      add_entries<T, kVec, kCumulative>(args, begin, end, channel, sum);
+    } else {
+      const float* const partial = args.partial + channel;
+      add_partial(partial + (first * 2 + 1) * args.channels, sum);
 #pragma unroll 4
-        for (int64_t chunk = first + 1; chunk <= last; ++chunk) add_partial(partial + chunk * 2 * args.channels, sum);
-      }
-      Pack<T, kVec> rounded;
-      rounded.set(sum);
-      rounded.store_streaming(static_cast<T*>(args.out) + entry * args.channels + channel);
+      for (int64_t chunk = first + 1; chunk <= last; ++chunk) add_partial(partial + chunk * 2 * args.channels, sum);
     }
+    Pack<T, kVec> rounded;
+    rounded.set(sum);
+    rounded.store_streaming(static_cast<T*>(args.out) + entry * args.channels + channel);
   }
 }
 
@@ -213,9 +247,10 @@ dim3 block_of(int channels, int vec) {
   return dim3(width, std::max(1, kThreads / width));
 }
 
-// Rows beyond the largest grid are reached by the kernels' loops.
+// Blocks for so many rows; 0 where a grid cannot have that many.
 unsigned grid_of(int64_t rows, int64_t rows_per_block) {
-  return unsigned(std::min<int64_t>((rows + rows_per_block - 1) / rows_per_block, INT32_MAX));
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+  return blocks <= INT32_MAX ? unsigned(blocks) : 0;
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -224,6 +259,7 @@ template <typename T, int kVec>
 cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream) {
   const dim3 block = block_of(args.channels, kVec);
   const unsigned grid = grid_of(args.rows, int64_t(block.y) * kRows);
+  if (grid == 0) return cudaErrorInvalidConfiguration;
   if (cumulative) {
     residual_lookup_kernel<T, kVec, true><<<grid, block, 0, stream>>>(args);
   } else {
@@ -235,7 +271,7 @@ cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream)
 template <typename T>
 cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream) {
   constexpr int kVec = kPackOf<T>;
-  const bool packed = args.channels % kVec == 0 && args.book_entry % kVec == 0 && args.book_level % kVec == 0 &&
+  const bool packed = args.channels % kVec == 0 && args.book_entry_bytes % 16 == 0 && args.book_level_bytes % 16 == 0 &&
                       aligned(args.codebook) && aligned(args.out);
   return packed ? lookup<T, kVec>(args, cumulative, stream) : lookup<T, 1>(args, cumulative, stream);
 }
@@ -243,14 +279,14 @@ cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream)
 template <typename T, int kVec, bool kCumulative>
 cudaError_t lookup_backward(const LookupBackwardArgs& args, cudaStream_t stream) {
   const dim3 block = block_of(args.channels, kVec);
-  const int64_t chunks = (args.entries + args.chunk - 1) / args.chunk;
+  const int64_t chunks = (args.entries + (int64_t(1) << args.chunk_log2) - 1) >> args.chunk_log2;
+  const unsigned cut = grid_of(chunks, block.y), whole = grid_of(args.tables, block.y);
+  if ((chunks > 1 && cut == 0) || whole == 0) return cudaErrorInvalidConfiguration;
   if (chunks > 1) {
-    const int64_t blocks = (chunks + block.y - 1) / block.y;
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    residual_lookup_partial_kernel<T, kVec, kCumulative><<<unsigned(blocks), block, 0, stream>>>(args);
+    residual_lookup_partial_kernel<T, kVec, kCumulative><<<cut, block, 0, stream>>>(args);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  residual_lookup_backward_kernel<T, kVec, kCumulative><<<grid_of(args.tables, block.y), block, 0, stream>>>(args);
+  residual_lookup_backward_kernel<T, kVec, kCumulative><<<whole, block, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,4 @@
-// Launchers of the family `codes`: raw device pointers, sizes, strides in elements and a stream. They allocate nothing,
+// Launchers of the family `codes`: raw device pointers, sizes, strides and a stream. They allocate nothing,
 // never synchronise and return the launch's status.
 #pragma once
 
@@ -12,12 +12,11 @@ namespace unifiedar {
 
 // Sums of codebook rows over depth, or their running sums.
 struct LookupArgs {
-  const int64_t* codes;   // [rows, depth] with strides codes_row, codes_level; outside [0, num_codes) adds nothing
-  const void* codebook;   // [depth, num_codes, channels] with strides book_level (0: shared), book_entry, 1
+  const int64_t* codes;   // [rows, depth], contiguous; a code outside [0, num_codes) adds nothing
+  const void* codebook;   // [depth, num_codes, channels] with strides book_level_bytes (0: shared), book_entry_bytes, one element
   void* out;              // [rows, channels], or [rows, depth, channels] if cumulative; contiguous
-  int64_t codes_row, codes_level;
-  int64_t book_level, book_entry;
-  int64_t rows, num_codes;
+  int64_t rows, book_level_bytes;
+  uint32_t num_codes, book_entry_bytes;
   int depth, channels;
 };
 cudaError_t launch_residual_lookup(const LookupArgs& args, DType dtype, bool cumulative, cudaStream_t stream);
@@ -31,10 +30,10 @@ struct LookupBackwardArgs {
   const int64_t* order;   // [entries]: row * depth + level of each entry
   const int32_t* keys;    // [entries], ascending: codebook row of each entry; `tables` marks an entry to be left out
   const int64_t* begins;  // [tables + 1]: where each codebook row's entries begin
-  float* partial;         // [ceil(entries / chunk), 2, channels], workspace
+  float* partial;         // [ceil(entries / 2^chunk_log2), 2, channels], workspace
   void* out;              // [tables, channels], contiguous
-  int64_t entries, tables, chunk;
-  int depth, channels;
+  int64_t entries, tables;
+  int chunk_log2, depth, channels;
 };
 cudaError_t launch_residual_lookup_backward(const LookupBackwardArgs& args, DType dtype, bool cumulative,
                                             cudaStream_t stream);

@@ -52,21 +52,26 @@ int int_of(int64_t size) {
   return static_cast<int>(size);
 }
 
+uint32_t word_of(int64_t size) {
+  STD_TORCH_CHECK(size >= 0 && size <= UINT32_MAX, "needs a size or stride below 2^32, got ", size);
+  return static_cast<uint32_t>(size);
+}
+
 void residual_lookup(const Tensor& codes, const Tensor& codebook, Tensor out, bool cumulative) {
-  STD_TORCH_CHECK(codes.dim() == 2 && codebook.dim() >= 2 && codebook.dim() <= 3 && out.is_contiguous(),
-                  "residual_lookup_cuda: needs codes [rows, depth], codebook [(depth,) codes, channels], contiguous out");
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codebook.dim() >= 2 && codebook.dim() <= 3 &&
+                      out.is_contiguous(),
+                  "residual_lookup_cuda: needs contiguous codes [rows, depth] and out, codebook [(depth,) codes, channels]");
   const bool shared = codebook.dim() == 2;
   const int64_t entries = codebook.dim() - 2;
   LookupArgs args;
   args.codes = codes.const_data_ptr<int64_t>();
   args.codebook = codebook.data_ptr();
   args.out = out.data_ptr();
-  args.codes_row = codes.stride(0);
-  args.codes_level = codes.stride(1);
-  args.book_level = shared ? 0 : codebook.stride(0);
-  args.book_entry = codebook.stride(entries);
+  const int64_t bytes = codebook.element_size();
+  args.book_level_bytes = shared ? 0 : codebook.stride(0) * bytes;
+  args.book_entry_bytes = word_of(codebook.stride(entries) * bytes);
   args.rows = codes.size(0);
-  args.num_codes = codebook.size(entries);
+  args.num_codes = word_of(codebook.size(entries));
   args.depth = int_of(codes.size(1));
   args.channels = int_of(codebook.size(entries + 1));
   STD_TORCH_CHECK(shared || codebook.size(0) == args.depth, "residual_lookup_cuda: codes and codebook differ in depth");
@@ -80,7 +85,7 @@ void residual_lookup(const Tensor& codes, const Tensor& codebook, Tensor out, bo
 }
 
 void residual_lookup_backward(const Tensor& grad, const Tensor& order, const Tensor& keys, const Tensor& begins,
-                              int64_t depth, bool cumulative, int64_t chunk, Tensor partial, Tensor out) {
+                              int64_t depth, bool cumulative, int64_t chunk_log2, Tensor partial, Tensor out) {
   STD_TORCH_CHECK(grad.is_contiguous() && order.is_contiguous() && keys.is_contiguous() && begins.is_contiguous() &&
                       partial.is_contiguous() && out.is_contiguous() && out.dim() == 2,
                   "residual_lookup_backward_cuda: needs contiguous tensors and out [tables, channels]");
@@ -93,13 +98,13 @@ void residual_lookup_backward(const Tensor& grad, const Tensor& order, const Ten
   args.out = out.data_ptr();
   args.entries = order.numel();
   args.tables = out.size(0);
-  args.chunk = chunk;
+  args.chunk_log2 = int_of(chunk_log2);
   args.depth = int_of(depth);
   args.channels = int_of(out.size(1));
-  STD_TORCH_CHECK(depth > 0 && chunk > 0 && keys.numel() == args.entries && begins.numel() == args.tables + 1 &&
+  STD_TORCH_CHECK(depth > 0 && chunk_log2 < 32 && keys.numel() == args.entries && begins.numel() == args.tables + 1 &&
                       out.scalar_type() == grad.scalar_type() &&
                       grad.numel() == args.entries / (cumulative ? 1 : depth) * args.channels &&
-                      partial.numel() >= (args.entries + chunk - 1) / chunk * 2 * args.channels,
+                      partial.numel() >= ((args.entries + (int64_t(1) << chunk_log2) - 1) >> chunk_log2) * 2 * args.channels,
                   "residual_lookup_backward_cuda: sizes do not match");
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   STD_CUDA_CHECK(launch_residual_lookup_backward(args, dtype_of(grad), cumulative, current_stream(grad)));
