@@ -21,6 +21,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -100,7 +101,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: config.json is missing, damaged or no JSON object.
     """
     path = Path(path)
-    return _read_json(path / CONFIG if path.is_dir() else path.with_name(CONFIG))
+    config = path / CONFIG if path.is_dir() else path.with_name(CONFIG)
+    if path.exists() and not config.exists():
+        where = "in it" if path.is_dir() else "beside it"
+        raise CheckpointError(f"{path}: not a checkpoint of this package; there is no {CONFIG} {where}")
+    return _read_json(config)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -278,10 +283,15 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # on garbage the restricted unpickler raises whatever its opcodes stumble on
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            cause = "holds more than tensors and is not unpickled, for that could run code; convert it to safetensors"
+        # The restricted unpickler's first line is advice to drop the restriction.
+        text = "unreadable opcodes" if "weights_only" in str(error) else _first_line(error)
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign is not None:
+            cause = f"asks for {foreign[1]} and not only for tensors; it is not unpickled, since that could run code"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            cause = "does not fit into memory"
         else:
-            cause = f"truncated, or not a PyTorch file ({_first_line(error)}); fetch it again"
+            cause = f"truncated, or not a PyTorch file ({text}); fetch it again"
         raise CheckpointError(f"{path}: {cause}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -1,8 +1,8 @@
 """The command `unifiedar`: draw, describe and reconstruct pictures, and the way in to training, data and benchmarks.
 
-Results go to stdout, everything said about them to stderr. Exit codes: 0 all went well; 1 something failed, each failure
-one line on stderr (several inputs: the others are still done); 2 the command line is wrong; 130 interrupted.
-UNIFIEDAR_DEBUG=1 shows tracebacks.
+Results go to stdout, everything said about them to stderr. Exit codes: 0 all went well; 1 something failed, with one
+line on stderr for each failure (of several inputs the others are still done); 2 the command line is wrong;
+130 interrupted. UNIFIEDAR_DEBUG=1 shows tracebacks.
 
 With ``--json``, stdout is one JSON document::
 
@@ -13,11 +13,11 @@ With ``--json``, stdout is one JSON document::
      "grid": str | null}                          the contact sheet's file
 
     generate:     {"prompt": str, "seed": int, "output": str | null}
-    describe:     {"input": str, "notes": [str], "answers": [{"text": str, "log_probability": float}]}, best answer first
+    describe:     {"input": str, "notes": [str], "answers": [{"text": str, "log_probability": float}]}, best first
     reconstruct:  {"input": str, "notes": [str], "output": str | null, "psnr": float | null, "codes": [h][w][D] int}
 
-`notes` say how a picture was changed to fit the model; `psnr` is in dB, null if the pictures are equal; `output` is null if
-only a contact sheet was asked for. Seed s of a picture draws it again by itself: ``--seed s``.
+`notes` say how a picture was changed to fit the model; `psnr` is in dB, null if the pictures are equal; `output` is
+null if only a contact sheet was asked for. A picture's `seed`, given as ``--seed``, draws that picture alone again.
 """
 
 import argparse
@@ -39,8 +39,7 @@ __all__ = ["main"]
 DEFAULT_MODEL = "emoji"
 MAX_SEED = 2**32 - 1
 
-# From this size on, weights take half the memory on a GPU. Below it they are float32 everywhere, and a seed draws the same
-# picture on any device.
+# From this size on, weights are held as bfloat16 to fit. Below it they are float32, which is fastest on a CPU.
 LARGE_CHECKPOINT_BYTES = 2_000_000_000
 
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -98,23 +97,30 @@ def _dispatch(argv: list[str]) -> int:
         from unifiedar import quality
 
         return quality.main(argv[2:])
-    args = _parser().parse_args(argv)
-    if args.command == "bench":
-        args.parser.error(
-            f"argument NAME: must be 'quality', got {args.name!r}; speed is measured from a checkout: python -m bench"
-        )
+    parser, commands = _parsers()
+    command = commands.get(argv[0]) if argv else None
+    if command is None:
+        parser.parse_args(argv)  # --help, --version, or an error
+        return 2
+    if argv[0] == "bench":
+        args = command.parse_args(argv[1:2])
+        command.error(f"must be 'quality', got {args.name!r}; speed is measured in a checkout: python -m bench")
+    args = command.parse_intermixed_args(argv[1:])  # options may stand between the inputs
     report = _Report(args)
     try:
         args.run(args, report)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         report.fail(None, _explain(error, args))
     return report.finish()
 
 
-# --------------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser that knows all commands by name, and the parser of each."""
     import unifiedar
 
     parser = argparse.ArgumentParser(
@@ -161,12 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     bench = _command(commands, "bench", None, "measure a model's quality")
     bench.add_argument("name", metavar="NAME", help="quality")
-    return parser
+    return parser, commands.choices
 
 
 def _command(commands: Any, name: str, run: Callable | None, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-    parser.set_defaults(run=run, parser=parser)
+    parser.set_defaults(command=name, run=run, parser=parser)
     return parser
 
 
@@ -223,16 +229,16 @@ def _number(low: float, high: float) -> Callable[[str], float]:
 
 
 def _device_name(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
     return text
 
 
-# --------------------------------------------------------------------------------------------------------------- reporting
+# ------------------------------------------------------------------------------------------------------------ reporting
 
 
 class _Report:
-    """What a command has to say: results and errors for stdout (as JSON) or line by line, notes and progress for stderr."""
+    """What a command has to say: results for stdout, line by line or as JSON; errors, notes and progress for stderr."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -262,7 +268,7 @@ class _Report:
         from tqdm import tqdm
 
         hidden = total < 2 or self.args.json or self.args.quiet or not sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=self.args.command, unit="picture", disable=hidden, file=sys.stderr)
+        self._bar = tqdm(total=total, desc=self.args.command, unit=" pictures", disable=hidden, file=sys.stderr)
         return self._bar
 
     def finish(self) -> int:
@@ -280,6 +286,8 @@ class _Report:
         return 1 if self.errors else 0
 
     def _write(self, line: str, stream: Any) -> None:
+        encoding = stream.encoding or "utf-8"  # file names may hold bytes that are no text
+        line = line.encode(encoding, "backslashreplace").decode(encoding)
         if self._bar is not None and not self._bar.disable:
             self._bar.write(line, file=stream)  # above the bar
         else:
@@ -314,7 +322,7 @@ def _explain(error: Exception, args: argparse.Namespace | None = None) -> str:
     return f"{type(error).__name__}: {text[:300]} (UNIFIEDAR_DEBUG=1 shows where)"
 
 
-# ---------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------------------- commands
 
 
 def _generate(args: argparse.Namespace, report: _Report) -> None:
@@ -393,9 +401,9 @@ def _reconstruct(args: argparse.Namespace, report: _Report) -> None:
         return
     outputs = dict(zip(paths, _outputs(args, [path.stem for path in paths]), strict=True))
     sources = {path.resolve() for path in paths}
-    for output in outputs.values():
+    for output in (*outputs.values(), args.grid and Path(args.grid)):
         if output is not None and output.resolve() in sources:
-            args.parser.error(f"argument -o: {output} would replace a picture that is read; choose another folder")
+            args.parser.error(f"{output} would replace a picture that is read; write to another folder")
     model = _load(args, report)
     pairs: list[Tensor] = []
     labels: list[str] = []
@@ -427,19 +435,25 @@ def _load(args: argparse.Namespace, report: _Report) -> Any:
 
     path = checkpoints.resolve(args.model)
     device = _device(args.device)
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
     large = sum(file.stat().st_size for file in files) >= LARGE_CHECKPOINT_BYTES
-    dtype = torch.bfloat16 if large and device != "cpu" else torch.float32
-
-    model = _from_checkpoint(args.model, device, dtype)
+    try:
+        model = _from_checkpoint(path, device, torch.bfloat16 if large else torch.float32)
+    except (checkpoints.CheckpointError, torch.OutOfMemoryError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # a configuration or a tokenizer with odd values fails wherever these are used first
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CommandError(f"{path}: not a checkpoint that can be loaded ({cause})") from error
+    if args.command != "reconstruct" and model.tokenizer is None:
+        raise CommandError(f"{path}: has no tokenizer.json, without which it cannot {args.command}")
     report.device = device
     return model
 
 
-def _from_checkpoint(name: str, device: str, dtype: Any) -> Any:
+def _from_checkpoint(path: Path, device: str, dtype: Any) -> Any:
     from unifiedar.models import VILAU
 
-    return VILAU.from_checkpoint(name, device=device, dtype=dtype)
+    return VILAU.from_checkpoint(path, device=device, dtype=dtype)
 
 
 def _device(name: str) -> str:
@@ -457,7 +471,7 @@ def _device(name: str) -> str:
     return f"cuda:{index}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 def _read_prompts(name: str) -> list[str]:
@@ -560,7 +574,7 @@ def _steps(bar: Any, pictures: int, steps: int) -> Callable[[int], None]:
     return advance
 
 
-# ----------------------------------------------------------------------------------------------------------------- outputs
+# -------------------------------------------------------------------------------------------------------------- outputs
 
 
 def _slug(prompt: str) -> str:
@@ -570,7 +584,7 @@ def _slug(prompt: str) -> str:
 
 
 def _outputs(args: argparse.Namespace, names: Sequence[str]) -> list[Path | None]:
-    """The file of each picture, its folder made and tried: OUT itself if it is a .png, else OUT/<name>.png.
+    """The file of each picture, in a place that can be written to: OUT itself if it is a .png, else OUT/<name>.png.
 
     Names that come up again get -2, -3 and so on. All None if only a contact sheet was asked for.
     """
@@ -591,6 +605,8 @@ def _outputs(args: argparse.Namespace, names: Sequence[str]) -> list[Path | None
     if out.suffix.lower() == ".png" and not out.is_dir() and not args.output.endswith("/"):
         if len(names) != 1:
             args.parser.error(f"argument -o: must be a folder for {len(names)} pictures, got the file {args.output!r}")
+        if args.grid is not None and out.resolve() == Path(args.grid).resolve():
+            args.parser.error(f"argument --grid: must be another file than -o, got {args.grid!r}")
         _require_writable(out.parent)
         return [out]
     _require_writable(out)
@@ -607,24 +623,25 @@ def _outputs(args: argparse.Namespace, names: Sequence[str]) -> list[Path | None
 
 
 def _require_writable(folder: Path) -> None:
-    """Makes the folder; a picture that took long to draw should not fail for want of a place."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"{folder}: cannot be made a folder: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CommandError(f"{folder}: cannot be written to: permission denied")
+    """Tells before any work whether the folder is there, or can be made, and written to."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise CommandError(f"{nearest}: a file, where a folder is needed")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CommandError(f"{nearest}: cannot be written to: permission denied")
 
 
-def _write(report: _Report, source: str, picture: "Tensor", output: Path | None) -> bool:
+def _write(report: _Report, source: str | None, picture: Any, output: Path | None) -> bool:
+    """Writes a tensor or a Pillow image, and makes the folder; a failure is reported and makes this False."""
     from unifiedar import images
 
     if output is None:
         return True
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         images.write_png(picture, output)
-    except images.ImageError as error:
-        report.fail(source, str(error))
+    except (images.ImageError, OSError) as error:
+        report.fail(source, _explain(error))
         return False
     return True
 
@@ -638,12 +655,10 @@ def _write_grid(
 ) -> None:
     from unifiedar import images
 
-    if not pictures:
-        return
-    images.write_png(images.contact_sheet(pictures, columns, labels), args.grid)
-    report.grid = args.grid
-    if not args.quiet and not args.json:
-        print(args.grid)
+    if pictures and _write(report, None, images.contact_sheet(pictures, columns, labels), Path(args.grid)):
+        report.grid = args.grid
+        if not args.quiet and not args.json:
+            print(args.grid)
 
 
 def _answer_lines(path: Path, answers: Sequence[dict[str, Any]], pictures: int) -> str:

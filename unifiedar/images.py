@@ -57,7 +57,7 @@ def read_image(path: str | os.PathLike[str], size: int) -> Picture:
         `Picture`.
 
     Raises:
-        ImageError: the file is missing, no picture, truncated, of more than 100 million pixels, of less than 8 pixels on
+        ImageError: the file is missing, no picture, truncated, of more than 100 million pixels, of less than 8 pixels
             a side, or of floating-point values.
     """
     path = Path(path)
@@ -74,6 +74,8 @@ def read_image(path: str | os.PathLike[str], size: int) -> Picture:
         raise ImageError(f"{path}: not a picture in a format that is read ({', '.join(_FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: has more than {MAX_PIXELS} pixels") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: does not fit into memory") from error
     except Exception as error:  # decoders fed garbage raise whatever they stumble on, SyntaxError and struct.error too
         cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ImageError(f"{path}: truncated or damaged ({cause})") from error
