@@ -1,4 +1,4 @@
-"""Fails unless the installed wheel's CUDA library opens beside a CPU-only torch, and info calls no GPU backend usable."""
+"""Fails unless the wheel's CUDA library opens beside a CPU-only torch, and info calls no GPU backend usable."""
 
 import json
 import subprocess
