@@ -372,8 +372,8 @@ def _is_str_dict(value: object) -> TypeGuard[dict[str, str]]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
+    text = (str(error).strip().splitlines() or [""])[0][:160]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()  # a KeyError's text is a bare key
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
