@@ -20,6 +20,13 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import toolchain  # noqa: E402
 
 
+def remove_libraries(package: Path, keep: tuple[str, ...] = ()) -> None:
+    """Deletes what an earlier build left in the package: in an editable install it would still be loaded."""
+    for old in [*package.glob("_C.so"), *package.glob("_inspect*.so")]:
+        if old.name not in keep:
+            old.unlink()
+
+
 def record_no_library(package: Path, reason: str | None) -> None:
     """Leaves the reason for a missing library where `unifiedar info` reads it."""
     (package / "_build.json").write_text(json.dumps({"library": False, "reason": reason}, indent=1) + "\n")
@@ -32,8 +39,7 @@ class BuildPackage(build_py):
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "unifiedar"
         if not toolchain.library_wanted():
-            for library in package.glob("_C.so"):
-                library.unlink()  # an earlier editable build's
+            remove_libraries(package)
             record_no_library(package, toolchain.why_no_library())
 
 
@@ -48,19 +54,22 @@ class BuildLibrary(build_ext):
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "unifiedar"
         package.mkdir(parents=True, exist_ok=True)
-        for old in [*package.glob("_C.so"), *package.glob("_inspect*.so")]:
-            old.unlink()
         try:
             build = self.cmake()
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = f"its build failed: {error.output or error}" if hasattr(error, "output") else f"no build: {error}"
+            reason = getattr(error, "output", None) or error
             if toolchain.mode() == "cuda":
                 sys.exit(f"unifiedar: the CUDA library could not be built: {reason}")
-            record_no_library(package, reason)
-            print(f"WARNING: unifiedar is installed without its CUDA library: {reason}", file=sys.stderr)
+            remove_libraries(package)
+            record_no_library(package, f"its build failed: {reason}")
+            print(
+                f"WARNING: unifiedar installs without its CUDA library, whose build failed: {reason}", file=sys.stderr
+            )
         else:
-            for made in [build / "_C.so", build / "_build.json", *build.glob("_inspect*.so")]:
-                shutil.copyfile(made, package / made.name)
+            made = [build / "_C.so", build / "_build.json", *build.glob("_inspect*.so")]
+            remove_libraries(package, keep=tuple(path.name for path in made))
+            for path in made:  # renamed into place: a process that has the old one open keeps it
+                os.replace(shutil.copyfile(path, package / f"{path.name}.new"), package / path.name)
 
     def cmake(self) -> Path:
         """Configures and builds; returns the build folder. A later build compiles only what has changed."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def checkout(tmp_path):
     folder = tmp_path / "checkout"
     for name in ("build_backend", "csrc", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "README.md").write_text("# unifiedar\n")
     (folder / "unifiedar").mkdir()
@@ -219,11 +220,11 @@ def checkout(tmp_path):
     return folder
 
 
-def build_wheel(folder, **environment):
+def build(folder, kind="wheel", **environment):
     setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip("needs setuptools 77 or newer, as pyproject.toml asks of an isolated build")
-    script = "import unifiedar_build, sys; print(unifiedar_build.build_wheel(sys.argv[1]))"
+    script = f"import unifiedar_build, sys; unifiedar_build.build_{kind}(sys.argv[1])"
     variables = {key: value for key, value in os.environ.items() if key not in ("CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
     return subprocess.run(
         [sys.executable, "-c", script, str(folder / "dist")],
@@ -236,9 +237,9 @@ def build_wheel(folder, **environment):
 
 def test_a_broken_toolkit_gives_a_pure_wheel_that_says_so(checkout, tmp_path):
     executable(tmp_path / "cuda/bin/nvcc", "echo 'nvcc fatal : broken on purpose'; exit 1")
-    done = build_wheel(checkout, CUDA_HOME=str(tmp_path / "cuda"), UNIFIEDAR_BUILD="auto")
+    done = build(checkout, CUDA_HOME=str(tmp_path / "cuda"), UNIFIEDAR_BUILD="auto")
     assert done.returncode == 0, done.stderr
-    assert "WARNING: unifiedar is installed without its CUDA library" in done.stderr
+    assert "WARNING: unifiedar installs without its CUDA library" in done.stderr
     (wheel,) = (checkout / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -252,7 +253,7 @@ def test_a_broken_toolkit_gives_a_pure_wheel_that_says_so(checkout, tmp_path):
 
 def test_a_broken_toolkit_is_an_error_where_cuda_was_asked_for(checkout, tmp_path):
     executable(tmp_path / "cuda/bin/nvcc", "exit 1")
-    done = build_wheel(checkout, CUDA_HOME=str(tmp_path / "cuda"), UNIFIEDAR_BUILD="cuda")
+    done = build(checkout, CUDA_HOME=str(tmp_path / "cuda"), UNIFIEDAR_BUILD="cuda")
     assert done.returncode != 0
     assert "unifiedar: the CUDA library could not be built" in done.stderr
 
@@ -262,12 +263,25 @@ def test_a_pure_wheel_drops_what_an_earlier_build_left(checkout):
     stale.parent.mkdir(parents=True)
     stale.touch()
     (checkout / "unifiedar/_C.so").touch()  # an earlier editable build's
-    done = build_wheel(checkout, UNIFIEDAR_BUILD="none")
+    done = build(checkout, UNIFIEDAR_BUILD="none")
     assert done.returncode == 0, done.stderr
     (wheel,) = (checkout / "dist").glob("*-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not {"unifiedar/deleted_long_ago.py", "unifiedar/_C.so"} & set(archive.namelist())
         assert json.loads(archive.read("unifiedar/_build.json"))["reason"] == "UNIFIEDAR_BUILD=none"
+
+
+def test_a_source_distribution_holds_what_a_build_reads(checkout):
+    done = build(checkout, "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = [path.relative_to(ROOT) for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.[chp]*")]
+    sources = [path for path in sources if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py")]
+    assert sources
+    assert {str(path) for path in sources} <= names
+    assert {"CMakeLists.txt", "LICENSE", "setup.py", "build_backend/toolchain.py", "unifiedar/__init__.py"} <= names
 
 
 # --- unifiedar info
