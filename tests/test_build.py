@@ -310,7 +310,7 @@ def test_info_gives_the_reason_a_build_recorded(monkeypatch, tmp_path):
     (tmp_path / "_build.json").write_text(json.dumps({"library": False, "reason": "no nvcc on PATH"}))
     monkeypatch.setattr(info.unifiedar, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(info._native, "LIBRARY", tmp_path / "_C.so")
-    monkeypatch.setattr(info._native, "library_unfit", lambda: "needs the compiled library")
+    monkeypatch.setattr(info._native, "library_missing", lambda: "needs the compiled library")
     facts = info.collect()
     assert facts["library"] == {"path": None, "usable": False, "reason": "needs the compiled library (no nvcc on PATH)"}
     assert facts["ops"]["residual_lookup"]["cuda"] == "needs the compiled library (no nvcc on PATH)"
@@ -318,9 +318,9 @@ def test_info_gives_the_reason_a_build_recorded(monkeypatch, tmp_path):
 
 
 def test_info_says_why_a_gpu_backend_cannot_be_used(monkeypatch):
-    monkeypatch.setattr(info._native, "library_unfit", lambda: None)
-    monkeypatch.setattr(info._native, "triton_unfit", lambda: None)
-    monkeypatch.setattr(info._native, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(info._native, "library_missing", lambda: None)
+    monkeypatch.setattr(info._native, "triton_missing", lambda: None)
+    monkeypatch.setattr(info._native, "_interpreted", lambda: False)
     monkeypatch.setattr(info.torch.version, "cuda", "13.0")
     monkeypatch.setattr(info.torch.cuda, "is_available", lambda: False)
     assert info.collect()["ops"]["residual_lookup"] == {
@@ -331,8 +331,8 @@ def test_info_says_why_a_gpu_backend_cannot_be_used(monkeypatch):
 
 
 def test_info_says_a_backend_can_be_used_where_it_can(monkeypatch):
-    monkeypatch.setattr(info._native, "library_unfit", lambda: None)
-    monkeypatch.setattr(info._native, "triton_unfit", lambda: None)
+    monkeypatch.setattr(info._native, "library_missing", lambda: None)
+    monkeypatch.setattr(info._native, "triton_missing", lambda: None)
     monkeypatch.setattr(info, "_no_gpu", lambda: None)
     assert set(info.collect()["ops"]["residual_lookup"].values()) == {None}
 

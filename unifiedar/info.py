@@ -36,12 +36,19 @@ def collect() -> dict[str, Any]:
         capability ("9.0") and memory (bytes); library: path, usable, reason and the recorded facts of its build;
         ops: operator -> backend -> None if usable on this machine, else the reason; forced: UNIFIEDAR_BACKEND, or None.
     """
+    library = _library()
+    no_gpu = _no_gpu()
+    reasons = {
+        "cuda": library["reason"] or no_gpu,
+        "triton": _native.triton_missing() or (None if _native._interpreted() else no_gpu),
+        "eager": None,
+    }
     return {
         "versions": _versions(),
         "devices": _devices(),
-        "library": _library(),
+        "library": library,
         "ops": {
-            name: {backend.name: _unusable(backend.name) for backend in op.backends} for name, op in registry.items()
+            name: {backend.name: reasons[backend.name] for backend in op.backends} for name, op in registry.items()
         },
         "forced": os.environ.get(VARIABLE) or None,
     }
@@ -98,28 +105,20 @@ def _library() -> dict[str, Any]:
     build_reason = build.pop("reason", None)
     build.pop("library", None)
     present = _native.LIBRARY.is_file()
-    reason = _native.library_unfit()
+    reason = _native.library_missing()
     if reason and not present and build_reason:
         reason = f"{reason} ({build_reason})"
     return {"path": str(_native.LIBRARY) if present else None, "usable": reason is None, "reason": reason, **build}
 
 
 def _no_gpu() -> str | None:
+    """Why no GPU here can run our kernels; None if one can."""
     if torch.version.cuda is None:
         return "needs a GPU and a torch built with CUDA"
     if not torch.cuda.is_available():
         return "needs a GPU, and torch finds none"
     if all(torch.cuda.get_device_capability(i) < MINIMUM_CAPABILITY for i in range(torch.cuda.device_count())):
         return "needs a GPU of compute capability 8.0 or newer"
-    return None
-
-
-def _unusable(backend: str) -> str | None:
-    """Why a backend can serve no call on this machine, whatever the tensors; None if it may."""
-    if backend == "cuda":
-        return _library()["reason"] or _no_gpu()
-    if backend == "triton":
-        return _native.triton_unfit() or (None if _native.triton_interpreted() else _no_gpu())
     return None
 
 
