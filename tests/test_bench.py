@@ -1,0 +1,580 @@
+"""The bench: the timer, the schema of results, the scoreboard and the command."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# At the end: an installed unifiedar goes before the checkout's.
+sys.path.append(str(ROOT))
+
+from bench import _results, _scoreboard, _time  # noqa: E402
+from bench.__main__ import main  # noqa: E402
+from bench._case import Case, Variant, against, families, family_cases, run_family  # noqa: E402
+from bench._pytest import CLOCK, run  # noqa: E402
+from bench._results import CaseResult, Environment, ResultsError, Run  # noqa: E402
+from bench._time import Timing, measure  # noqa: E402
+
+CPU = torch.device("cpu")
+
+# ---- the timer -------------------------------------------------------------------------------------------------------
+
+
+def test_measure_orders_variants_by_their_time():
+    result = measure({"slow": [lambda: time.sleep(0.004)], "fast": [lambda: time.sleep(0.001)]}, CPU, budget_s=0.2)
+    slow, fast = result["slow"], result["fast"]
+    assert list(result) == ["slow", "fast"]
+    assert slow.median_ms >= 4
+    assert 1 <= fast.median_ms < slow.median_ms
+    for timing in (slow, fast):
+        assert timing.p10_ms <= timing.median_ms <= timing.p90_ms
+        assert timing.samples >= 20
+        assert timing.error is None
+        assert timing.extra_memory_bytes is None
+
+
+def test_measure_divides_repeated_calls():
+    timing = measure({"tiny": [lambda: None]}, CPU, budget_s=0.05)["tiny"]
+    assert timing.method.startswith("wall, ")
+    assert timing.median_ms < 0.05
+
+
+def test_measure_walks_through_the_input_sets():
+    counts = [0, 0, 0]
+
+    def call(i):
+        def one():
+            counts[i] += 1
+            time.sleep(0.0005)
+
+        return one
+
+    measure({"variant": [call(i) for i in range(3)]}, CPU, budget_s=0.1, rounds=(30, 30))
+    assert min(counts) >= 10
+    assert max(counts) - min(counts) <= 5
+
+
+def test_measure_interleaves_and_turns_the_order():
+    order = []
+    variants = {name: [lambda name=name: (order.append(name), time.sleep(0.001))] for name in "abc"}
+    measure(variants, CPU, rounds=(6, 6))
+    rounds = ["".join(order[-18:][i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert {one[0] for one in rounds} == {"a", "b", "c"}
+
+
+def test_measure_checks_before_it_times():
+    calls = []
+    seen = {}
+
+    def check(name, output):
+        seen[name] = (output, len(calls))
+        if output != "right":
+            raise ValueError("wrong result")
+
+    variants = {"right": [lambda: "right"], "wrong": [lambda: calls.append(0) or "wrong"]}
+    result = measure(variants, CPU, check=check, budget_s=0.01)
+    assert seen["right"][0] == "right"
+    assert seen["wrong"] == ("wrong", 1)
+    assert len(calls) == 1, "a variant that fails its check is not called again"
+    assert result["wrong"] == Timing(None, None, None, None, 0, "not timed", "ValueError: wrong result")
+    assert result["right"].error is None
+
+
+def test_measure_keeps_a_variant_that_raises():
+    def broken():
+        raise RuntimeError("first line\nsecond line")
+
+    result = measure({"broken": [broken], "fine": [lambda: None]}, CPU, budget_s=0.01)
+    assert result["broken"].error == "RuntimeError: first line"
+    assert result["fine"].median_ms is not None
+    assert measure({"broken": [broken]}, CPU)["broken"].error == "RuntimeError: first line"
+
+
+@pytest.mark.parametrize(
+    ("variants", "options", "text"),
+    [
+        ({}, {}, "at least one variant"),
+        ({"a": []}, {}, "at least one call, got none for 'a'"),
+        ({"a": [lambda: None]}, {"rounds": (5, 4)}, r"rounds must be .*got \(5, 4\)"),
+        ({"a": [lambda: None]}, {"rounds": (0, 4)}, "rounds must be"),
+    ],
+)
+def test_measure_refuses(variants, options, text):
+    with pytest.raises(ValueError, match=f"measure: .*{text}"):
+        measure(variants, CPU, **options)
+
+
+def test_percentile():
+    assert [_time.percentile([1, 2, 3, 4, 5], share) for share in (0, 0.1, 0.5, 0.9, 1)] == [1, 1.4, 3, 4.6, 5]
+    assert _time.percentile([7], 0.9) == 7
+
+
+def test_input_sets_outgrow_the_cache():
+    assert _time.input_sets(3 * _time.CPU_CACHE_BYTES, CPU) == 2
+    assert _time.input_sets(_time.CPU_CACHE_BYTES, CPU) == 3
+    assert _time.input_sets(1, CPU) == 4
+    with pytest.raises(ValueError, match="set_bytes must be positive, got 0"):
+        _time.input_sets(0, CPU)
+
+
+def test_ceilings_are_plausible():
+    assert 1e8 < _time.copy_rate(CPU) < 1e13
+    assert 1e8 < _time.matmul_rate(CPU) < 1e15
+
+
+@pytest.mark.gpu
+def test_gpu_small_work_is_timed_in_a_graph():
+    x = torch.randn(1 << 16, device="cuda")
+    timing = measure({"add": [lambda: x + 1]}, "cuda", budget_s=0.1)["add"]
+    assert timing.method.startswith("graph of ")
+    assert timing.median_ms < 0.05
+    assert timing.extra_memory_bytes == 0, "the output is not extra"
+
+
+@pytest.mark.gpu
+def test_gpu_work_that_cannot_be_captured_is_timed_by_events():
+    x = torch.randn(1 << 16, device="cuda")
+    result = measure({"sync": [lambda: x.sum().item()], "add": [lambda: x + 1]}, "cuda", budget_s=0.1)
+    assert result["sync"].method.startswith("events around ")
+    assert result["add"].method.startswith("graph of ")
+    assert result["sync"].median_ms > result["add"].median_ms
+
+
+@pytest.mark.gpu
+def test_gpu_large_work_is_timed_by_events_and_its_memory_counted():
+    x = torch.randn(1 << 28, device="cuda")
+    timing = measure({"twice": [lambda: (x + 1).add(1)]}, "cuda", budget_s=0.1)["twice"]
+    assert timing.method == "events"
+    assert timing.extra_memory_bytes == x.nbytes
+    # Four passes over 1 GiB can take no less than at 10 TB/s and hardly longer than at 0.2 TB/s.
+    assert 0.4 < timing.median_ms < 22
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def timing(median, *, error=None, memory=None):
+    if error:
+        return Timing(None, None, None, None, 0, "not timed", error)
+    return Timing(median, 0.9 * median, 1.1 * median, memory, 20, "events")
+
+
+def environment(**changes):
+    values = {
+        "device": "Test GPU 9000",
+        "kind": "cuda",
+        "driver": "1.2",
+        "python": "3.11.0",
+        "torch": "2.14",
+        "triton": None,
+        "cuda": "13.0",
+        "unifiedar": "0.1.0",
+        "commit": "abc123",
+        "date": "2026-01-02T03:04:05+00:00",
+        "copy_bytes_per_s": 3e12,
+        "matmul_flops_per_s": None,
+    }
+    return Environment(**{**values, **changes})
+
+
+def row(name="model/forward", ours=1.0, peers=(("peer", 2.0),), **changes):
+    values = {
+        "name": name,
+        "shape": {"N": 8, "C": 4},
+        "dtype": "bfloat16",
+        "bytes": 1000,
+        "flops": 10,
+        "floor_ms": 0.25,
+        "floor": "1000 bytes at the copy rate",
+        "sets": 2,
+        "backend": "triton",
+        "ours": timing(ours) if isinstance(ours, float) else ours,
+        "backends": {"unifiedar eager": timing(3.0)},
+        "peers": {name: timing(one) if isinstance(one, float) else one for name, one in peers},
+    }
+    return CaseResult(**{**values, **changes})
+
+
+def test_results_survive_a_round_trip(tmp_path):
+    failed = row("b/forward", peers=[("peer", timing(0, error="RuntimeError: no"))])
+    wrote = Run("codes", environment(), [row(), failed])
+    path = _results.write(wrote, tmp_path / "new")
+    assert path.name == "codes-test-gpu-9000-abc123.json"
+    assert _results.read(path) == wrote
+    assert _results.read_all(tmp_path / "new") == [wrote]
+    assert [one.name for one in path.parent.iterdir()] == [path.name], "no partial file stays behind"
+
+
+def test_results_without_a_commit_are_named_by_date(tmp_path):
+    path = _results.write(Run("codes", environment(commit=None), [row()]), tmp_path)
+    assert path.name == "codes-test-gpu-9000-2026-01-02t03-04-05-00-00.json"
+
+
+def test_an_absent_folder_holds_no_results(tmp_path):
+    assert _results.read_all(tmp_path / "nothing") == []
+
+
+def _set(path, value):
+    def change(document):
+        *parents, last = path
+        for key in parents:
+            document = document[key]
+        document[last] = value
+
+    return change
+
+
+def _drop(*path):
+    def change(document):
+        *parents, last = path
+        for key in parents:
+            document = document[key]
+        del document[last]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_set(["schema"], 2), "schema must be 1, got 2"),
+        (_drop("schema"), "lacks schema"),
+        (_drop("environment", "driver"), "environment: lacks driver"),
+        (_set(["environment", "kind"], "tpu"), "kind must be cuda or cpu, got 'tpu'"),
+        (_set(["environment", "date"], "yesterday"), "date must be ISO 8601"),
+        (_set(["environment", "copy_bytes_per_s"], "fast"), "copy_bytes_per_s must be int or float, got 'fast'"),
+        (_set(["cases"], {}), "cases must be list"),
+        (_set(["cases", 0], 5), r"cases\[0\]: must be an object, got int"),
+        (_set(["cases", 0, "extra"], 5), "has unknown fields extra"),
+        (_set(["cases", 0, "bytes"], True), "bytes must be int, got True"),
+        (_set(["cases", 0, "flops"], -1), "flops must be finite and not negative"),
+        (_set(["cases", 0, "shape", "N"], "8"), r"\(model/forward\): shape: N must be int, got '8'"),
+        (_set(["cases", 0, "ours", "median_ms"], None), "ours: has neither times nor an error"),
+        (_set(["cases", 0, "ours", "p10_ms"], 5.0), "p10_ms <= median_ms <= p90_ms must hold"),
+        (_set(["cases", 0, "ours", "error"], "no"), "ours: has both an error and times"),
+        (_set(["cases", 0, "peers", "peer", "samples"], 1.5), "peers: peer: samples must be int, got 1.5"),
+        (_set(["cases", 1, "name"], "model/forward"), "name occurs twice"),
+    ],
+)
+def test_bad_results_are_rejected(tmp_path, change, text):
+    path = _results.write(Run("codes", environment(), [row(), row("other")]), tmp_path)
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ResultsError, match=text) as caught:
+        _results.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_truncated_file_is_rejected(tmp_path):
+    path = _results.write(Run("codes", environment(), [row()]), tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ResultsError, match="not a readable JSON file"):
+        _results.read_all(tmp_path)
+
+
+def test_an_unwritable_run_leaves_no_file(tmp_path):
+    with pytest.raises(ResultsError, match="p10_ms <= median_ms"):
+        _results.write(Run("codes", environment(), [row(ours=Timing(1.0, 2.0, 3.0, None, 5, "events"))]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_describes_this_machine(monkeypatch):
+    monkeypatch.setenv("UNIFIEDAR_COMMIT", "feedbeef")
+    here = _results.environment(CPU, copy_bytes_per_s=1e10)
+    assert (here.kind, here.commit, here.torch) == ("cpu", "feedbeef", torch.__version__)
+    assert here.driver is None
+    assert _results.environment(CPU, copy_bytes_per_s=1e10, commit="given").commit == "given"
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_held_against_the_oracle():
+    oracle = [torch.tensor([1.0, -2.0], dtype=torch.float64)]
+    eager = [torch.tensor([1.001, -2.0])]
+    check = against(oracle, eager, peer_tolerance=1e-2)
+    ours, peer = Variant("ours", "ours", None), Variant("peer", "peer", None)
+    check(ours, torch.tensor([1.002, -2.0]))
+    check(peer, torch.tensor([1.01, -2.0]))
+    with pytest.raises(ValueError, match="wrong result: output 0 is off by"):
+        check(ours, torch.tensor([1.0021, -2.0]))
+    with pytest.raises(ValueError, match="wrong result"):
+        check(peer, torch.tensor([1.1, -2.0]))
+    with pytest.raises(ValueError, match="wrong result"):
+        check(ours, torch.tensor([torch.nan, -2.0]))
+    with pytest.raises(ValueError, match=r"wrong shapes: \[\(3,\)\]"):
+        check(peer, torch.zeros(3))
+
+
+def _case(**changes):
+    def make(seed, device):
+        return (torch.full((4,), float(seed + 1), device=device),)
+
+    def slow(inputs):
+        return lambda: (time.sleep(0.002), inputs[0] + 1)[1]
+
+    values = {
+        "name": "toy/add",
+        "shape": {"N": 4},
+        "dtype": torch.float32,
+        "bytes": 32,
+        "flops": 4,
+        "make": make,
+        "variants": (
+            Variant("unifiedar", "ours", lambda inputs: lambda: inputs[0] + 1),
+            Variant("unifiedar eager", "backend", lambda inputs: lambda: inputs[0] + 1),
+            Variant("slow", "peer", slow),
+            Variant("wrong", "peer", lambda inputs: lambda: inputs[0] + 2),
+            Variant("absent", "peer", lambda inputs: 1 / 0),
+        ),
+        "check": lambda inputs: against([inputs[0].double() + 1], [inputs[0] + 1], peer_tolerance=1e-6),
+        "backend": lambda inputs: "eager",
+    }
+    return Case(**{**values, **changes})
+
+
+def test_run_family_times_ours_backends_and_peers(tmp_path):
+    lines = []
+    run = run_family("toy", [_case()], CPU, budget_s=0.02, commit="c", report=lines.append)
+    (case,) = run.cases
+    assert case.best_peer() == ("slow", case.peers["slow"].median_ms)
+    assert case.ours.median_ms < case.peers["slow"].median_ms
+    assert case.backends["unifiedar eager"].error is None
+    assert case.peers["wrong"].error.startswith("ValueError: wrong result")
+    assert case.peers["absent"].error == "ZeroDivisionError: division by zero"
+    assert case.floor_ms == pytest.approx(32 / run.environment.copy_bytes_per_s * 1e3)
+    assert case.floor.startswith("32 bytes at the copy rate of this run")
+    assert (case.sets, case.backend, case.dtype) == (4, "eager", "float32")
+    assert len(lines) == 5
+    assert _results.read(_results.write(run, tmp_path)) == run
+
+
+def test_matrix_work_has_a_floor_by_operations():
+    run = run_family("toy", [_case(on_matrix_units=True, flops=10**12)], CPU, budget_s=0.01)
+    assert run.cases[0].floor_ms == pytest.approx(1e12 / run.environment.matmul_flops_per_s * 1e3)
+    assert "FLOP at the matrix product rate" in run.cases[0].floor
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", families())
+def test_every_family_lists_cases(family, device):
+    cases = family_cases(family, device)
+    assert cases
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        names = [variant.name for variant in case.variants]
+        assert len(set(names)) == len(names)
+        assert [variant.role for variant in case.variants].count("ours") == 1
+        assert case.bytes > 0
+        assert (ROOT / "bench" / f"test_{family}.py").is_file()
+
+
+def test_least_traffic_of_the_code_embedding():
+    cases = {case.name: case for case in family_cases("codes", "cuda")}
+    # 8192 x 4 codes of 16384 touch 16384 (1 - (1 - 1/16384)^32768) = 14166.6 distinct rows of 2 KiB.
+    n, k, c, d = 8192, 16384, 1024, 4
+    rows = k * (1 - (1 - 1 / k) ** (n * d))
+    forward = 8 * n * d + 2 * rows * c + 2 * n * c
+    assert cases["vila-u-256/forward"].shape == {"N": n, "K": k, "C": c, "D": d, "tables": 1}
+    assert cases["vila-u-256/forward"].bytes == round(forward)
+    assert cases["vila-u-256/cumulative"].bytes == round(forward + 2 * n * c * (d - 1))
+    assert cases["vila-u-256/backward"].bytes == round(forward + 2 * n * c + 2 * k * c)
+    assert cases["vila-u-256-large/forward"].shape["N"] == 65536
+
+
+# ---- the scoreboard --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matplotlib():
+    return pytest.importorskip("matplotlib")
+
+
+def _board(tmp_path, *runs):
+    for one in runs:
+        _results.write(one, tmp_path / "results")
+    return _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
+
+
+def _line(text, start):
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_scoreboard_of_nothing_says_so(tmp_path):
+    text = _board(tmp_path)
+    assert "Nothing has been measured yet" in text
+    assert "|" not in text
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["scoreboard.md"]
+
+
+def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
+    wins = row("a/forward", ours=1.0, peers=[("fast peer", 2.0), ("slow peer", 4.0)])
+    loses = row("b/forward", ours=1.0, peers=[("fast peer", 0.5), ("slow peer", 4.0)])
+    alone = row("c/forward", ours=2.0, peers=[("fast peer", timing(0, error="RuntimeError: a | b"))])
+    failed = row("d/forward", ours=timing(0, error="ValueError: broken"), peers=[("slow peer", 4.0)])
+    text = _board(tmp_path, Run("codes", environment(), [wins, loses, alone, failed]))
+
+    head = [cell.strip() for cell in _line(text, "| case |").strip("|").split("|")]
+    cells = {name: dict(zip(head, (c.strip() for c in _line(text, f"| {name}").strip("|").split("|")), strict=False))
+             for name in ("a/forward", "b/forward", "d/forward")}  # fmt: skip
+    a, b, d = cells["a/forward"], cells["b/forward"], cells["d/forward"]
+    assert (a["fast peer"], a["slow peer"], a["best peer"], a["ratio"]) == ("2.000", "4.000", "fast peer", "2.00×")
+    assert a["of floor"] == "25 %"
+    assert a["ours (p10–p90, backend)"] == "1.000 (0.9000–1.100, triton)"
+    assert (b["fast peer"], b["slow peer"]) == ("**0.5000**", "4.000")
+    assert (b["best peer"], b["ratio"]) == ("**fast peer**", "0.50×")
+    assert (d["best peer"], d["ratio"], d["of floor"]) == ("**slow peer**", "–", "–")
+    assert "- b/forward: **fast peer** (2.00× faster)" in text
+    assert "- d/forward: **slow peer** (ours failed)" in text
+    assert "- c/forward, fast peer: RuntimeError: a \\| b" in text
+    assert "- a/forward:" not in text
+    assert "copy 3,000 GB/s" in text
+    assert "no triton" in text
+    assert "| a/forward | 3.000 |" in text, "the table of backends"
+
+    svg = (tmp_path / "docs" / "scoreboard-codes-test-gpu-9000.svg").read_text()
+    assert "(scoreboard-codes-test-gpu-9000.svg)" in text
+    assert "2.00× (fast peer)" in svg
+    assert "0.50× (fast peer)" in svg
+    assert "d/forward" not in svg
+
+
+def test_scoreboard_says_when_no_peer_wins(tmp_path, matplotlib):
+    text = _board(tmp_path, Run("codes", environment(), [row()]))
+    assert "No peer wins on any of these cases." in text
+    assert "Peers that win" not in text
+
+
+def test_scoreboard_shows_the_newest_result_of_each_case(tmp_path, matplotlib):
+    old = Run("codes", environment(commit="old"), [row("a", ours=9.0), row("b", ours=8.0)])
+    new = Run("codes", environment(commit="new", date="2026-02-02T03:04:05+00:00"), [row("a", ours=1.0)])
+    other = Run("codes", environment(device="Other", commit="old"), [row("a", ours=7.0)])
+    text = _board(tmp_path, old, new, other)
+    sections = text.split("\n## ")[1:]
+    assert [one.splitlines()[0] for one in sections] == [
+        "codes on Other",
+        "codes on Test GPU 9000",
+        "codes on Test GPU 9000",
+    ]
+    assert [("| a | N" in one, "| b | N" in one) for one in sections] == [(True, False), (True, False), (False, True)]
+    assert "| 1.000 (" in sections[1]
+    assert "9.000" not in text
+    plots = {path.name for path in (tmp_path / "docs").glob("*.svg")}
+    assert len(plots) == 3
+    assert all(f"({name})" in text for name in plots)
+
+
+def test_scoreboard_is_the_same_every_time(tmp_path, matplotlib):
+    text = _board(tmp_path, Run("codes", environment(), [row()]))
+    svg = tmp_path / "docs" / "scoreboard-codes-test-gpu-9000.svg"
+    before = svg.read_bytes()
+    assert _board(tmp_path) == text
+    assert svg.read_bytes() == before
+
+
+def test_the_committed_scoreboard_is_what_the_committed_results_give(tmp_path, matplotlib):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    text = _scoreboard.render(_results.read_all(), docs)
+    assert (ROOT / "docs" / "scoreboard.md").read_text() == text
+    for plot in docs.glob("*.svg"):
+        assert (ROOT / "docs" / plot.name).is_file()
+
+
+# ---- the command and pytest-benchmark --------------------------------------------------------------------------------
+
+
+def test_command_lists_the_cases(capsys):
+    assert main(["list", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("codes\n")
+    assert "vila-u-384/cumulative" in out
+    assert "F.embedding_bag" in out
+
+
+def test_command_measures_and_writes_the_scoreboard(tmp_path, capsys, matplotlib):
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    arguments = ["--device", "cpu", "--case", "rqvae-ffhq/*", "--commit", "me", "--budget", "0.02"]
+    assert main(["codes", *arguments, "--out", str(results)]) == 0
+    (run,) = _results.read_all(results)
+    assert [case.name for case in run.cases] == [f"rqvae-ffhq/{use}" for use in ("forward", "cumulative", "backward")]
+    assert run.environment.commit == "me"
+    for case in run.cases:
+        assert case.ours.error is None
+        assert case.backend == "eager"
+        assert {"published code"} < set(case.peers)
+        assert {name: one.error for name, one in case.peers.items() if one.error} == {}
+    assert main(["scoreboard", "--results", str(results), "--docs", str(docs)]) == 0
+    assert "rqvae-ffhq/backward" in (docs / "scoreboard.md").read_text()
+    assert capsys.readouterr().out.count("wrote ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["codes", "--device", "cpu", "--case", "nope*"], "--case nope*: matches no case"),
+        (["codes", "--device", "cpu", "--budget", "0"], "--budget must be positive, got 0"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments, text, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_command_says_when_there_is_no_gpu(capsys):
+    assert main(["list", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "bench: --device cuda: torch finds no usable GPU here\n"
+
+
+def test_command_says_which_results_are_bad(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{}")
+    assert main(["scoreboard", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 2
+    assert f"bench: {tmp_path / 'bad.json'}: lacks cases" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+
+
+def test_command_says_when_matplotlib_is_missing(tmp_path, capsys, monkeypatch):
+    _results.write(Run("codes", environment(), [row()]), tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["scoreboard", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 2
+    assert "the plots need matplotlib: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "docs" / "scoreboard.md").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["codes", "--device", "tpu"]])
+def test_command_rejects_unknown_words(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_pytest_benchmark_shows_the_timer_s_figures(benchmark):
+    case = next(case for case in family_cases("codes", CPU) if case.name == "rqvae-ffhq/forward")
+    before = CLOCK.now
+    run(case, "published code", benchmark)
+    if benchmark.enabled:
+        stats = benchmark.stats.stats
+        assert benchmark.group == case.name
+        assert stats.rounds == 20
+        # Two warm-up rounds move the clock too.
+        assert 0 < stats.total < CLOCK.now - before
+        assert 1e-6 < stats.median < 0.1
+
+
+def test_pytest_skips_a_peer_that_fails_and_fails_on_ours(monkeypatch):
+    with pytest.raises(pytest.skip.Exception, match="wrong: ValueError: wrong result"):
+        run(_case(), "wrong", None)
+    broken = Variant("unifiedar", "ours", lambda inputs: lambda: inputs[0] + 2)
+    with pytest.raises(ValueError, match="wrong result"):
+        run(dataclasses.replace(_case(), variants=(broken,)), "unifiedar", None)
