@@ -147,7 +147,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     generate.add_argument(
         "--top-k", type=_integer(0, 1_000_000), default=0, help="draw from the K likeliest, 0: all (0)"
     )
-    generate.add_argument("--top-p", type=_number(0, 1), default=0.96, help="draw from this much probability (0.96)")
+    generate.add_argument(
+        "--top-p", type=_number(0, 1), default=0.96, help="draw from this much probability, 0 or 1: all (0.96)"
+    )
 
     describe = _command(commands, "describe", _describe, "say what pictures show")
     _add_pictures(describe)
@@ -331,29 +333,27 @@ def _generate(args: argparse.Namespace, report: _Report) -> None:
     prompts = list(args.prompts)
     if args.prompts_file is not None:
         prompts += _read_prompts(args.prompts_file)
-    _check_seeds(args, len(prompts) * args.count)
-    slugs = [_slug(prompt) for prompt in prompts for _ in range(args.count)]
-    outputs = _outputs(args, slugs)
+    repeated = [prompt for prompt in prompts for _ in range(args.count)]
+    if args.seed + len(repeated) - 1 > MAX_SEED:
+        args.parser.error(f"argument --seed: counts past {MAX_SEED} for {len(repeated)} pictures, got {args.seed}")
+    outputs = _outputs(args, [_slug(prompt) for prompt in repeated])
+
+    problems = {prompt: problem for prompt in prompts if (problem := _prompt_problem(prompt))}
+    model = None
+    if any(prompt not in problems for prompt in prompts):
+        model = _load(args, report)
+        for prompt in prompts:
+            if prompt not in problems and (tokens := len(model.tokenizer.encode(prompt))) > model.max_prompt_tokens:
+                limit = model.max_prompt_tokens
+                problems[prompt] = f"prompt {_shorten(prompt)!r} has {tokens} tokens; the model takes at most {limit}"
+    for prompt in prompts:
+        if prompt in problems:
+            report.fail(prompt.encode(errors="replace").decode(), problems[prompt])
     jobs = [
         (prompt, args.seed + i, output)
-        for i, (prompt, output) in enumerate(
-            zip((prompt for prompt in prompts for _ in range(args.count)), outputs, strict=True)
-        )
+        for i, (prompt, output) in enumerate(zip(repeated, outputs, strict=True))
+        if prompt not in problems
     ]
-
-    bad = {prompt: problem for prompt in prompts if (problem := _prompt_problem(prompt))}
-    model = None
-    if len(bad) < len(set(prompts)):
-        model = _load(args, report)
-        limit = model.max_prompt_tokens
-        for prompt in set(prompts) - set(bad):
-            tokens = len(model.tokenizer.encode(prompt))
-            if tokens > limit:
-                bad[prompt] = f"prompt {_shorten(prompt)!r} has {tokens} tokens; the model takes at most {limit}"
-    for prompt in prompts:
-        if prompt in bad:
-            report.fail(prompt.encode(errors="replace").decode(), bad[prompt])
-    jobs = [job for job in jobs if job[0] not in bad]
     if model is None or not jobs:
         return
 
@@ -389,7 +389,12 @@ def _describe(args: argparse.Namespace, report: _Report) -> None:
         for batch in _batches(_read_pictures(paths, model.image_size, report, bar), args.batch):
             found = model.describe(_stack(batch), answers=args.answers, beams=max(5, args.answers))
             for (path, picture), answers in zip(batch, found, strict=True):
-                answers = [{"text": text, "log_probability": round(value, 6)} for text, value in answers]
+                # A beam search over a small vocabulary may end with fewer texts than asked for: the rest is impossible.
+                answers = [
+                    {"text": text, "log_probability": round(value, 6)}
+                    for text, value in answers
+                    if math.isfinite(value)
+                ]
                 entry = {"input": str(path), "notes": list(picture.notes), "answers": answers}
                 report.result(entry, _answer_lines(path, answers, len(paths)))
             bar.update(len(batch))
@@ -500,11 +505,6 @@ def _prompt_problem(prompt: str) -> str | None:
 
 def _shorten(text: str, width: int = 40) -> str:
     return text if len(text) <= width else text[: width - 2] + ".."
-
-
-def _check_seeds(args: argparse.Namespace, pictures: int) -> None:
-    if args.seed + pictures - 1 > MAX_SEED:
-        args.parser.error(f"argument --seed: counts up past {MAX_SEED} for {pictures} pictures, got {args.seed}")
 
 
 def _expand(names: Iterable[str], report: _Report) -> list[Path]:

@@ -181,8 +181,9 @@ def _prepare(opened: Image.Image, path: Path, size: int) -> Picture:
     if side != size:
         notes.append(f"resized from {side} to {size} pixels")
     if (width, height) != (size, size):
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        left, top = (width - side) // 2, (height - side) // 2
+        # Cropped first: with a box, resize would let the filter reach over the box's edge.
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return Picture(pixels, tuple(notes))
 
