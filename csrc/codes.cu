@@ -8,12 +8,13 @@ namespace unifiedar {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 3;   // a multiprocessor; up to 80 registers a thread, which no kernel here exceeds or spills
 constexpr int kLevels = 4;   // codebook rows of one output row that a thread has in flight
 constexpr int kRows = 2;     // output rows that a thread works on at a time
 constexpr int kEntries = 4;  // gradient rows that a thread has in flight
 
-// Sums of kRows rows of the lookup at one pack of channels. Loads come first, so that they are in flight together. Addresses
-// are kept in bytes: a gathered row's is then one multiply-add.
+// Sums of kRows rows of the lookup at one pack of channels. Loads come first, so that they are in flight together.
+// Addresses are kept in bytes: a gathered row's is then one multiply-add.
 template <typename T, int kVec, bool kCumulative>
 struct LookupTile {
   const LookupArgs& args;
@@ -32,7 +33,7 @@ struct LookupTile {
     }
   }
 
-  // Adds kCount levels. kKnown promises that all rows are inside and all codes in the codebook, and needs no predicates.
+  // Adds kCount levels. kKnown promises that all rows are inside and all codes known, and needs no predicates.
   template <int kCount, bool kKnown>
   __device__ __forceinline__ void add(const int64_t (&code)[kRows][kCount]) {
     Pack<T, kVec> part[kRows][kCount];
@@ -91,7 +92,7 @@ struct LookupTile {
 // A block is blockDim.x packs wide and kRows * blockDim.y rows high; a thread owns the packs threadIdx.x,
 // threadIdx.x + blockDim.x, ... of its rows. Lanes that share a row read the same code, which is one broadcast.
 template <typename T, int kVec, bool kCumulative>
-__global__ void __launch_bounds__(kThreads) residual_lookup_kernel(const LookupArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_kernel(const LookupArgs args) {
   int64_t row[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) row[r] = (int64_t(blockIdx.x) * kRows + r) * blockDim.y + threadIdx.y;
@@ -183,10 +184,11 @@ __device__ __forceinline__ void add_partial(const float* from, float (&sum)[kVec
   }
 }
 
-// One row of threads per chunk: partial[chunk, 0] is the chunk's share of a segment that began before it, partial[chunk, 1] its
-// share of one that begins in it and goes on after it. Parts that do not exist are not written, and not read later.
+// One row of threads per chunk: partial[chunk, 0] is the chunk's share of a segment that began before it,
+// partial[chunk, 1] its share of one that begins in it and goes on after it. Parts that do not exist are not written,
+// and not read later.
 template <typename T, int kVec, bool kCumulative>
-__global__ void __launch_bounds__(kThreads) residual_lookup_partial_kernel(const LookupBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_partial_kernel(const LookupBackwardArgs args) {
   const int64_t chunk = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t low = chunk << args.chunk_log2;
   if (low >= args.entries) return;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) residual_lookup_partial_kernel(const
 
 // One row of threads per codebook row: the sum of its entries, or of its parts in the order of the chunks.
 template <typename T, int kVec, bool kCumulative>
-__global__ void __launch_bounds__(kThreads) residual_lookup_backward_kernel(const LookupBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_backward_kernel(const LookupBackwardArgs args) {
   const int64_t entry = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (entry >= args.tables) return;
   const int64_t begin = __ldg(args.begins + entry), end = __ldg(args.begins + entry + 1);

@@ -1,7 +1,7 @@
-// The only file that knows torch: tensors in, raw pointers and the current stream out to the launchers. Schemas are declared
-// from Python, beside the fakes; this library registers implementations only, so loading two copies of it does no harm.
-// The operators' names end in _cuda; outputs and workspace are allocated by the caller, and arguments are checked there:
-// what is checked here is what would corrupt memory.
+// The only file that knows torch: tensors in, raw pointers and the current stream out to the launchers. Schemas are
+// declared from Python, beside the fakes; this library registers implementations only, so loading two copies of it does
+// no harm. The operators' names end in _cuda; outputs and workspace are allocated by the caller, and arguments are
+// checked there: what is checked here is what would corrupt memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,8 +15,8 @@
 
 #include "codes.h"
 
-// These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA tensor
-// exists and they are never called.
+// These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA
+// tensor exists and they are never called.
 #pragma weak aoti_torch_get_current_cuda_stream
 #pragma weak torch_c10_cuda_check_msg
 #pragma weak torch_c10_cuda_free_error_msg
@@ -60,7 +60,8 @@ uint32_t word_of(int64_t size) {
 void residual_lookup(const Tensor& codes, const Tensor& codebook, Tensor out, bool cumulative) {
   STD_TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codebook.dim() >= 2 && codebook.dim() <= 3 &&
                       out.is_contiguous(),
-                  "residual_lookup_cuda: needs contiguous codes [rows, depth] and out, codebook [(depth,) codes, channels]");
+                  "residual_lookup_cuda: needs contiguous codes [rows, depth] and out, "
+                  "codebook [(depth,) codes, channels]");
   const bool shared = codebook.dim() == 2;
   const int64_t entries = codebook.dim() - 2;
   LookupArgs args;
@@ -104,7 +105,8 @@ void residual_lookup_backward(const Tensor& grad, const Tensor& order, const Ten
   STD_TORCH_CHECK(depth > 0 && chunk_log2 < 32 && keys.numel() == args.entries && begins.numel() == args.tables + 1 &&
                       out.scalar_type() == grad.scalar_type() &&
                       grad.numel() == args.entries / (cumulative ? 1 : depth) * args.channels &&
-                      partial.numel() >= ((args.entries + (int64_t(1) << chunk_log2) - 1) >> chunk_log2) * 2 * args.channels,
+                      partial.numel() >= ((args.entries + (int64_t(1) << chunk_log2) - 1) >> chunk_log2) * 2 *
+                      args.channels,
                   "residual_lookup_backward_cuda: sizes do not match");
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   STD_CUDA_CHECK(launch_residual_lookup_backward(args, dtype_of(grad), cumulative, current_stream(grad)));

@@ -30,7 +30,8 @@ if not (_FOLDER / "kernels").is_dir() and (_FOLDER.parent / "CMakeLists.txt").is
 class _Package(types.ModuleType):
     """This package's module type: `accelerate` is the function although a submodule has the same name.
 
-    Importing `unifiedar.accelerate` makes Python bind the submodule to that name here; the empty setter keeps the function.
+    Importing `unifiedar.accelerate` makes Python bind the submodule to that name here; the empty setter keeps the
+    function.
     """
 
     @property

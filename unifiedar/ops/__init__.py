@@ -1,9 +1,9 @@
 """The operators: functions on tensors, each with an eager definition and the faster backends that serve it.
 
-Conventions: the last dimension of features is channels (C), the last dimension of codes is depth (D), a codebook is (K, C) shared
-by all depths or (D, K, C), codes are int64. Every function takes `backend="auto" | "cuda" | "triton" | "eager"`; "auto" takes the
-first that fits and yields to the environment variable UNIFIEDAR_BACKEND. `registry` lists the operators beneath; its
-`explain(...)` says which backends fit a call and why the others do not.
+Conventions: the last dimension of features is channels (C), the last dimension of codes is depth (D), a codebook is (K,
+C) shared by all depths or (D, K, C), codes are int64. Every function takes `backend="auto" | "cuda" | "triton" |
+"eager"`; "auto" takes the first that fits and yields to the environment variable UNIFIEDAR_BACKEND. `registry` lists
+the operators beneath; its `explain(...)` says which backends fit a call and why the others do not.
 """
 
 from unifiedar.ops._op import BACKENDS, Backend, Op, registry

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "capability", "define", "kernels", "library_unfit", "triton_interpreted", "triton_unfit"]
+__all__ = ["LIBRARY", "cuda_unfit", "define", "kernels", "library_missing", "triton_missing", "triton_unfit"]
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 """Where the build puts the compiled library; it may be absent."""
 
 
 @functools.cache
-def library_unfit() -> str | None:
+def library_missing() -> str | None:
     """Loads the compiled library once; None if it is there and loaded, else why it is not."""
     if not LIBRARY.is_file():
         return "needs the compiled library, which this installation was built without"
@@ -36,7 +36,7 @@ def library_unfit() -> str | None:
 
 
 @functools.cache
-def triton_unfit() -> str | None:
+def triton_missing() -> str | None:
     """None if Triton and the Triton kernels can be imported, else why not."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed"
@@ -48,9 +48,30 @@ def triton_unfit() -> str | None:
 
 
 @functools.cache
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1, read once)."""
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels. It looks when a kernel is defined, so looking once will do."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def cuda_unfit(tensor: torch.Tensor) -> str | None:
+    """None if compiled kernels can run on the tensor's device, else why not."""
+    if not tensor.is_cuda:
+        return f"needs CUDA tensors, got {tensor.device.type}"
+    return library_missing() or _too_old(tensor)
+
+
+def triton_unfit(tensor: torch.Tensor) -> str | None:
+    """None if Triton kernels can run on the tensor's device and dtype, else why not."""
+    reason = triton_missing()
+    if reason is not None:
+        return reason
+    if tensor.is_cuda:
+        return _too_old(tensor)
+    if tensor.device.type != "cpu" or not _interpreted():
+        return f"needs CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors), got {tensor.device.type}"
+    if tensor.dtype == torch.bfloat16:
+        return "needs another dtype on the CPU: Triton's interpreter computes wrongly in bfloat16"
+    return None
 
 
 @functools.cache
@@ -65,20 +86,20 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
-def capability(tensor: torch.Tensor) -> int:
-    """Compute capability of a CUDA tensor's device as one number: 90 for an H100."""
-    return _capability(tensor.get_device())
+def _too_old(tensor: torch.Tensor) -> str | None:
+    found = _capability(tensor.get_device())
+    return None if found >= 80 else f"needs compute capability 8.0, got {found / 10}"
 
 
 def define(schema: str) -> Callable[..., Any]:
     """Declares an operator that only the compiled library implements, and returns it.
 
     Args:
-        schema: name, arguments and returns. By convention the name ends in `_cuda`, outputs are mutated arguments that the
-            caller allocated, and nothing is returned.
+        schema: name, arguments and returns. By convention the name ends in `_cuda`, outputs are mutated arguments that
+            the caller allocated, and nothing is returned.
 
     Returns:
-        The operator. Calling it where `library_unfit()` is not None raises NotImplementedError.
+        The operator. Calling it where `library_missing()` is not None raises NotImplementedError.
     """
     name, rest = schema.split("(", 1)
     torch.library.define(f"unifiedar::{name}", f"({rest}")

@@ -1,8 +1,8 @@
 """The registry: one `Op` per torch operator of the namespace `unifiedar`, and the backends that can serve it.
 
 A call goes: public function -> `torch.ops.unifiedar.<name>` (one node for autograd, torch.compile and the profiler)
--> the first backend that fits -> its `run`. The backend asked for travels as the operator's last argument, a string, so that
-`backend=` means the same thing eagerly, under torch.compile and inside a CUDA graph.
+-> the first backend that fits -> its `run`. The backend asked for travels as the operator's last argument, a string, so
+that `backend=` means the same thing eagerly, under torch.compile and inside a CUDA graph.
 """
 
 import os
@@ -53,8 +53,8 @@ class Op:
         setup_context, backward: as `torch.library.register_autograd` takes them, without the backend argument
             (`ctx.backend` holds it). Without them every output is marked non-differentiable.
 
-    "auto" takes the first backend that fits for CUDA tensors and the eager one everywhere else: Triton's interpreter fits
-    CPU tensors too, but only a caller who names it wants its speed.
+    "auto" takes the first backend that fits for CUDA tensors and the eager one everywhere else: Triton's interpreter
+    fits CPU tensors too, but only a caller who names it wants its speed.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class Op:
             return self._eager
         if name not in BACKENDS:
             raise ValueError(f"{self.name}: {asked} must be one of {', '.join(BACKENDS)}, got {name!r}")
-        backend = self._by_name.get(name)
-        if backend is None:
+        if name not in self._by_name:
             raise ValueError(
                 f"{self.name}: {asked} must be one that this operator has ({', '.join(self._by_name)}), got {name!r}"
             )
+        backend = self._by_name[name]
         reason = backend.unfit(*args)
         if reason is not None:
             raise ValueError(f"{self.name}: {asked} must fit the call, got {name!r}, which {reason}")

@@ -3,8 +3,8 @@
     r_0 = x;  code_d = argmin_k |r_d - codebook_d[k]|^2 (the lowest k on ties);  r_{d+1} = r_d - codebook_d[code_d]
     quantized = sum_d codebook_d[code_d]
 
-A codebook is (K, C), shared by all depths, or (D, K, C), one a depth. Sums over depth run in float32 (float64 for float64
-codebooks), in the order of the depths, and are rounded once. Code -1 stands for "no code" and adds nothing.
+A codebook is (K, C), shared by all depths, or (D, K, C), one a depth. Sums over depth run in float32 (float64 for
+float64 codebooks), in the order of the depths, and are rounded once. Code -1 stands for "no code" and adds nothing.
 
 Residual quantization in this form: Lee et al., "Autoregressive Image Generation using Residual Quantization" (2022).
 """
@@ -12,13 +12,13 @@ Residual quantization in this form: Lee et al., "Autoregressive Image Generation
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unifiedar.ops import _checks
-from unifiedar.ops._op import Op
+from unifiedar.ops import _checks, _native
+from unifiedar.ops._op import Backend, Op
 
 __all__ = ["ResidualCodes", "code_statistics", "residual_lookup", "residual_quantize"]
 
@@ -38,7 +38,7 @@ class ResidualCodes(NamedTuple):
     quantized: Tensor
 
 
-# ---- definitions -------------------------------------------------------------------------------------------------------
+# ---- definitions -----------------------------------------------------------------------------------------------------
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +51,7 @@ def _level(codebook: Tensor, d: int) -> Tensor:
 
 
 def _require_codes(function: str, codes: Tensor, num_codes: int) -> None:
-    """On the CPU, raises ValueError for a code outside [-1, num_codes). On a GPU reading a value would stall the stream."""
+    """Raises ValueError for a code outside [-1, num_codes), on the CPU; reading GPU values would stall the stream."""
     if codes.device.type == "cpu" and codes.numel():
         low, high = (int(value) for value in codes.aminmax())
         if low < -1 or high >= num_codes:
@@ -96,7 +96,7 @@ def _lookup_backward_eager(grad: Tensor, codes: Tensor, num_codes: int, shared: 
 
 
 class _ExactMatmul:
-    """Makes float32 matmuls use float32 products, process-wide, while any thread is inside; restores the settings after.
+    """Makes float32 matmuls use float32 products while any thread is inside, and restores the settings after.
 
     The settings are the process's, so overlapping threads share one change: the first one in makes it, the last one out
     undoes it. Matmuls elsewhere are at worst more exact for that time.
@@ -105,17 +105,16 @@ class _ExactMatmul:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._saved: list[tuple[object, str]] = []
+        self._changed: list[tuple[Any, str]] = []
 
     @contextlib.contextmanager
     def __call__(self, device_type: str) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-                self._saved = [(setting, setting.fp32_precision) for setting in settings]
-                for setting, value in self._saved:
-                    if value not in ("none", "ieee"):
-                        setting.fp32_precision = "ieee"  # type: ignore[attr-defined]
+                for setting in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+                    if setting is not None and setting.fp32_precision not in ("none", "ieee"):
+                        self._changed.append((setting, setting.fp32_precision))
+                        setting.fp32_precision = "ieee"
             self._inside += 1
         try:
             with torch.autocast(device_type, enabled=False):
@@ -123,19 +122,18 @@ class _ExactMatmul:
         finally:
             with self._lock:
                 self._inside -= 1
-                if self._inside == 0:
-                    for setting, value in self._saved:
-                        if value not in ("none", "ieee"):
-                            setting.fp32_precision = value  # type: ignore[attr-defined]
+                while self._inside == 0 and self._changed:
+                    setting, precision = self._changed.pop()
+                    setting.fp32_precision = precision
 
 
 _exact_matmul = _ExactMatmul()
 
 
 def _nearest(rows: Tensor, table: Tensor, norms: Tensor, out: Tensor) -> None:
-    """Fills out (N,) with argmin_k (norms[k] - 2 rows . table[k]): squared distances short of |rows|^2, the same for every k.
+    """Fills out (N,) with argmin_k (norms[k] - 2 rows . table[k]).
 
-    Leaving that term out orders the entries as the distances do, with one rounding fewer.
+    That is the squared distance less |row|^2, which is the same for every k: the same order with one rounding fewer.
     """
     step = max(1, _SEARCH_BYTES // max(1, table.shape[0] * table.element_size()))
     scores = rows.new_empty((min(step, rows.shape[0]), table.shape[0]))
@@ -180,7 +178,7 @@ def _statistics_eager(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple
     return counts[:num_codes].clone(), sums[:num_codes].clone()
 
 
-# ---- shapes of the outputs, gradients ----------------------------------------------------------------------------------
+# ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
 
 
 def _lookup_fake(codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
@@ -227,12 +225,109 @@ def _lookup_backward_gradient(ctx, grad):
     return _residual_lookup(codes, grad, ctx.cumulative, ctx.backend), None, None, None, None
 
 
-# ---- operators ---------------------------------------------------------------------------------------------------------
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+_lookup_cuda = _native.define(
+    "residual_lookup_cuda(Tensor codes, Tensor codebook, Tensor(a!) out, bool cumulative) -> ()"
+)
+_lookup_backward_cuda = _native.define(
+    "residual_lookup_backward_cuda(Tensor grad, Tensor order, Tensor keys, Tensor begins, int depth, bool cumulative, "
+    "int chunk_log2, Tensor(a!) partial, Tensor(b!) out) -> ()"
+)
+
+
+def _unfit_here(missing: str | None, features: Tensor, tables: int) -> str | None:
+    """Why neither direction of the lookup can run, given what the backend misses on this device."""
+    if missing is None and features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, got {str(features.dtype).removeprefix('torch.')}"
+    if missing is None and tables >= 2**31:
+        return f"needs fewer than 2^31 codebook rows, got {tables}"
+    return missing
+
+
+def _lookup_unfit_cuda(codes: Tensor, codebook: Tensor, cumulative: bool) -> str | None:
+    return _unfit_here(_native.cuda_unfit(codebook), codebook, _rows(codebook))
+
+
+def _lookup_unfit_triton(codes: Tensor, codebook: Tensor, cumulative: bool) -> str | None:
+    return _unfit_here(_native.triton_unfit(codebook), codebook, _rows(codebook))
+
+
+def _lookup_backward_unfit_cuda(grad, codes, num_codes, shared, cumulative) -> str | None:
+    return _unfit_here(_native.cuda_unfit(grad), grad, num_codes * (1 if shared else codes.shape[-1]))
+
+
+def _lookup_backward_unfit_triton(grad, codes, num_codes, shared, cumulative) -> str | None:
+    return _unfit_here(_native.triton_unfit(grad), grad, num_codes * (1 if shared else codes.shape[-1]))
+
+
+def _rows(codebook: Tensor) -> int:
+    return codebook.shape[0] if codebook.ndim == 2 else codebook.shape[0] * codebook.shape[1]
+
+
+def _run_lookup(fill, codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
+    out = _lookup_fake(codes, codebook, cumulative)
+    if out.numel():
+        if codebook.stride(-1) != 1:
+            codebook = codebook.contiguous()
+        fill(codes.reshape(-1, codes.shape[-1]).contiguous(), codebook, out, cumulative)
+    return out
+
+
+def _run_lookup_cuda(codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
+    return _run_lookup(_lookup_cuda, codes, codebook, cumulative)
+
+
+def _run_lookup_triton(codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
+    _require_codes("residual_lookup", codes, codebook.shape[-2])
+    with torch.cuda.device_of(codes):
+        return _run_lookup(_native.kernels("codes").residual_lookup, codes, codebook, cumulative)
+
+
+def _run_lookup_backward(fill, grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    """Sorts the entries by the codebook row that they chose, then lets `fill` sum each row's: no atomics, one order.
+
+    Chunks of about sqrt(entries) entries bound both what one chunk sums and how many parts one row can have, so that
+    all entries choosing one row costs no more than a few times what even choices do.
+    """
+    out = _lookup_backward_fake(grad, codes, num_codes, shared, cumulative)
+    depth = codes.shape[-1]
+    tables = num_codes if shared else num_codes * depth
+    keys = codes if shared else codes + torch.arange(depth, device=codes.device) * num_codes
+    keys = keys.where((codes >= 0) & (codes < num_codes), tables).to(torch.int32)
+    keys, order = keys.reshape(-1).sort(stable=True)
+    if not order.numel():
+        return out.zero_()
+    begins = torch.searchsorted(keys, torch.arange(tables + 1, dtype=torch.int32, device=keys.device))
+    chunk_log2 = max(5, (order.numel() - 1).bit_length() + 1 >> 1)
+    chunks = (order.numel() - 1 >> chunk_log2) + 1
+    partial = grad.new_empty((chunks, 2, grad.shape[-1]), dtype=torch.float32)
+    flat = out.view(tables, grad.shape[-1])
+    fill(grad.contiguous(), order, keys, begins, depth, cumulative, chunk_log2, partial, flat)
+    return out
+
+
+def _run_lookup_backward_cuda(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    return _run_lookup_backward(_lookup_backward_cuda, grad, codes, num_codes, shared, cumulative)
+
+
+def _run_lookup_backward_triton(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    _require_codes("residual_lookup_backward", codes, num_codes)
+    fill = _native.kernels("codes").residual_lookup_backward
+    with torch.cuda.device_of(codes):
+        return _run_lookup_backward(fill, grad, codes, num_codes, shared, cumulative)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
 
 _residual_lookup = Op(
     "residual_lookup(Tensor codes, Tensor codebook, bool cumulative) -> Tensor",
     eager=_lookup_eager,
     fake=_lookup_fake,
+    backends=(
+        Backend("cuda", _run_lookup_cuda, _lookup_unfit_cuda),
+        Backend("triton", _run_lookup_triton, _lookup_unfit_triton),
+    ),
     setup_context=_lookup_setup,
     backward=_lookup_gradient,
 )
@@ -241,6 +336,10 @@ _residual_lookup_backward = Op(
     "residual_lookup_backward(Tensor grad, Tensor codes, SymInt num_codes, bool shared, bool cumulative) -> Tensor",
     eager=_lookup_backward_eager,
     fake=_lookup_backward_fake,
+    backends=(
+        Backend("cuda", _run_lookup_backward_cuda, _lookup_backward_unfit_cuda),
+        Backend("triton", _run_lookup_backward_triton, _lookup_backward_unfit_triton),
+    ),
     setup_context=_lookup_backward_setup,
     backward=_lookup_backward_gradient,
 )
@@ -258,7 +357,7 @@ _code_statistics = Op(
 )
 
 
-# ---- public functions --------------------------------------------------------------------------------------------------
+# ---- public functions ------------------------------------------------------------------------------------------------
 
 
 def residual_quantize(
@@ -271,14 +370,15 @@ def residual_quantize(
 ) -> ResidualCodes:
     """Codes of the codebook rows that approximate x as a sum, chosen greedily depth by depth, and that sum.
 
-    At each depth the entry nearest to what is left of x is chosen, its row is subtracted and the search goes on with the rest.
+    At each depth the entry nearest to what is left of x is chosen, its row is subtracted and the search goes on with
+    the rest.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64, any strides.
         codebook: (K, C), shared by all depths, or (D, K, C); of x's device, any of the same dtypes, any strides.
         depth: the number of depths D, required with a shared codebook; otherwise None or the codebook's D.
-        metric: "l2", the smallest Euclidean distance, or "cosine", the largest cosine similarity (as VAR's `using_znorm`
-            searches; the row itself is subtracted either way).
+        metric: "l2", the smallest Euclidean distance, or "cosine", the largest cosine similarity (as VAR's
+            `using_znorm` searches; the row itself is subtracted either way).
         backend: "auto", "cuda", "triton" or "eager".
 
     Returns:
@@ -286,13 +386,14 @@ def residual_quantize(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for shapes that do not match, an empty codebook, an unknown metric or backend, or one that does not fit.
+        ValueError: for shapes that do not match, an empty codebook, an unknown metric or backend, or one that does not
+            fit.
 
     Note:
-        The search and the residuals are in float32 (in float64 if x or the codebook is), never in TF32 or under autocast;
-        quantized is rounded once. Equal scores go to the lowest index. Neither output carries a gradient: the
-        straight-through estimator is `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a CUDA
-        graph.
+        The search and the residuals are in float32 (in float64 if x or the codebook is), never in TF32 or under
+        autocast; quantized is rounded once. Equal scores go to the lowest index. Neither output carries a gradient: the
+        straight-through estimator is `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a
+        CUDA graph.
     """
     function = "residual_quantize"
     _checks.check_tensor(function, "x", x)
@@ -322,12 +423,13 @@ def residual_lookup(
 ) -> Tensor:
     """Sum over depth of the codebook rows that the codes name, or its running sums.
 
-    out[...] = sum_d codebook_d[codes[..., d]]; with `cumulative`, out[..., d, :] = sum_{e <= d} codebook_e[codes[..., e]].
+    out[...] = sum_d codebook_d[codes[..., d]], or with `cumulative`
+    out[..., d, :] = sum_{e <= d} codebook_e[codes[..., e]].
 
     Args:
         codes: (..., D) int64, any strides; -1 adds nothing.
-        codebook: (K, C), shared by all depths, or (D, K, C); float32, bfloat16, float16 or float64, on the device of codes.
-            The kernels want its last dimension contiguous and copy it where it is not.
+        codebook: (K, C), shared by all depths, or (D, K, C); float32, bfloat16, float16 or float64, on the device of
+            codes. The kernels copy it if its last dimension is not contiguous, and codes if they are not contiguous.
         cumulative: whether to return the running sums.
         backend: "auto", "cuda", "triton" or "eager".
 
@@ -336,15 +438,16 @@ def residual_lookup(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for shapes that do not match, an empty codebook, an unknown backend or one that does not fit; on the CPU also
-            for a code outside [-1, K). On a GPU, where looking at a code would stall the stream, such a code adds nothing, as
-            -1 does.
+        ValueError: for shapes that do not match, an empty codebook, an unknown backend or one that does not fit; on the
+            CPU also for a code outside [-1, K). On a GPU, where looking at a code would stall the stream, such a code
+            adds nothing, as -1 does.
 
     Note:
         Each sum is accumulated in float32 (float64 for a float64 codebook) from depth 0 up and rounded once, on every
-        backend: equal results. Differentiable in the codebook, twice if need be. The kernels' gradient sums each entry's rows
-        in an order that shapes and codes fix, so it is bit-equal between runs; the eager one uses `index_add_`, which has
-        that property on the CPU only. No host sync on a GPU; may be captured in a CUDA graph.
+        backend: equal results. Differentiable in the codebook, twice if need be. The kernels' gradient sums each
+            entry's rows
+        in an order that shapes and codes fix, so it is bit-equal between runs; the eager one uses `index_add_`, which
+        has that property on the CPU only. No host sync on a GPU; may be captured in a CUDA graph.
     """
     function = "residual_lookup"
     _checks.check_codes(function, codes)
@@ -353,7 +456,9 @@ def residual_lookup(
     if codes.ndim < 1 or codes.shape[-1] < 1:
         raise ValueError(f"{function}: codes must be (..., D) with D at least 1, got {tuple(codes.shape)}")
     if codebook.ndim == 3 and codes.shape[-1] != codebook.shape[0]:
-        raise ValueError(f"{function}: codes must be (..., {codebook.shape[0]}) to match codebook, got {tuple(codes.shape)}")
+        raise ValueError(
+            f"{function}: codes must be (..., {codebook.shape[0]}) to match codebook, got {tuple(codes.shape)}"
+        )
     _checks.check_same_device(function, "codebook", codebook, "codes", codes)
     return _residual_lookup(codes, codebook, bool(cumulative), backend)
 
@@ -376,12 +481,12 @@ def code_statistics(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for shapes that do not match, num_codes below 1, an unknown backend or one that does not fit; on the CPU also
-            for a code outside [-1, K). On a GPU such a code counts nowhere.
+        ValueError: for shapes that do not match, num_codes below 1, an unknown backend or one that does not fit; on the
+            CPU also for a code outside [-1, K). On a GPU such a code counts nowhere.
 
     Note:
-        Accumulated in float32 (float64 for float64). No gradient. On a GPU the eager backend uses `index_add_`, whose order of
-        summation varies between runs. No host sync on a GPU.
+        Accumulated in float32 (float64 for float64). No gradient. On a GPU the eager backend uses `index_add_`, whose
+        order of summation varies between runs. No host sync on a GPU.
     """
     function = "code_statistics"
     _checks.check_tensor(function, "residuals", residuals)

@@ -16,7 +16,7 @@ from unifiedar.ops._op import Op
 __all__ = ["sample_codes"]
 
 
-# ---- definition --------------------------------------------------------------------------------------------------------
+# ---- definition ------------------------------------------------------------------------------------------------------
 
 
 def _sample_eager(
@@ -28,14 +28,13 @@ def _sample_eager(
     top_p: float,
     noise: Tensor | None,
 ) -> Tensor:
-    if guidance is not None or guidance_rows is not None:
+    if guidance_rows is not None:
         conditional, unconditional = logits.chunk(2)
-        difference = conditional - unconditional
-        if guidance_rows is not None:
-            rows = guidance_rows.to(_real(logits.dtype)).reshape(-1, *(1,) * (logits.ndim - 1))
-            logits = unconditional + (difference * rows).to(logits.dtype)
-        else:
-            logits = unconditional + difference * guidance
+        rows = guidance_rows.to(_real(logits.dtype)).reshape(-1, *(1,) * (logits.ndim - 1))
+        logits = unconditional + ((conditional - unconditional) * rows).to(logits.dtype)
+    elif guidance is not None:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + (conditional - unconditional) * guidance
     scores = logits.to(_real(logits.dtype))
     if temperature == 0:
         return scores.argmax(dim=-1)
@@ -60,7 +59,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- shape of the output -----------------------------------------------------------------------------------------------
+# ---- shape of the output ---------------------------------------------------------------------------------------------
 
 
 def _sample_fake(logits, guidance, guidance_rows, temperature, top_k, top_p, noise):
@@ -69,7 +68,7 @@ def _sample_fake(logits, guidance, guidance_rows, temperature, top_k, top_p, noi
     return logits.new_empty((shape[0] // 2, *shape[1:]) if guided else shape, dtype=torch.int64)
 
 
-# ---- operator ----------------------------------------------------------------------------------------------------------
+# ---- operator --------------------------------------------------------------------------------------------------------
 
 _sample_codes = Op(
     "sample_codes(Tensor logits, float? guidance, Tensor? guidance_rows, float temperature, SymInt top_k, float top_p, "
@@ -79,7 +78,7 @@ _sample_codes = Op(
 )
 
 
-# ---- public function ---------------------------------------------------------------------------------------------------
+# ---- public function -------------------------------------------------------------------------------------------------
 
 
 def sample_codes(
@@ -96,18 +95,18 @@ def sample_codes(
     """One code drawn from each row of logits, after guidance, temperature, top-k and top-p, in that order.
 
     Args:
-        logits: (..., V), float32, bfloat16, float16 or float64. With `guidance` they are (2N, ..., V), the N conditional rows
-            first, then their N unconditional ones.
-        guidance: None, or the strength g of u + g (c - u), where c are the conditional and u the unconditional logits: a number,
-            or a float tensor (N,), one a row. 1 is the conditional model; VAR's `t` is g - 1.
+        logits: (..., V), float32, bfloat16, float16 or float64. With `guidance` they are (2N, ..., V), the N
+            conditional rows first, then their N unconditional ones.
+        guidance: None, or the strength g of u + g (c - u), where c are the conditional and u the unconditional logits:
+            a number, or a float tensor (N,), one a row. 1 is the conditional model; VAR's `t` is g - 1.
         temperature: divides the logits; 0 takes the largest one (the lowest index on ties) and uses no noise.
         top_k: keeps the k largest logits and every tie with the k-th; 0, or V and more, is off.
-        top_p: keeps the smallest set of largest probabilities that reaches it, the crossing entry included; 0, or 1 and more, is
-            off. Among equal probabilities at the crossing the lower indices are kept.
-        noise: samples of Exp(1), all positive, of the probabilities' shape ((N, ..., V) with guidance, else that of logits) and any
-            float dtype. None draws float32 samples (float64 for float64 logits) with `generator`.
-        generator: the random generator for `noise`, None for torch's default one. Under torch.compile or in a CUDA graph pass
-            noise instead of a generator.
+        top_p: keeps the smallest set of largest probabilities that reaches it, the crossing entry included; 0, or 1 and
+            more, is off. Among equal probabilities at the crossing the lower indices are kept.
+        noise: samples of Exp(1), all positive, of the probabilities' shape ((N, ..., V) with guidance, else that of
+            logits) and any float dtype. None draws float32 samples (float64 for float64 logits) with `generator`.
+        generator: the random generator for `noise`, None for torch's default one. Under torch.compile or in a CUDA
+            graph pass noise instead of a generator.
         backend: "auto", "cuda", "triton" or "eager".
 
     Returns:
@@ -115,25 +114,27 @@ def sample_codes(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for an empty vocabulary, an odd number of guided rows, guidance or noise of another shape or device, a number
-            that is negative or not finite, noise together with a generator, an unknown backend or one that does not fit.
+        ValueError: for an empty vocabulary, an odd number of guided rows, guidance or noise of another shape or device,
+            a number that is negative or not finite, noise together with a generator, an unknown backend or one that
+            does not fit.
 
     Note:
-        Guidance is computed in the logits' dtype, each of its three operations rounded, as the published models do; what follows
-        is in float32 (float64 for float64). With the same noise the draw is that of `torch.multinomial(p, 1)`, which takes its
-        noise in the same way: the same generator state gives the same code. A row of which no logit is finite gives 0. No
-        gradient, no host sync; may be captured in a CUDA graph.
+        Guidance is computed in the logits' dtype, each of its three operations rounded, as the published models do;
+        what follows is in float32 (float64 for float64). With the same noise the draw is that of
+        `torch.multinomial(p, 1)`, which takes its noise in the same way: the same generator state gives the same code.
+        A row of which no logit is finite gives 0. No gradient, no host sync; may be captured in a CUDA graph.
     """
     function = "sample_codes"
     _checks.check_tensor(function, "logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{function}: logits must be (..., V) with V at least 1, got {tuple(logits.shape)}")
-    shape = logits.shape
+    shape = tuple(logits.shape)
     number = rows = None
     if guidance is not None:
         if logits.ndim < 2 or logits.shape[0] % 2:
             raise ValueError(
-                f"{function}: logits must be (2N, ..., V), conditional rows first, with guidance, got {tuple(logits.shape)}"
+                f"{function}: logits must be (2N, ..., V), conditional rows first, with guidance, "
+                f"got {tuple(logits.shape)}"
             )
         shape = (logits.shape[0] // 2, *logits.shape[1:])
         if isinstance(guidance, Tensor):
@@ -153,7 +154,7 @@ def sample_codes(
     if noise is not None:
         _checks.check_tensor(function, "noise", noise)
         if noise.shape != shape:
-            raise ValueError(f"{function}: noise must be {tuple(shape)}, got {tuple(noise.shape)}")
+            raise ValueError(f"{function}: noise must be {shape}, got {tuple(noise.shape)}")
         _checks.check_same_device(function, "noise", noise, "logits", logits)
         if generator is not None:
             raise ValueError(f"{function}: generator must be None when noise is given, got {generator}")
