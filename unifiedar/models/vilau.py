@@ -461,10 +461,19 @@ class VILAU(nn.Module):
         """
         if not 1 <= answers <= beams:
             raise ValueError(f"describe: answers must be from 1 to beams ({beams}), got {answers}")
-        tokenizer, count, device = self._require_tokenizer(), len(images), self.device
-        features = self.tower.encode(self._pixels(images, "describe")).features
+        tokenizer = self._require_tokenizer()
+        found = self.beam_search(images, beams=beams, max_tokens=max_tokens)
+        return [[(tokenizer.decode(ids), value) for ids, value in texts[:answers]] for texts in found]
+
+    @torch.no_grad()
+    def beam_search(
+        self, images: Tensor, *, beams: int = 5, max_tokens: int = 32
+    ) -> list[list[tuple[list[int], float]]]:
+        """As `describe`, but all beams, and token ids without the end in place of texts."""
+        pixels, count, device = self._pixels(images, "describe"), len(images), self.device
         if not count:
             return []
+        features = self.tower.encode(pixels).features
         first = torch.tensor([[BOS, self.special(IM_START)]], device=device).expand(count, -1)
         last = torch.tensor([[self.special(IM_END)]], device=device).expand(count, -1)
         x = torch.cat([self.llm.embed(first), self.mm_projector(features), self.llm.embed(last)], dim=1)
@@ -493,10 +502,8 @@ class VILAU(nn.Module):
             parent, tokens = flat // vocab, flat % vocab
             texts = torch.cat([texts.gather(1, parent[..., None].expand_as(texts)), tokens[..., None]], dim=-1)
             cache = cache.select((base + parent).flatten())
-        found: list[list[tuple[str, float]]] = []
+        found = []
         for rows, values in zip(texts.tolist(), scores.tolist(), strict=True):
             cut = [row[: row.index(EOS)] if EOS in row else row for row in rows]
-            found.append(
-                [(tokenizer.decode(row).strip(), value) for row, value in zip(cut, values, strict=True)][:answers]
-            )
+            found.append(list(zip(cut, values, strict=True)))
         return found

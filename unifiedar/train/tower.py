@@ -151,16 +151,17 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = tokenizers.train_tokenizer(names, config.language.vocab_size)
     loop = Loop(args, make)
     train, held_out = Pictures.load(args.data, args.styles, loop.device)
-    chosen = torch.linspace(0, len(held_out) - 1, min(32, len(held_out)), device=loop.device).long()
+    probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
+    chosen = torch.linspace(0, len(probe) - 1, min(32, len(probe)), device=loop.device).long()
 
     def validate(model: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
         assert isinstance(model, VILAU)
-        originals = held_out.images[chosen].cpu()
+        originals = probe.images[chosen].cpu()
         painted, _ = model.reconstruct(originals)
         pairs = [x for pair in zip(originals, painted, strict=True) for x in pair]
         m = Measure(model, train)
-        figures = m.rebuilt(held_out.images) | m.nearest_text(held_out.images, held_out.concepts)
-        return {"reconstructions": sheet(pairs, 8)}, {f"held_out_{k}": v for k, v in figures.items()}
+        figures = m.rebuilt(probe.images) | m.nearest_text(probe.images, probe.concepts)
+        return {"reconstructions": sheet(pairs, 8)}, {f"{kind}_{k}": v for k, v in figures.items()}
 
     complete = loop.train(_Losses(args, loop, train), validate)
     if loop.rank == 0:

@@ -134,12 +134,13 @@ def main(argv: Sequence[str]) -> int:
 
     loop = Loop(args, make)
     train, held_out = Pictures.load(args.data, args.styles, loop.device)
-    prompts = [p.captions[i] for p in (train, held_out) for i in torch.linspace(0, len(p) - 1, 16).long().tolist()]
+    probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
+    prompts = [p.captions[i] for p in (train, probe) for i in torch.linspace(0, len(p) - 1, 16).long().tolist()]
 
     def validate(model: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
         assert isinstance(model, VILAU)
-        figures = Measure(model, train).named(held_out.images, held_out.concepts, held_out.styles, beams=1)
-        kept = {f"held_out_{k}": figures[k] for k in ("concept", "style")}
+        figures = Measure(model, train).named(probe.images, probe.concepts, probe.styles, beams=1)
+        kept = {f"{kind}_{k}": figures[k] for k in ("concept", "style")}
         return {"drawn": sheet(model.generate(prompts), 8)}, kept
 
     complete = loop.train(_Losses(args, loop, train), validate)
