@@ -214,11 +214,6 @@ def _original(module: nn.Module, name: str) -> Callable[..., Any]:
     return types.MethodType(getattr(type(module), name), module)
 
 
-def _owner(kind: type, attribute: str) -> type | None:
-    """The class that a method of `kind` is inherited from."""
-    return next((base for base in kind.__mro__ if attribute in vars(base)), None)
-
-
 # ---- The code embedding of RQ-VAE's and VILA-U's residual quantizer --------------------------------------------------
 #
 # Both code bases hold the same class RQBottleneck in a file quantizations.py; RQ-VAE's has partial decoding besides.
@@ -258,9 +253,9 @@ def _rq_why_not(module: Any) -> str | None:
     for name in (*_rq_methods(module), "to_latent_shape"):
         if name in module.__dict__:
             return f"its {name} was replaced on the instance"
-        owner = _owner(type(module), name)
-        if owner is not published:
-            return f"{owner.__name__ if owner else type(module).__name__} overrides {name}"
+        for base in type(module).__mro__[: type(module).__mro__.index(published)]:
+            if name in vars(base):
+                return f"{base.__name__} overrides {name}"
     return _rq_codebooks_why_not(module) or _rq_answers_differently(module)
 
 
@@ -331,27 +326,21 @@ def _rq_answers_differently(module: Any) -> str | None:
     return None
 
 
-class _Calls(nn.Module):
-    """Runs a method of a module as a forward, for torch.func.functional_call."""
-
-    def __init__(self, module: nn.Module, method: str):
-        super().__init__()
-        self.module, self.method = module, method
-
-    def forward(self, *args: Any) -> Any:
-        return getattr(self.module, self.method)(*args)
-
-
 def _rq_differentiable(module: Any) -> bool:
     """Whether gradients flow through the module's own embed_code (in the published code they do not)."""
-    weight = module.codebooks[0].weight
-    if weight.is_inference():
+    if any(parameter.is_inference() for parameter in module.codebooks.parameters()):
         return False
-    call = _Calls(module, "embed_code")
+    frozen = [parameter for parameter in module.codebooks.parameters() if not parameter.requires_grad]
+    # torch.func.functional_call would not touch the flags, but it loses the parameters of modules listed twice.
     with torch.inference_mode(False), torch.enable_grad():
-        codes = torch.zeros((1, *module.code_shape), dtype=torch.int64, device=weight.device)
-        leaves = {name: one.detach().requires_grad_() for name, one in call.named_parameters()}
-        return torch.func.functional_call(call, leaves, (codes,)).requires_grad
+        codes = torch.zeros((1, *module.code_shape), dtype=torch.int64, device=module.codebooks[0].weight.device)
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            return module.embed_code(codes).requires_grad
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 def _rq_swap(module: Any) -> Swap:
