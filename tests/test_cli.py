@@ -417,6 +417,17 @@ def test_models_that_cannot_be_loaded(model, run, monkeypatch, tmp_path):
     expect_one_error(run("generate", "a", "-o", "a.png"), "not a checkpoint that can be loaded", "width")
 
 
+def test_large_checkpoints_take_half_the_memory(model, run, monkeypatch, tmp_path):
+    dtypes = []
+    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype: dtypes.append(dtype) or model)
+    (tmp_path / "weights" / "a.safetensors").write_bytes(b"0123456789")
+    for limit in (11, 10):
+        monkeypatch.setattr(cli, "LARGE_CHECKPOINT_BYTES", limit)
+        for name in (tmp_path / "weights", tmp_path / "weights" / "a.safetensors"):
+            assert run("generate", "a", "-o", "a.png", "--model", name)[0] == 0
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
 def test_model_without_tokenizer(model, run, pictures):
     model.tokenizer = None
     expect_one_error(run("generate", "a", "-o", "a.png"), "tokenizer.json", "generate")

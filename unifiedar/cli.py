@@ -106,6 +106,9 @@ def _dispatch(argv: list[str]) -> int:
         args = command.parse_args(argv[1:2])
         command.error(f"must be 'quality', got {args.name!r}; speed is measured in a checkout: python -m bench")
     args = command.parse_intermixed_args(argv[1:])  # options may stand between the inputs
+    # Read when torch is first imported. Its threads otherwise spin between the thousands of small operations of a
+    # picture: with other work on the same two cores one took 31 s, and 2 s like this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     report = _Report(args)
     try:
         args.run(args, report)
