@@ -1,5 +1,6 @@
 """Training: `unifiedar train tower` and then `unifiedar train unified`, VILA-U's recipe on any captioned pictures."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -20,13 +21,7 @@ def main(argv: Sequence[str]) -> int:
     if stage in ("-h", "--help"):
         print(_USAGE)
         return 0
-    if stage == "tower":
-        from unifiedar.train import tower
-
-        return tower.main(rest)
-    if stage == "unified":
-        from unifiedar.train import unified
-
-        return unified.main(rest)
+    if stage in ("tower", "unified"):
+        return int(importlib.import_module(f"unifiedar.train.{stage}").main(rest))
     print(f"unifiedar train: stage must be 'tower' or 'unified', got '{stage}'\n\n{_USAGE}", file=sys.stderr)
     return 2

@@ -53,6 +53,10 @@ class Pictures:
         """Training and held-out pictures of a folder made by `unifiedar data emoji`, in all styles or the given."""
         data = emoji.load(path)
         train, held_out = (part.tolist() for part in emoji.split(data, styles))
+        if not train:
+            raise ValueError(
+                f"{path}: no pictures to train on in the styles asked for ({', '.join(styles or ['all'])})"
+            )
         concept_names = sorted({data.concepts[i] for i in train + held_out})
         style_names = sorted({data.styles[i] for i in train + held_out})
         concept_ids = {name: i for i, name in enumerate(concept_names)}

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unifiedar.nn import Codebook
+from unifiedar.train.batches import Pictures
 
-__all__ = ["Loop", "add_arguments", "fail", "sheet"]
+__all__ = ["Loop", "add_arguments", "fail", "load_pictures", "sheet"]
 
 
 def fail(message: str) -> SystemExit:
@@ -47,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--sheet-every", type=int, default=1000, help="steps between validations")
     parser.add_argument("--minutes", type=float, help="stop with a checkpoint after this long; --resume goes on")
+
+
+def load_pictures(args: argparse.Namespace, device: torch.device) -> tuple[Pictures, Pictures]:
+    """Training and held-out pictures that `--data` and `--styles` name."""
+    try:
+        return Pictures.load(args.data, args.styles, device)
+    except (ValueError, OSError) as error:
+        raise fail(f"--data: {error}") from error
 
 
 def sheet(images: Iterable[Tensor], columns: int) -> Any:
@@ -222,11 +231,7 @@ class Loop:
             bar.update()
             if done % 50 == 0 or done == args.steps:
                 self._report(done, {**seen, "gradient_norm": norm}, bar, done - self.begin, started)
-            over = (
-                args.minutes is not None
-                and done % 10 == 0
-                and self._agree(time.monotonic() - started > 60 * args.minutes)
-            )
+            over = args.minutes is not None and self._over(done, time.monotonic() - started > 60 * args.minutes)
             if (done % args.sheet_every == 0 or done == args.steps or over) and self.rank == 0:
                 self._validate(done, validate)
             if done % args.save_every == 0 or done == args.steps or over:
@@ -247,11 +252,13 @@ class Loop:
             return None
         return SummaryWriter(str(self.args.out / "tensorboard"), purge_step=self.begin)
 
-    def _agree(self, over: bool) -> bool:
-        """The same answer on every rank: clocks differ, and a rank that stops alone leaves the others waiting."""
+    def _over(self, done: int, late: bool) -> bool:
+        """Whether time is up, alike on every rank: clocks differ, and a rank must not leave the others waiting."""
         if self.world == 1:
-            return over
-        flag = torch.tensor(float(over), device=self.device)
+            return late
+        if done % 10:  # asking stalls the device, so it is done seldom
+            return False
+        flag = torch.tensor(float(late), device=self.device)
         dist.broadcast(flag, 0)
         return bool(flag)
 

@@ -18,7 +18,7 @@ from unifiedar import tokenizer as tokenizers
 from unifiedar.models import VILAU
 from unifiedar.quality import Measure
 from unifiedar.train.batches import Pictures, augment, step_generator
-from unifiedar.train.loop import Loop, add_arguments, fail, sheet
+from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["main", "sigmoid_loss"]
 
@@ -146,11 +146,11 @@ def main(argv: Sequence[str]) -> int:
     if tokenizer_path.is_file():
         tokenizer = tokenizers.load(tokenizer_path)
     else:
-        everything, _ = Pictures.load(args.data, args.styles, device)
+        everything, _ = load_pictures(args, device)
         names = everything.captions + everything.concept_names
         tokenizer = tokenizers.train_tokenizer(names, config.language.vocab_size)
     loop = Loop(args, make)
-    train, held_out = Pictures.load(args.data, args.styles, loop.device)
+    train, held_out = load_pictures(args, loop.device)
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     chosen = torch.linspace(0, len(probe) - 1, min(32, len(probe)), device=loop.device).long()
 

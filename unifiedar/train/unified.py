@@ -19,7 +19,7 @@ from unifiedar.models import VILAU
 from unifiedar.models.vilau import BOS, EOS, IM_END, IM_START
 from unifiedar.quality import Measure
 from unifiedar.train.batches import Pictures, augment, step_generator
-from unifiedar.train.loop import Loop, add_arguments, fail, sheet
+from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["Sequences", "main"]
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
         return model
 
     loop = Loop(args, make)
-    train, held_out = Pictures.load(args.data, args.styles, loop.device)
+    train, held_out = load_pictures(args, loop.device)
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     prompts = [p.captions[i] for p in (train, probe) for i in torch.linspace(0, len(p) - 1, 16).long().tolist()]
 

@@ -1,0 +1,252 @@
+"""Training: both stages end to end on a tiny model, resuming, the losses, the codebook's updates, what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import CONCEPTS, small_config, small_model, small_tokenizer, write_pictures
+
+from unifiedar import train
+from unifiedar.models import VILAU
+from unifiedar.nn import ResidualQuantizer
+from unifiedar.train import tower, unified
+from unifiedar.train.batches import Pictures, augment, pad_ids, step_generator
+from unifiedar.train.unified import IGNORED, Sequences
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setitem(VILAU.configs, "tiny", small_config())
+    folder = write_pictures(tmp_path / "data")
+    small_tokenizer().save(folder / "tokenizer.json")
+    return folder
+
+
+def run(stage: str, data, out, *options: object) -> int:
+    common = ["--data", data, "--out", out, "--batch", 8, "--precision", "fp32", "--device", "cpu", "--warmup", 2]
+    own = ["--config", "tiny"] if stage == "tower" else []
+    return train.main([stage, *map(str, [*common, *own, *options])])
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return VILAU.from_checkpoint(folder / "model").state_dict()
+
+
+# ---- both stages
+
+
+def test_tower_then_unified(data, tmp_path):
+    assert run("tower", data, tmp_path / "t", "--steps", 4, "--align", 0.5, "--sheet-every", 2) == 0
+    lines = [json.loads(line) for line in (tmp_path / "t" / "log.jsonl").read_text().splitlines()]
+    assert {"contrastive", "squared_error", "edge", "commitment"} <= set(lines[-2])
+    assert {"held_out_psnr_db", "held_out_nearest_text_concept"} <= set(lines[-1])
+    assert (tmp_path / "t" / "reconstructions.png").is_file()
+    assert list((tmp_path / "t" / "tensorboard").iterdir())
+
+    assert run("unified", data, tmp_path / "u", "--tower", tmp_path / "t" / "model", "--steps", 3) == 0
+    before, after = weights(tmp_path / "t"), weights(tmp_path / "u")
+    frozen = {name for name in before if ".rqvaesiglip." in name}
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert any(not torch.equal(before[name], after[name]) for name in set(before) - frozen)
+    assert (tmp_path / "u" / "drawn.png").is_file()
+
+
+def test_alignment_comes_before_reconstruction(data, tmp_path):
+    assert run("tower", data, tmp_path / "t", "--steps", 2, "--align", 1.0) == 0
+    first = json.loads((tmp_path / "t" / "log.jsonl").read_text().splitlines()[0])
+    assert "contrastive" in first
+    assert "squared_error" not in first
+
+
+@pytest.mark.parametrize("stage", ["tower", "unified"])
+def test_resumed_run_is_the_run_that_was_not_killed(data, tmp_path, stage):
+    options = []
+    if stage == "unified":
+        small_model().save(tmp_path / "start")
+        options = ["--tower", tmp_path / "start"]
+    run(stage, data, tmp_path / "whole", "--steps", 5, "--save-every", 2, *options)
+    # A killed run leaves its last checkpoint behind: take the one of step 2, and end the run by the clock.
+    assert run(stage, data, tmp_path / "parts", "--steps", 5, "--save-every", 2, "--minutes", 0, *options) == 3
+    state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+    assert 0 < state["step"] < 5
+    assert run(stage, data, tmp_path / "parts", "--steps", 5, "--save-every", 2, "--resume", *options) == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_seed_decides(data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("tower", data, tmp_path / name, "--steps", 2, "--seed", seed)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_it_learns(data, tmp_path):
+    """Twelve pictures are soon known: the loss of naming and drawing falls far below that of guessing."""
+    run("tower", data, tmp_path / "t", "--steps", 30, "--lr", 3e-3, "--align", 0)
+    run(
+        "unified", data, tmp_path / "u", "--tower", tmp_path / "t" / "model", "--steps", 60, "--lr", 5e-3, "--batch", 24
+    )
+    lines = [json.loads(line) for line in (tmp_path / "u" / "log.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "text" in line)
+    assert last["text"] < 0.5 * torch.tensor(300.0).log()
+    assert last["image"] < 0.8 * torch.tensor(24.0).log()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", 0], "--steps must be at least 1"),
+        (["--batch", 6, "--accumulate", 4], "--accumulate must divide --batch 6"),
+        (["--resume"], "no checkpoint"),
+        (["--align", 2], "--align must be from 0 to 1"),
+        (["--device", "cuda"], "no GPU is usable"),
+    ],
+)
+def test_bad_options(data, tmp_path, options, words):
+    if "cuda" in options and torch.cuda.is_available():
+        options, words = ["--steps", 0], "--steps must be at least 1"
+    with pytest.raises(SystemExit, match=words):
+        run("tower", data, tmp_path / "out", *options)
+
+
+def test_bad_stage_and_tower(data, tmp_path, capsys):
+    assert train.main(["body"]) == 2
+    assert "'tower' or 'unified', got 'body'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"--tower: .*no such model"):
+        run("unified", data, tmp_path / "out", "--tower", tmp_path / "nowhere")
+
+
+def test_missing_data_is_one_line(data, tmp_path):
+    with pytest.raises(SystemExit, match=r"no such folder"):
+        run("tower", tmp_path / "nowhere", tmp_path / "out")
+
+
+# ---- pieces
+
+
+def test_sigmoid_loss_against_the_double_sum():
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=-1) for n in (5, 7))
+    positive = torch.rand(5, 7) < 0.3
+    scale, bias = torch.tensor([1.3], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
+    expected = 0.0
+    for i in range(5):
+        for j in range(7):
+            z = float(images[i] @ texts[j]) * math.exp(1.3) - 2.0
+            expected += math.log1p(math.exp(-z if positive[i, j] else z)) / 5
+    assert float(tower.sigmoid_loss(images, texts, positive, scale, bias)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_edge_loss_ignores_a_constant():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    assert float(tower.edge_loss(x + 0.5, x)) == pytest.approx(0, abs=1e-6)
+    assert float(tower.edge_loss(x, torch.zeros_like(x))) > 1
+
+
+def test_quantizer_update_is_the_moving_average():
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(4, 6, 2, decay=0.9).train()
+    book = quantizer.codebooks[0]
+    book.cluster_size_ema.fill_(50)
+    book.embed_ema.copy_(book.table * 50)
+    size, embed, table = book.cluster_size_ema.clone(), book.embed_ema.clone(), book.table.clone()
+    x = torch.randn(30, 6, requires_grad=True)
+    features, codes, commitment = quantizer(x)
+
+    residual, sums, counts = x.detach().clone(), torch.zeros(4, 6), torch.zeros(4)
+    partial, errors = torch.zeros_like(residual), []
+    for d in range(2):
+        nearest = torch.cdist(residual, table).argmin(1)
+        assert torch.equal(nearest, codes[:, d])
+        sums.index_add_(0, nearest, residual)
+        counts += torch.bincount(nearest, minlength=4)
+        residual, partial = residual - table[nearest], partial + table[nearest]
+        errors.append((x.detach() - partial).square().mean())
+    size, embed = 0.9 * size + 0.1 * counts, 0.9 * embed + 0.1 * sums
+    smoothed = (size + 1e-5) / (size.sum() + 4e-5) * size.sum()
+    torch.testing.assert_close(book.cluster_size_ema, size)
+    torch.testing.assert_close(book.table, embed / smoothed[:, None])
+    torch.testing.assert_close(commitment, torch.stack(errors).mean())
+    torch.testing.assert_close(features, partial)
+    assert torch.equal(book.weight[-1], torch.zeros(6))
+
+    gradient = torch.randn(30, 6)
+    features.backward(gradient)
+    torch.testing.assert_close(x.grad, gradient)
+
+
+def test_dead_codes_come_back_from_the_batch():
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(8, 4, 1, decay=0.5).train()
+    book = quantizer.codebooks[0]
+    book.weight[:-1] = 1e3  # far from everything: one code takes all, the others die
+    book.embed_ema.fill_(1e3)
+    x = torch.randn(64, 4)
+    for _ in range(3):
+        quantizer(x)
+    # One code went on being the nearest to everything; the seven others sit among the vectors now.
+    assert (torch.cdist(book.table, x).amin(1) < 1.5).sum() >= 7
+    assert len(quantizer(x).codes.unique()) > 4
+
+
+def test_quantizer_in_eval_mode_stays():
+    quantizer = ResidualQuantizer(8, 4, 3).eval()
+    before = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    quantizer(torch.randn(10, 4))
+    assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+    assert len(before) == 9
+    with pytest.raises(ValueError, match="must be positive"):
+        ResidualQuantizer(0, 4, 1)
+
+
+def test_sequences_ask_for_the_second_modality_alone():
+    model = small_model()
+    rows = Sequences(model, ["axe, noto style", ""], CPU)
+    text, places = model.token_ids("axe, noto style"), model.image_tokens
+    start, end = model.special(-4), model.special(-3)
+    drawn = [1, *text, start, *[0] * places, end, 2]
+    named = [1, start, *[0] * places, end, *text, 2]
+    assert rows.draw_ids[0, : len(drawn)].tolist() == drawn
+    assert rows.name_ids[0, : len(named)].tolist() == named
+    assert rows.draw_begin.tolist() == [len(text) + 2, 2]
+    assert rows.draw_targets[0][rows.draw_targets[0] != IGNORED].tolist() == [end, 2]
+    asked = rows.name_targets[0] != IGNORED
+    assert rows.name_targets[0][asked].tolist() == [*text, 2]
+    # A target stands where the token before it is read.
+    assert asked.nonzero()[0].item() == 2 + places
+
+
+def test_pictures_and_captions(data):
+    pictures, held_out = Pictures.load(data, ["noto", "twemoji"], CPU)
+    assert sorted(held_out.captions) == ["aerial tramway, twemoji style", "axe, noto style"]
+    assert len(pictures) == 2 * len(CONCEPTS) - 2
+    tokenizer = small_tokenizer()
+    ids = pictures.caption_ids(tokenizer, 16, styled=True)
+    assert tokenizer.decode([i for i in ids[0].tolist() if i]) == pictures.captions[0]
+    assert pad_ids([[3, 4, 5]], 2).tolist() == [[3, 4]]
+
+
+def test_augmentation_keeps_range_and_repeats():
+    images = torch.rand(16, 3, 16, 16) * 2 - 1
+    first, again, other = (augment(images, step_generator(0, s, 0, CPU)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.abs().max() <= 1
+    assert torch.equal(augment(images, step_generator(0, 1, 0, CPU), clean=1.0), images)
+    white = augment(torch.ones(4, 3, 16, 16), step_generator(0, 1, 0, CPU), 0.0, clean=0.0)
+    assert (white == 1).float().mean() > 0.8
+
+
+def test_unified_parses_like_the_readme():
+    args = unified.parse(["--data", "d", "--out", "o", "--tower", "t"])
+    assert (args.drop, args.precision) == (0.1, "bf16")
