@@ -403,10 +403,12 @@ def test_tampered_header(tmp_path, header, data):
     refuse(tmp_path / "a.safetensors", "a.safetensors", "damaged")
 
 
-@pytest.mark.parametrize("claimed", [checkpoints.MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1, 10_000_000])
+@pytest.mark.parametrize("claimed", [checkpoints.MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1])
 def test_huge_header_is_refused_before_it_is_read(tmp_path, claimed):
-    (tmp_path / "a.safetensors").write_bytes(claimed.to_bytes(8, "little") + b"{}")
-    refuse(tmp_path / "a.safetensors", "a.safetensors")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(claimed.to_bytes(8, "little") + b"{}")
+    os.truncate(path, checkpoints.MAX_HEADER_BYTES + 100)  # a hole: takes no room on the disk
+    refuse(path, "a.safetensors: not a safetensors file")
 
 
 @pytest.mark.parametrize(
