@@ -60,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(argv)
+        try:
+            code = _dispatch(argv)
+        except SystemExit as stop:  # argparse's way to end
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            code = 1 if isinstance(stop.code, str) else stop.code or 0
         sys.stdout.flush()  # a closed pipe shows here and not at exit, where it could not be caught
         return code
-    except SystemExit as stop:  # argparse's way to end
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-            return 1
-        return stop.code or 0
     except KeyboardInterrupt:
         print("unifiedar: interrupted", file=sys.stderr)
         return 130
