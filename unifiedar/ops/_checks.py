@@ -43,7 +43,8 @@ def check_number(function: str, argument: str, value: Any, low: float | None = N
     """Raises TypeError unless `value` is a real number, ValueError if it is not finite or below `low`."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{function}: {argument} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # Unlike math.isfinite this can be traced with symbolic numbers.
+    if not -math.inf < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{function}: {argument} must be finite, got {value}")
     if low is not None and value < low:
         raise ValueError(f"{function}: {argument} must be at least {low:g}, got {value}")

@@ -1,0 +1,38 @@
+"""What every test file may rely on: the marker `gpu`, the fixture `device`, Triton's interpreter where no GPU is.
+
+`pytest -m gpu` runs what needs a GPU; without one those tests are skipped, and Triton kernels are interpreted.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton looks when a kernel is defined, so this comes before anything imports one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where torch finds none")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """The CPU, and the GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_backend(monkeypatch):
+    """Tests say themselves which backend they mean."""
+    monkeypatch.delenv("UNIFIEDAR_BACKEND", raising=False)

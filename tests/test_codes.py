@@ -1,0 +1,565 @@
+"""The family `codes`: definitions against independent formulas, every backend against the definition."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_rooms
+
+from unifiedar import ops
+from unifiedar.ops import _native, registry, residual_lookup, residual_quantize
+from unifiedar.ops import codes as family
+
+LOOKUP = registry["residual_lookup"]
+BACKWARD = registry["residual_lookup_backward"]
+
+# rows, depth, codes, channels
+SHAPES = {
+    "one of everything": (1, 1, 1, 1),
+    "odd": (7, 3, 5, 33),  # no dimension divides a tile; elements one by one
+    "packs": (40, 4, 20, 64),  # 16-byte packs, several rows a block, a ragged last one
+    "deep": (3, 16, 2, 40),  # VILA-U 384's depth: several steps of levels
+    "wide": (3, 2, 2, 1152),  # VILA-U 384's width: several tiles of channels, the last one ragged
+    "one code": (90, 2, 1, 8),  # all rows choose one entry: segments longer than a chunk
+    "no rows": (0, 4, 6, 16),
+}
+
+
+def inputs(rows, depth, num_codes, channels, *, shared, dtype, device, seed=0, unknown=True):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_codes, channels) if shared else (depth, num_codes, channels)
+    codebook = torch.randn(shape, generator=generator).to(dtype)
+    codes = torch.randint(-1 if unknown else 0, num_codes, (rows, depth), generator=generator)
+    return codes.to(device), codebook.to(device)
+
+
+def oracle(codes, codebook, cumulative):
+    """Sums in float64, one element of codes at a time."""
+    book = codebook.double().cpu().numpy()
+    flat = codes.reshape(-1, codes.shape[-1]).cpu().numpy()
+    out = np.zeros((*flat.shape, book.shape[-1]))
+    for n, row in enumerate(flat):
+        for d, code in enumerate(row):
+            if code >= 0:
+                out[n, d:] += book[code] if book.ndim == 2 else book[d, code]
+    out = out.reshape(*codes.shape, book.shape[-1])
+    return torch.from_numpy(out if cumulative else out[..., -1, :]).to(codes.device)
+
+
+def oracle_gradient(grad, codes, codebook, cumulative):
+    """The chain rule in float64, one element of codes at a time."""
+    out = np.zeros(codebook.shape)
+    flat = codes.reshape(-1, codes.shape[-1]).cpu().numpy()
+    grads = grad.double().cpu().numpy().reshape(len(flat), flat.shape[1] if cumulative else 1, codebook.shape[-1])
+    for n, row in enumerate(flat):
+        for d, code in enumerate(row):
+            if code >= 0:
+                share = grads[n, d:].sum(0) if cumulative else grads[n, 0]
+                out[(code,) if codebook.ndim == 2 else (d, code)] += share
+    return torch.from_numpy(out).to(codes.device)
+
+
+@pytest.fixture
+def room(request):
+    """A (backend, device, dtype) that this process can run."""
+    backend, device, dtype = request.param
+    if backend == "triton" and device == "cpu" and (reason := interpreter_skip()):
+        pytest.skip(reason)
+    if backend == "cuda" and (reason := _native.library_missing()):
+        pytest.skip(reason)
+    return backend, device, dtype
+
+
+every_room = pytest.mark.parametrize("room", kernel_rooms(), indirect=True)
+kernel_room = pytest.mark.parametrize(
+    "room", [case for case in kernel_rooms() if case.values[0][0] != "eager"], indirect=True
+)
+
+
+# ---- residual_lookup -------------------------------------------------------------------------------------------------
+
+
+@every_room
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per depth"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_lookup_and_gradient(room, shape, shared):
+    backend, device, dtype = room
+    codes, codebook = inputs(*shape, shared=shared, dtype=dtype, device=device)
+    for cumulative in (False, True):
+        got = residual_lookup(codes, codebook, cumulative=cumulative, backend=backend)
+        exact = oracle(codes, codebook, cumulative)
+        eager = residual_lookup(codes, codebook, cumulative=cumulative, backend="eager")
+        assert got.is_contiguous()
+        assert_as_good_as_eager(got, eager, exact)
+        assert torch.equal(got, eager), "one order of summation, one rounding: equal on every backend"
+        if dtype == torch.float32:
+            torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+        grad = torch.randn(got.shape, device=device).to(dtype)
+        arguments = (grad, codes, codebook.shape[-2], shared, cumulative)
+        got = BACKWARD(*arguments, backend)
+        exact = oracle_gradient(grad, codes, codebook, cumulative)
+        assert_as_good_as_eager(got, BACKWARD(*arguments, "eager"), exact)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@every_room
+def test_strides_and_leading_dimensions(room):
+    backend, device, dtype = room
+    codes, codebook = inputs(24, 3, 11, 40, shared=False, dtype=dtype, device=device)
+    want = residual_lookup(codes, codebook, backend="eager")
+    many = residual_lookup(codes.view(2, 3, 4, 3), codebook, backend=backend)
+    assert torch.equal(many, want.view(2, 3, 4, 40))
+    one = residual_lookup(codes[0], codebook, backend=backend)
+    assert torch.equal(one, want[0])
+    transposed = codes.T.contiguous().T  # strides (1, 24)
+    assert torch.equal(residual_lookup(transposed, codebook, backend=backend), want)
+    padded = torch.full((3, 12, 44), torch.nan, dtype=dtype, device=device)
+    padded[:, :11, :40] = codebook  # a table with a padding row and padded rows, as checkpoints have
+    assert torch.equal(residual_lookup(codes, padded[:, :11, :40], backend=backend), want)
+    padded[:, :11, 3:43] = codebook  # not aligned to 16 bytes
+    assert torch.equal(residual_lookup(codes, padded[:, :11, 3:43], backend=backend), want)
+    columns = codebook.transpose(1, 2).contiguous().transpose(1, 2)  # channels not contiguous
+    assert torch.equal(residual_lookup(codes, columns, backend=backend), want)
+    grad = torch.randn(24, 1, dtype=torch.float32, device=device).to(dtype).expand(24, 40)  # as a sum's backward gives
+    got = BACKWARD(grad, transposed, 11, False, False, backend)
+    exact = oracle_gradient(grad, codes, codebook, False)
+    assert_as_good_as_eager(got, BACKWARD(grad, codes, 11, False, False, "eager"), exact)
+
+
+@kernel_room
+@pytest.mark.parametrize(("channels", "offset"), [(64, 64), (64, 3), (33, 64)], ids=["packs", "misaligned", "odd"])
+def test_kernels_write_their_output_and_nothing_else(room, channels, offset):
+    backend, device, dtype = room
+    codes, codebook = inputs(19, 5, 7, channels, shared=True, dtype=dtype, device=device, unknown=False)
+    fill = family._lookup_cuda if backend == "cuda" else _native.kernels("codes").residual_lookup
+    for cumulative in (False, True):
+        shape = (19, 5, channels) if cumulative else (19, channels)
+        out, check = guarded(shape, dtype, device, offset)
+        fill(codes, codebook, out, cumulative)
+        check()
+        assert torch.equal(out, residual_lookup(codes, codebook, cumulative=cumulative, backend="eager"))
+
+
+@every_room
+def test_gradient_of_a_skewed_choice(room):
+    """Nearly all rows choose entry 3, so its segment spans many chunks; the others lie inside one."""
+    backend, device, dtype = room
+    rows = 300 if device == "cpu" else 20000
+    codes, _ = inputs(rows, 2, 9, 24, shared=True, dtype=dtype, device=device)
+    codes[torch.arange(rows, device=device) % 16 != 0] = 3
+    for cumulative in (False, True):
+        grad = torch.randn(rows, 2, 24, device=device).to(dtype)
+        grad = grad if cumulative else grad[:, 0].contiguous()
+        arguments = (grad, codes, 9, True, cumulative)
+        exact = BACKWARD(grad.double(), codes, 9, True, cumulative, "eager")
+        got = BACKWARD(*arguments, backend)
+        assert_as_good_as_eager(got, BACKWARD(*arguments, "eager"), exact)
+        if backend != "eager":
+            assert torch.equal(got, BACKWARD(*arguments, backend)), "no atomics: bit-equal between runs"
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradcheck(shared, cumulative):
+    codes, codebook = inputs(6, 3, 4, 2, shared=shared, dtype=torch.float64, device="cpu")
+    codebook.requires_grad_()
+
+    def function(book):
+        return residual_lookup(codes, book, cumulative=cumulative)
+
+    assert torch.autograd.gradcheck(function, (codebook,))
+    assert torch.autograd.gradgradcheck(function, (codebook,))
+
+
+@every_room
+def test_gradient_reaches_the_backend_asked_for(room, monkeypatch):
+    backend, device, dtype = room
+    codes, codebook = inputs(5, 2, 3, 16, shared=True, dtype=dtype, device=device)
+    codebook.requires_grad_()
+    chosen = []
+    choose = BACKWARD.choose
+    monkeypatch.setattr(BACKWARD, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    residual_lookup(codes, codebook, backend=backend).float().square().sum().backward()
+    assert [b.name for b in chosen] == [backend]
+    expected = oracle_gradient(2 * residual_lookup(codes, codebook.detach()), codes, codebook, False)
+    torch.testing.assert_close(codebook.grad.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_codes_out_of_range_raise_on_the_cpu():
+    codebook = torch.randn(4, 8)
+    for backend in ["eager"] if interpreter_skip() else ["eager", "triton"]:
+        for bad in (4, -2, 2**62):
+            codes = torch.tensor([[0, bad]])
+            with pytest.raises(ValueError, match=rf"residual_lookup: codes must be -1 or in \[0, 4\), got {bad}"):
+                residual_lookup(codes, codebook, backend=backend)
+            with pytest.raises(ValueError, match="residual_lookup_backward: codes"):
+                BACKWARD(torch.randn(1, 8), codes, 4, True, False, backend)
+    with pytest.raises(ValueError, match="code_statistics: codes"):
+        ops.code_statistics(torch.randn(1, 8), torch.tensor([9]), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
+def test_codes_out_of_range_add_nothing_on_a_gpu(backend):
+    codebook = torch.randn(4, 8, device="cuda")
+    codes = torch.tensor([[0, 4], [-2, 1], [2**62, 2**32 + 1], [-(2**63), 3]], device="cuda")
+    known = torch.tensor([[0, -1], [-1, 1], [-1, -1], [-1, 3]], device="cuda")
+    assert torch.equal(residual_lookup(codes, codebook, backend=backend), residual_lookup(known, codebook))
+    grad = torch.randn(4, 8, device="cuda")
+    got, want = (BACKWARD(grad, c, 4, True, False, backend) for c in (codes, known))
+    torch.testing.assert_close(got, want)
+
+
+BAD_LOOKUP = {
+    "codes float": (lambda: (torch.zeros(2, 3), torch.zeros(4, 5)), TypeError, "codes must be int64"),
+    "codes int32": (lambda: (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(4, 5)), TypeError, "got int32"),
+    "codes a list": (lambda: ([[0]], torch.zeros(4, 5)), TypeError, "codes must be a tensor, got list"),
+    "codes scalar": (lambda: (torch.tensor(0), torch.zeros(4, 5)), ValueError, "codes must be"),
+    "no depth": (lambda: (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(4, 5)), ValueError, "D at least 1"),
+    "codebook int": (lambda: (torch.zeros(2, 3).long(), torch.zeros(4, 5).long()), TypeError, "codebook must be"),
+    "codebook 1-d": (lambda: (torch.zeros(2, 3).long(), torch.zeros(4)), ValueError, r"got \(4,\)"),
+    "codebook empty": (lambda: (torch.zeros(2, 3).long(), torch.zeros(0, 4)), ValueError, "no empty dimension"),
+    "depths differ": (lambda: (torch.zeros(2, 3).long(), torch.zeros(2, 4, 5)), ValueError, r"\(\.\.\., 2\)"),
+    "devices differ": (lambda: (torch.zeros(2, 3).long(), torch.zeros(4, 5, device="meta")), ValueError, "device"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "text"), BAD_LOOKUP.values(), ids=BAD_LOOKUP)
+def test_lookup_refuses(make, error, text):
+    with pytest.raises(error, match=text) as raised:
+        residual_lookup(*make())
+    assert str(raised.value).startswith("residual_lookup: ")
+
+
+# ---- residual_quantize -----------------------------------------------------------------------------------------------
+
+
+def quantize_oracle(x, codebook, depth):
+    """Greedy search with direct float64 distances; returns codes and, per depth, distances (N, K)."""
+    residual = x.double().cpu().numpy().reshape(-1, x.shape[-1]).copy()
+    book = codebook.double().cpu().numpy()
+    codes = []
+    for d in range(depth):
+        table = book if book.ndim == 2 else book[d]
+        distance = ((residual[:, None] - table[None]) ** 2).sum(-1)
+        codes.append(distance.argmin(1))
+        residual -= table[codes[-1]]
+    return torch.from_numpy(np.stack(codes, -1)).view(*x.shape[:-1], depth)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per depth"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_quantize(device, dtype, shared):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 37, 12, generator=generator).to(device, dtype)
+    codebook = torch.randn((40, 12) if shared else (4, 40, 12), generator=generator).to(device, dtype)
+    codes, quantized = residual_quantize(x, codebook, 4 if shared else None)
+    assert codes.dtype == torch.int64
+    assert codes.shape == (3, 37, 4)
+    assert (quantized.dtype, quantized.shape) == (x.dtype, x.shape)
+    # Low-precision inputs are searched exactly: they are float32 numbers like any other.
+    assert torch.equal(codes.cpu(), quantize_oracle(x, codebook, 4))
+    assert torch.equal(quantized, residual_lookup(codes, codebook, backend="eager"))
+
+
+def test_every_chosen_entry_is_as_near_as_the_best(device):
+    """In float64, along the path that the codes took: within 1e-6 relative of the nearest entry."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(500, 32, generator=generator).to(device)
+    codebook = torch.randn(700, 32, generator=generator).to(device)
+    codes, _ = residual_quantize(x, codebook, 3)
+    residual = x.double()
+    for d in range(3):
+        distance = torch.cdist(residual, codebook.double()).square()
+        chosen = distance.gather(1, codes[:, d : d + 1])[:, 0]
+        assert (chosen <= distance.min(1).values * (1 + 1e-6)).all()
+        residual = residual - codebook.double()[codes[:, d]]
+
+
+def test_ties_go_to_the_lowest_index(device):
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randint(-3, 4, (97, 6), generator=generator).float()  # every sum is exact
+    codebook = torch.cat([whole, whole, whole]).to(device)
+    x = (torch.randint(-6, 7, (200, 6), generator=generator) / 2).to(device)
+    codes, _ = residual_quantize(x, codebook, 3)
+    assert torch.equal(codes.cpu(), quantize_oracle(x, codebook, 3))
+    repeated = torch.randn(97, 33, generator=generator).repeat(3, 1).to(device)
+    codes, _ = residual_quantize(torch.randn(300, 33, generator=generator).to(device), repeated, 2)
+    assert codes.max() < 97
+
+
+def test_cosine(device):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(50, 8, generator=generator).to(device)
+    codebook = (torch.randn(30, 8, generator=generator) * torch.rand(30, 1, generator=generator) * 4).to(device)
+    codes, quantized = residual_quantize(x, codebook, 2, metric="cosine")
+    residual, book = x.double(), codebook.double()
+    for d in range(2):
+        cosine = torch.nn.functional.cosine_similarity(residual[:, None], book[None], dim=-1)
+        assert torch.equal(codes[:, d], cosine.argmax(1))
+        residual = residual - book[codes[:, d]]
+    torch.testing.assert_close(quantized.double(), x.double() - residual, rtol=1e-5, atol=1e-5)
+
+
+def test_quantize_in_pieces_and_strides(device, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-4, 5, (8, 50), generator=generator).float().to(device).T  # (50, 8), not contiguous
+    codebook = torch.randint(-4, 5, (9, 16), generator=generator).float().to(device).T[:, :8]
+    whole = residual_quantize(x, codebook, 3)
+    monkeypatch.setattr(family, "_SEARCH_BYTES", 7 * 16 * 4)  # 7 rows at a time
+    pieces = residual_quantize(x, codebook, 3)
+    assert torch.equal(whole.codes, pieces.codes)
+    assert torch.equal(whole.quantized, pieces.quantized)
+    assert torch.equal(whole.codes.cpu(), quantize_oracle(x, codebook, 3))
+    empty = residual_quantize(x[:0], codebook, 3)
+    assert empty.codes.shape == (0, 3)
+    assert empty.quantized.shape == (0, 8)
+
+
+def test_quantize_ignores_autocast_and_tf32_and_restores_them(device):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(400, 64, generator=generator).to(device)
+    codebook = torch.randn(512, 64, generator=generator).to(device)
+    want = quantize_oracle(x, codebook, 2)
+    before = torch.get_float32_matmul_precision()
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    try:
+        torch.set_float32_matmul_precision("medium")  # TF32 on a GPU, bfloat16 on CPUs that have it
+        precisions = [setting.fp32_precision for setting in settings]
+        results = []
+
+        def work():
+            with torch.autocast(device, dtype=torch.bfloat16):
+                results.append(residual_quantize(x, codebook, 2).codes)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [setting.fp32_precision for setting in settings] == precisions
+        assert len(results) == 4
+        for codes in results:
+            assert torch.equal(codes.cpu(), want)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_quantize_gives_no_gradient():
+    x, codebook = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    codes, quantized = residual_quantize(x, codebook, 2)
+    assert not codes.requires_grad
+    assert not quantized.requires_grad
+
+
+BAD_QUANTIZE = {
+    "x int": ((torch.zeros(2, 4).long(), torch.zeros(3, 4), 1), {}, TypeError, "x must be"),
+    "channels differ": ((torch.zeros(2, 4), torch.zeros(3, 5), 1), {}, ValueError, r"x must be \(\.\.\., 5\)"),
+    "no depth": ((torch.zeros(2, 4), torch.zeros(3, 4)), {}, ValueError, "depth must be given"),
+    "depth 0": ((torch.zeros(2, 4), torch.zeros(3, 4), 0), {}, ValueError, "at least 1, got 0"),
+    "depth 1.5": ((torch.zeros(2, 4), torch.zeros(3, 4), 1.5), {}, TypeError, "depth must be an integer"),
+    "depth differs": ((torch.zeros(2, 4), torch.zeros(2, 3, 4), 3), {}, ValueError, "depth must be None or 2"),
+    "metric": ((torch.zeros(2, 4), torch.zeros(3, 4), 1), {"metric": "l1"}, ValueError, "got 'l1'"),
+    "empty codebook": ((torch.zeros(2, 4), torch.zeros(0, 4), 1), {}, ValueError, "no empty dimension"),
+    "backend": ((torch.zeros(2, 4), torch.zeros(3, 4), 1), {"backend": "fast"}, ValueError, "got 'fast'"),
+}
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "text"), BAD_QUANTIZE.values(), ids=BAD_QUANTIZE)
+def test_quantize_refuses(args, kwargs, error, text):
+    with pytest.raises(error, match=text) as raised:
+        residual_quantize(*args, **kwargs)
+    assert str(raised.value).startswith("residual_quantize: ")
+
+
+# ---- code_statistics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_statistics(device, dtype):
+    generator = torch.Generator().manual_seed(7)
+    residuals = torch.randn(4, 60, 10, generator=generator).to(device, dtype)
+    codes = torch.randint(-1, 13, (4, 60), generator=generator).to(device)
+    counts, sums = ops.code_statistics(residuals, codes, 13)
+    known = codes.flatten() >= 0
+    rows, vectors = codes.flatten()[known].cpu().numpy(), residuals.flatten(0, 1)[known].double().cpu().numpy()
+    want = np.zeros((13, 10))
+    np.add.at(want, rows, vectors)
+    assert counts.tolist() == np.bincount(rows, minlength=13).tolist()
+    assert counts.dtype == sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(sums.double().cpu(), torch.from_numpy(want), rtol=1e-5, atol=1e-5)
+
+
+BAD_STATISTICS = {
+    "shapes differ": ((torch.zeros(4, 3), torch.zeros(5).long(), 2), ValueError, r"\(4,\), got \(5,\)"),
+    "codes float": ((torch.zeros(4, 3), torch.zeros(4), 2), TypeError, "int64"),
+    "no codes": ((torch.zeros(4, 3), torch.zeros(4).long(), 0), ValueError, "num_codes must be at least 1"),
+    "num_codes float": ((torch.zeros(4, 3), torch.zeros(4).long(), 2.0), TypeError, "num_codes"),
+}
+
+
+@pytest.mark.parametrize(("args", "error", "text"), BAD_STATISTICS.values(), ids=BAD_STATISTICS)
+def test_statistics_refuses(args, error, text):
+    with pytest.raises(error, match=text) as raised:
+        ops.code_statistics(*args)
+    assert str(raised.value).startswith("code_statistics: ")
+
+
+# ---- torch.library, torch.compile ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["residual_lookup", "residual_lookup_backward", "residual_quantize", "code_statistics"]
+)
+def test_opcheck(name, device):
+    codes, codebook = inputs(6, 3, 5, 8, shared=False, dtype=torch.float32, device=device, unknown=False)
+    arguments = {
+        "residual_lookup": (codes, codebook.requires_grad_(), True, "auto"),
+        "residual_lookup_backward": (torch.randn(6, 8, device=device, requires_grad=True), codes, 5, False, False),
+        "residual_quantize": (torch.randn(6, 8, device=device, requires_grad=True), codebook, 3, "l2"),
+        "code_statistics": (torch.randn(6, 3, 8, device=device), codes, 5),
+    }[name]
+    torch.library.opcheck(registry[name].overload, arguments)
+
+
+@every_room
+def test_compiles_whole_with_dynamic_shapes(room):
+    backend, device, dtype = room
+
+    def function(codes, codebook):
+        sums = residual_lookup(codes, codebook, cumulative=True, backend=backend)
+        return (sums.float() * 2).sum() + residual_quantize(codebook, codebook, 2).quantized.float().sum()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 6):
+        codes, codebook = inputs(rows, 2, 5, 16, shared=True, dtype=dtype, device=device, seed=rows)
+        results = []
+        for run in (function, compiled):
+            book = codebook.clone().requires_grad_()
+            out = run(codes, book)
+            out.backward()
+            results.append((out.detach(), book.grad))
+        torch.testing.assert_close(results[1], results[0])
+
+
+# ---- on a GPU: races, graphs, streams, syncs, large offsets ----------------------------------------------------------
+
+gpu_kernels = pytest.mark.parametrize("room", [("triton", "cuda", torch.bfloat16), ("cuda", "cuda", torch.bfloat16)],
+                                      indirect=True, ids=["triton", "cuda"])  # fmt: skip
+
+
+@pytest.mark.gpu
+@gpu_kernels
+@pytest.mark.parametrize("skewed", [False, True])
+def test_two_thousand_launches_agree(room, skewed):
+    backend, device, dtype = room
+    codes, codebook = inputs(3000, 4, 500, 264, shared=True, dtype=dtype, device=device)
+    if skewed:
+        codes[::3] = 7
+    grad = torch.randn(3000, 264, device=device).to(dtype)
+
+    def run():
+        return (
+            residual_lookup(codes, codebook, backend=backend),
+            BACKWARD(grad, codes, 500, True, False, backend),
+        )
+
+    first = run()
+    differ = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(2000):
+        for got, want in zip(run(), first, strict=True):
+            differ += (got != want).any()
+    assert differ.item() == 0
+
+
+@pytest.mark.gpu
+@gpu_kernels
+def test_cuda_graph(room):
+    backend, device, dtype = room
+    codes, codebook = inputs(200, 4, 50, 64, shared=True, dtype=dtype, device=device)
+    grad = torch.randn(200, 4, 64, device=device).to(dtype)
+
+    def run():
+        return (
+            residual_lookup(codes, codebook, cumulative=True, backend=backend),
+            BACKWARD(grad, codes, 50, True, True, backend),
+        )
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (1, 2):
+        fresh, book = inputs(200, 4, 50, 64, shared=True, dtype=dtype, device=device, seed=seed)
+        codes.copy_(fresh)
+        codebook.copy_(book)
+        graph.replay()
+        for got, want in zip(captured, run(), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@gpu_kernels
+def test_current_stream(room):
+    backend, device, dtype = room
+    codes, codebook = inputs(4096, 4, 50, 256, shared=True, dtype=dtype, device=device)
+    want = residual_lookup(codes, codebook, backend=backend)
+    late = torch.zeros_like(codes)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s: a launch on any other stream would see zeros
+        late.copy_(codes)
+        got = residual_lookup(late, codebook, backend=backend)
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
+def test_no_host_sync(backend):
+    codes, codebook = inputs(64, 4, 50, 64, shared=True, dtype=torch.float32, device="cuda")
+    x = torch.randn(64, 64, device="cuda")
+
+    def run():
+        residual_lookup(codes, codebook, backend=backend)
+        BACKWARD(x, codes, 50, True, False, backend)
+        residual_quantize(x, codebook, 4)
+        ops.code_statistics(x, codes[:, 0], 50)
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@gpu_kernels
+def test_more_than_two_to_the_31_elements(room):
+    backend, device, dtype = room
+    rows, channels = 2**21 + 8, 1024
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    table = torch.arange(channels, device=device).to(dtype)
+    codebook = table.repeat(8, 1) + torch.arange(8, device=device)[:, None].to(dtype)
+    codes = (torch.arange(rows, device=device) % 8)[:, None]
+    out = residual_lookup(codes, codebook, backend=backend)  # a large output
+    assert torch.equal(out[-8:], codebook)
+    assert torch.equal(out[: rows // 2], residual_lookup(codes[: rows // 2], codebook, backend=backend))
+    gradient = BACKWARD(out, codes, 8, True, False, backend)  # a large gradient
+    exact = codebook.double() * (rows // 8)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-2, atol=0)
+    last = torch.arange(rows - 8, rows, device=device)[:, None]
+    assert torch.equal(residual_lookup(last, out, backend=backend), codebook)  # a large codebook
+    gradient = BACKWARD(codebook, last, rows, True, False, backend)  # and its gradient
+    assert torch.equal(gradient[-8:], codebook)
+    assert not gradient[:-8].any()

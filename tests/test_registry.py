@@ -1,0 +1,230 @@
+"""How a backend is chosen: `backend=`, UNIFIEDAR_BACKEND, reasons, refusals; and what importing the package costs."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from helpers import interpreter_skip
+
+from unifiedar import ops
+from unifiedar.ops import _native, registry, residual_lookup, sample_codes
+from unifiedar.ops._op import BACKENDS, Backend, Op
+
+LOOKUP = registry["residual_lookup"]
+CODES = torch.tensor([[0, 1], [2, -1]])
+BOOK = torch.randn(3, 8)
+
+
+def test_every_operator_ends_in_eager():
+    assert {
+        "residual_lookup",
+        "residual_lookup_backward",
+        "residual_quantize",
+        "code_statistics",
+        "sample_codes",
+    } <= set(registry)
+    for name, op in registry.items():
+        names = [backend.name for backend in op.backends]
+        assert op.name == name
+        assert names[-1] == "eager"
+        assert names == [backend for backend in BACKENDS if backend in names], "best first, in the order of BACKENDS"
+        assert op.overload._schema.arguments[-1].name == "backend"
+
+
+def test_auto_is_eager_on_the_cpu_even_where_the_interpreter_fits():
+    assert LOOKUP.choose("auto", CODES, BOOK, False).name == "eager"
+
+
+def test_environment_forces_and_the_argument_wins(monkeypatch):
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "cuda")
+    with pytest.raises(
+        ValueError, match="residual_lookup: UNIFIEDAR_BACKEND must fit the call, got 'cuda', which needs"
+    ):
+        residual_lookup(CODES, BOOK)
+    with pytest.raises(ValueError, match=r"sample_codes: UNIFIEDAR_BACKEND must be one that .* has \(eager\)"):
+        sample_codes(BOOK)
+    assert torch.equal(residual_lookup(CODES, BOOK, backend="eager")[0], BOOK[0] + BOOK[1])
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "eager")
+    assert LOOKUP.choose("auto", CODES, BOOK, False).name == "eager"
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "quick")
+    with pytest.raises(ValueError, match="UNIFIEDAR_BACKEND must be one of auto, cuda, triton, eager, got 'quick'"):
+        residual_lookup(CODES, BOOK)
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "")
+    residual_lookup(CODES, BOOK)
+
+
+def test_refusals_name_operator_argument_and_reason():
+    with pytest.raises(
+        ValueError, match="residual_lookup: backend must fit the call, got 'cuda', which needs CUDA tens"
+    ):
+        residual_lookup(CODES, BOOK, backend="cuda")
+    with pytest.raises(
+        ValueError, match="residual_lookup: backend must be one of auto, cuda, triton, eager, got 'hip'"
+    ):
+        residual_lookup(CODES, BOOK, backend="hip")
+    with pytest.raises(
+        ValueError, match=r"sample_codes: backend must be one that this operator has \(eager\), got 'tri"
+    ):
+        sample_codes(BOOK, backend="triton")
+
+
+def test_explain_gives_every_backend_a_sentence():
+    reasons = LOOKUP.explain(CODES, BOOK, False)
+    assert list(reasons) == ["cuda", "triton", "eager"]
+    assert reasons["cuda"] == "needs CUDA tensors, got cpu"
+    assert reasons["eager"] == "fits"
+    if interpreter_skip() is None:
+        assert reasons["triton"] == "fits"
+        assert "float64" in LOOKUP.explain(CODES, BOOK.double(), False)["triton"]
+        assert "bfloat16" in LOOKUP.explain(CODES, BOOK.bfloat16(), False)["triton"]
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_best_on_a_gpu():
+    arguments = (CODES.cuda(), BOOK.cuda(), False)
+    best = "triton" if _native.library_missing() else "cuda"
+    assert LOOKUP.choose("auto", *arguments).name == best
+    assert LOOKUP.choose("auto", arguments[0], BOOK.double().cuda(), False).name == "eager"
+
+
+def test_missing_pieces_are_sentences_not_exceptions(monkeypatch, tmp_path):
+    for check in (_native.library_missing, _native.triton_missing):
+        check.cache_clear()
+    try:
+        monkeypatch.setattr(_native, "LIBRARY", tmp_path / "_C.so")
+        assert _native.library_missing() == "needs the compiled library, which this installation was built without"
+        _native.library_missing.cache_clear()
+        (tmp_path / "_C.so").write_bytes(b"not a library")
+        reason = _native.library_missing()
+        assert reason is not None
+        assert reason.startswith("needs ")
+        monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
+        assert _native.triton_missing() == "needs Triton, which is not installed"
+        assert _native.triton_unfit(BOOK) == "needs Triton, which is not installed"
+    finally:
+        monkeypatch.undo()
+        for check in (_native.library_missing, _native.triton_missing):
+            check.cache_clear()
+
+
+def test_backend_reaches_the_operator_under_compile(monkeypatch):
+    chosen = []
+    choose = LOOKUP.choose
+    monkeypatch.setattr(LOOKUP, "choose", lambda *args: chosen.append(args[0]) or choose(*args))
+    for backend in ("auto", "eager"):
+        compiled = torch.compile(
+            lambda codes, book, backend=backend: residual_lookup(codes, book, backend=backend) * 2,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        assert torch.equal(compiled(CODES, BOOK), residual_lookup(CODES, BOOK) * 2)
+        assert chosen[0] == backend
+        chosen.clear()
+    refused = torch.compile(lambda c, b: residual_lookup(c, b, backend="cuda"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="got 'cuda', which needs CUDA tensors"):
+        refused(CODES, BOOK)
+
+
+def test_threads_choose_independently():
+    wrong = []
+
+    def work(backend):
+        for _ in range(50):
+            try:
+                residual_lookup(CODES, BOOK, backend=backend)
+                served = backend == "eager"
+            except ValueError:
+                served = backend != "eager"
+            if not served:
+                wrong.append(backend)
+
+    threads = [threading.Thread(target=work, args=(backend,)) for backend in ("eager", "cuda") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_operator_of_three_lines():
+    """What a new operator needs: a schema, its definition, its shapes. Nothing is differentiable by accident."""
+    op = Op(
+        "test_double(Tensor x, int times) -> Tensor",
+        eager=lambda x, times: x * 2**times,
+        fake=lambda x, times: torch.empty_like(x),
+        backends=[Backend("triton", lambda x, times: x, lambda x, times: f"needs times 0, got {times}")],
+    )
+    try:
+        x = torch.ones(3, requires_grad=True)
+        out = op(x, 3, "auto")
+        assert out.tolist() == [8.0] * 3
+        assert not out.requires_grad
+        assert op.explain(x, 3) == {"triton": "needs times 0, got 3", "eager": "fits"}
+        torch.library.opcheck(op.overload, (x, 2, "eager"))
+    finally:
+        del registry["test_double"]
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_import_is_light():
+    code = (
+        "import sys, unifiedar\n"
+        "assert 'torch' not in sys.modules, 'unifiedar imports torch'\n"
+        "unifiedar.ops.residual_lookup\n"
+        "loaded = {'triton', 'unifiedar.kernels', 'unifiedar.nn', 'unifiedar.models'} & set(sys.modules)\n"
+        "assert loaded <= {'triton'}, loaded\n"
+        "assert set(unifiedar.__all__) <= set(dir(unifiedar))\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_works_without_triton_and_without_the_library():
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from unifiedar import ops\n"
+        "from unifiedar.ops import _native\n"
+        "_native.LIBRARY = Path('absent')\n"
+        "x = torch.randn(4, 3)\n"
+        "codes, quantized = ops.residual_quantize(x, torch.randn(5, 3), 2)\n"
+        "book = torch.randn(5, 3, requires_grad=True)\n"
+        "ops.residual_lookup(codes, book).sum().backward()\n"
+        "print(ops.registry['residual_lookup'].explain(codes, book, False))\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "needs Triton, which is not installed" in done.stdout
+
+
+def test_accelerate_is_the_function_whatever_was_imported_first():
+    code = (
+        "import unifiedar, unifiedar.accelerate\n"
+        "from unifiedar.accelerate import accelerate\n"
+        "assert unifiedar.accelerate is accelerate and callable(unifiedar.restore)\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ops_documents_its_names():
+    for name in ops.__all__:
+        assert hasattr(ops, name)
