@@ -19,7 +19,8 @@ needed = (
     r"unifiedar/_build\.json",
     r"unifiedar/kernels/codes\.py",
     r"unifiedar/weights/.+\.safetensors",
-    r"unifiedar/data/.+\.json",
+    r"unifiedar/data/emoji_held_out\.json",
+    r"unifiedar/data/samples/.+\.png",
     r".+\.dist-info/licenses/LICENSE",
 )
 for pattern in needed:
