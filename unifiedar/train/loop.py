@@ -204,6 +204,7 @@ class Loop:
             True if the run is complete, False if `--minutes` ended it early.
         """
         args, started = self.args, time.monotonic()
+        self.reported = (self.begin, started)
         if self.rank == 0:
             self.writer = self._tensorboard()
         bar = tqdm(
@@ -230,7 +231,7 @@ class Loop:
             done = step + 1
             bar.update()
             if done % 50 == 0 or done == args.steps:
-                self._report(done, {**seen, "gradient_norm": norm}, bar, done - self.begin, started)
+                self._report(done, {**seen, "gradient_norm": norm}, bar)
             over = args.minutes is not None and self._over(done, time.monotonic() - started > 60 * args.minutes)
             if (done % args.sheet_every == 0 or done == args.steps or over) and self.rank == 0:
                 self._validate(done, validate)
@@ -262,13 +263,14 @@ class Loop:
         dist.broadcast(flag, 0)
         return bool(flag)
 
-    def _report(self, done: int, values: dict[str, Tensor], bar: tqdm, steps: int, started: float) -> None:
+    def _report(self, done: int, values: dict[str, Tensor], bar: tqdm) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         if not math.isfinite(numbers["loss"]):
             raise fail(f"loss is {numbers['loss']} at step {done}; lower --lr, or --resume from {self._path}")
         if self.rank:
             return
-        rate = steps * self.args.batch * self.world / (time.monotonic() - started)
+        (before, then), self.reported = self.reported, (done, time.monotonic())
+        rate = (done - before) * self.args.batch * self.world / (self.reported[1] - then)
         bar.set_postfix_str(
             " ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f" {rate:.0f} pictures/s", refresh=False
         )
