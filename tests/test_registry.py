@@ -128,6 +128,22 @@ def test_backend_reaches_the_operator_under_compile(monkeypatch):
         refused(CODES, BOOK)
 
 
+def test_without_gradients():
+    book = BOOK.clone().requires_grad_()
+    want = residual_lookup(CODES, book).detach()
+
+    def function(codes, book):
+        return residual_lookup(codes, book)
+
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            got = residual_lookup(CODES, book)
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(CODES, book)
+        assert not got.requires_grad
+        assert torch.equal(got, want)
+        assert torch.equal(compiled, want)
+
+
 def test_threads_choose_independently():
     wrong = []
 
