@@ -165,7 +165,9 @@ class Llama(nn.Module):
                 mask = mask & (keys >= pad[:, None, None]) | (keys == slots[:, None])
             mask = mask.view(-1, 1, length, begin + length)
         head_dim = config.hidden_size // config.num_heads
-        inverse = config.rope_theta ** (-torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim)
+        # In the published order of operations: far positions magnify a rounding of the frequencies.
+        powers = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim
+        inverse = 1 / config.rope_theta**powers
         angles = (positions / config.rope_scaling)[..., None] * inverse
         angles = angles.view(-1, 1, length, head_dim // 2)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
