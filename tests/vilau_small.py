@@ -1,8 +1,10 @@
 """Two small VILA-U whose weights and inputs follow from names by a fixed rule, so that goldens need hold outputs only.
 
-`RandomState.random_sample` is bit-stable for ever by numpy's own promise, on every machine.
+numpy keeps the stream of `RandomState.random_sample` for ever; all else in a weight is correctly rounded arithmetic, so
+that they are the same bits on every machine.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -63,7 +65,8 @@ def weight(name: str, shape: tuple[int, ...], shared: bool) -> Tensor:
         if name.endswith("cluster_size_ema"):
             return sizes
         # Rows of many lengths, so that later depths still find something near what is left.
-        table = uniform(book + ".weight", *shape) * 3 * torch.linspace(1, 0.1, shape[0])[:, None]
+        lengths = torch.arange(shape[0], 0, -1) / shape[0] * 3
+        table = uniform(book + ".weight", *shape) * lengths[:, None]
         if name.endswith("embed_ema"):
             return table * sizes[:, None]
         table[-1] = 0
@@ -72,7 +75,7 @@ def weight(name: str, shape: tuple[int, ...], shared: bool) -> Tensor:
         return 1 + u / 4 if name.endswith("weight") else u / 4
     if ("embed" in name and "patch" not in name) or "pos_emb" in name or "probe" in name:
         return u
-    return u * (3 / np.prod(shape[1:])) ** 0.5
+    return u * math.sqrt(3 / math.prod(shape[1:]))
 
 
 def weights(state: Mapping[str, Tensor], shared: bool) -> dict[str, Tensor]:
