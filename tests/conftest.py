@@ -36,3 +36,11 @@ def device(request) -> str:
 def _no_forced_backend(monkeypatch):
     """Tests say themselves which backend they mean."""
     monkeypatch.delenv("UNIFIEDAR_BACKEND", raising=False)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Forgets what torch.compile compiled: the cases of a test share its code, and dynamo stops at eight versions."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

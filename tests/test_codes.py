@@ -426,7 +426,7 @@ def test_opcheck(name, device):
 
 
 @every_room
-def test_compiles_whole_with_dynamic_shapes(room):
+def test_compiles_whole_with_dynamic_shapes(room, fresh_compiler):
     backend, device, dtype = room
 
     def function(codes, codebook):

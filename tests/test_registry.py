@@ -44,8 +44,9 @@ def test_environment_forces_and_the_argument_wins(monkeypatch):
         ValueError, match="residual_lookup: UNIFIEDAR_BACKEND must fit the call, got 'cuda', which needs"
     ):
         residual_lookup(CODES, BOOK)
-    with pytest.raises(ValueError, match=r"sample_codes: UNIFIEDAR_BACKEND must be one that .* has \(eager\)"):
-        sample_codes(BOOK)
+    assert registry["sample_codes"].choose("auto", BOOK).name == "eager", (
+        "no such backend: the variable is a preference"
+    )
     assert torch.equal(residual_lookup(CODES, BOOK, backend="eager")[0], BOOK[0] + BOOK[1])
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "eager")
     assert LOOKUP.choose("auto", CODES, BOOK, False).name == "eager"
@@ -126,6 +127,50 @@ def test_backend_reaches_the_operator_under_compile(monkeypatch):
     refused = torch.compile(lambda c, b: residual_lookup(c, b, backend="cuda"), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="got 'cuda', which needs CUDA tensors"):
         refused(CODES, BOOK)
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_sees_the_operator():
+    """A plain call skips the dispatcher; modes, profilers, meta tensors and subclasses get the operator itself."""
+    book = BOOK.clone().requires_grad_()
+    want = residual_lookup(CODES, BOOK)
+    with Recorder() as mode:
+        out = residual_lookup(CODES, book)
+        out.sum().backward()
+    assert torch.equal(out, want)
+    assert {"residual_lookup.default", "residual_lookup_backward.default"} <= set(mode.names)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        residual_lookup(CODES, BOOK)
+    assert "unifiedar::residual_lookup" in {event.key for event in profile.key_averages()}
+    assert residual_lookup(CODES.to("meta"), BOOK.to("meta")).is_meta
+    assert type(residual_lookup(CODES, BOOK.as_subclass(Marked))) is Marked
+
+
+class Marked(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def test_gradient_of_a_plain_call_equals_the_operators():
+    gradients = []
+    for call in (LOOKUP, LOOKUP.overload):
+        book = BOOK.clone().requires_grad_()
+        out = call(CODES, book, True, "auto")
+        (grad,) = torch.autograd.grad(out.square().sum(), book, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), book)
+        gradients.append((out.detach(), grad.detach(), second))
+    for direct, dispatched in zip(*gradients, strict=True):
+        assert torch.equal(direct, dispatched)
 
 
 def test_without_gradients():

@@ -2,7 +2,9 @@
 
 Conventions: the last dimension of features is channels (C), the last dimension of codes is depth (D), a codebook is (K,
 C) shared by all depths or (D, K, C), codes are int64. Every function takes `backend="auto" | "cuda" | "triton" |
-"eager"`; "auto" takes the first that fits and yields to the environment variable UNIFIEDAR_BACKEND. `registry` lists
+"eager"`, and is refused one that the operator lacks or that does not fit the call. "auto" takes the first that fits.
+The environment variable UNIFIEDAR_BACKEND stands in for "auto" in operators that have the backend it names (one that
+does not fit the call is refused then, too); the others stay with "auto", so that a whole model runs. `registry` lists
 the operators beneath; its `explain(...)` says which backends fit a call and why the others do not.
 """
 

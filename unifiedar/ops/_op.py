@@ -3,6 +3,9 @@
 A call goes: public function -> `torch.ops.unifiedar.<name>` (one node for autograd, torch.compile and the profiler)
 -> the first backend that fits -> its `run`. The backend asked for travels as the operator's last argument, a string, so
 that `backend=` means the same thing eagerly, under torch.compile and inside a CUDA graph.
+
+An ordinary eager call goes straight from the public function to the backend: nobody looks at the torch operator then,
+and its way through the dispatcher and back into Python costs more than a small kernel runs.
 """
 
 import os
@@ -88,12 +91,12 @@ class Op:
         registry[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the torch operator: its arguments in order, then the backend's name."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Calls the operator: its arguments in order, then the backend's name."""
+        if torch.compiler.is_compiling() or _watched(args):
             return self.overload(*args)
-        # Without gradients torch.library's autograd kernel, which is Python, only does this: a third of a call saved.
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            return self.overload(*args) if self._backward is None else _Direct.apply(*args, self)
+        return self._run(*args)
 
     def explain(self, *args: Any) -> dict[str, str]:
         """Says of every backend, best first, whether it can serve these arguments: "fits", or why not."""
@@ -103,28 +106,28 @@ class Op:
         """Picks the backend that serves a call.
 
         Args:
-            name: "auto" or a backend's name; "auto" yields to the environment variable UNIFIEDAR_BACKEND.
+            name: "auto" or a backend's name; "auto" yields to the environment variable UNIFIEDAR_BACKEND. The variable
+                speaks to every operator, so those that lack the backend it names go on as if it were not set.
             args: the operator's arguments.
 
         Returns:
             The backend.
 
         Raises:
-            ValueError: if the name is unknown, or the backend asked for cannot serve the call (with its reason).
+            ValueError: if the name is unknown, the backend asked for cannot serve the call (with its reason), or `name`
+                is one that the operator does not have.
         """
         asked = "backend"
         if name == "auto":
             name = os.environ.get(VARIABLE) or "auto"
             asked = VARIABLE
         if name == "auto":
-            if _on_cuda(args):
-                for backend in self.backends:
-                    if backend.unfit(*args) is None:
-                        return backend
-            return self._eager
+            return self.choose_best(*args)
         if name not in BACKENDS:
             raise ValueError(f"{self.name}: {asked} must be one of {', '.join(BACKENDS)}, got {name!r}")
         if name not in self._by_name:
+            if asked == VARIABLE:
+                return self.choose_best(*args)
             raise ValueError(
                 f"{self.name}: {asked} must be one that this operator has ({', '.join(self._by_name)}), got {name!r}"
             )
@@ -133,6 +136,14 @@ class Op:
         if reason is not None:
             raise ValueError(f"{self.name}: {asked} must fit the call, got {name!r}, which {reason}")
         return backend
+
+    def choose_best(self, *args: Any) -> Backend:
+        """Picks what "auto" means where the environment says nothing."""
+        if _on_cuda(args):
+            for backend in self.backends:
+                if backend.unfit(*args) is None:
+                    return backend
+        return self._eager
 
     def _run(self, *args: Any) -> Any:
         # The dispatcher drops trailing arguments that equal their defaults, so "auto" may be absent.
@@ -154,6 +165,42 @@ class Op:
 
     def _no_gradient(self, ctx: Any, *gradients: Any) -> tuple[None, ...]:
         return (None,) * (self._arity + 1)
+
+
+class _Direct(torch.autograd.Function):
+    """The gradient of an operator called without the dispatcher. Takes its arguments, the backend's name and the `Op`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        op = ctx.op = args[-1]
+        output = op._run(*args[:-1])
+        op._save(ctx, args[:-1], output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return (*ctx.op._differentiate(ctx, *gradients), None)
+
+
+def _watched(args: Sequence[Any]) -> bool:
+    """Whether somebody has to see the torch operator itself: a profiler, tracer, mode, transform or tensor subclass."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if type(arg) not in _PLAIN or arg.is_meta:
+                return True
+        elif isinstance(arg, (list, tuple)) and _watched(arg):
+            return True
+    return False
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _on_cuda(args: Sequence[Any]) -> bool:

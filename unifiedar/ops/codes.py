@@ -50,25 +50,33 @@ def _level(codebook: Tensor, d: int) -> Tensor:
     return codebook if codebook.ndim == 2 else codebook[d]
 
 
-def _require_codes(function: str, codes: Tensor, num_codes: int) -> None:
-    """Raises ValueError for a code outside [-1, num_codes), on the CPU; reading GPU values would stall the stream."""
-    if codes.device.type == "cpu" and codes.numel():
-        low, high = (int(value) for value in codes.aminmax())
-        if low < -1 or high >= num_codes:
-            bad = low if low < -1 else high
-            raise ValueError(f"{function}: codes must be -1 or in [0, {num_codes}), got {bad}")
+def _require_codes(function: str, codes: Tensor, num_codes: int) -> bool:
+    """Raises ValueError for a code outside [-1, num_codes), on the CPU; reading GPU values would stall the stream.
+
+    Returns:
+        Whether a code may be outside [0, num_codes): on a GPU always.
+    """
+    if codes.device.type != "cpu" or not codes.numel():
+        return True
+    low, high = (int(value) for value in codes.aminmax())
+    if low < -1 or high >= num_codes:
+        bad = low if low < -1 else high
+        raise ValueError(f"{function}: codes must be -1 or in [0, {num_codes}), got {bad}")
+    return low < 0
 
 
 def _lookup_eager(codes: Tensor, codebook: Tensor, cumulative: bool) -> Tensor:
     num_codes, channels = codebook.shape[-2:]
-    _require_codes("residual_lookup", codes, num_codes)
-    known = (codes >= 0) & (codes < num_codes)
-    rows = codes.where(known, 0)
+    rows, unknown = codes, None
+    if _require_codes("residual_lookup", codes, num_codes):
+        unknown = (codes < 0) | (codes >= num_codes)
+        rows = codes.masked_fill(unknown, 0)
+        unknown = unknown.unsqueeze(-1)
     out = _lookup_fake(codes, codebook, cumulative)
     total = out.new_zeros((*codes.shape[:-1], channels), dtype=_accumulator(codebook.dtype))
     for d in range(codes.shape[-1]):
-        chosen = _level(codebook, d)[rows[..., d]]
-        total += chosen.masked_fill_(~known[..., d, None], 0)
+        chosen = torch.embedding(_level(codebook, d), rows[..., d])
+        total += chosen if unknown is None else chosen.masked_fill_(unknown[..., d, :], 0)
         if cumulative:
             out[..., d, :] = total
     return out if cumulative else out.copy_(total)
