@@ -1,6 +1,7 @@
 #include "codes.h"
 
 #include <algorithm>
+#include <cub/device/device_radix_sort.cuh>
 
 #include "device/pack.cuh"
 
@@ -11,7 +12,8 @@ constexpr int kThreads = 256;
 constexpr int kBlocks = 3;   // a multiprocessor; up to 80 registers a thread, which no kernel here exceeds or spills
 constexpr int kLevels = 4;   // codebook rows of one output row that a thread has in flight
 constexpr int kRows = 2;     // output rows that a thread works on at a time
-constexpr int kEntries = 4;  // gradient rows that a thread has in flight
+constexpr int kEntries = 4;  // gradient rows of one codebook row that a thread has in flight
+constexpr int kSegments = 2;  // codebook rows whose gradient a thread works on at a time
 
 // Sums of kRows rows of the lookup at one pack of channels. Loads come first, so that they are in flight together.
 // Addresses are kept in bytes: a gathered row's is then one multiply-add.
@@ -89,15 +91,16 @@ struct LookupTile {
   }
 };
 
-// A block is blockDim.x packs wide and kRows * blockDim.y rows high; a thread owns the packs threadIdx.x,
-// threadIdx.x + blockDim.x, ... of its rows. Lanes that share a row read the same code, which is one broadcast.
+// Grid: (blocks of rows, slices of channels). A block is blockDim.x packs wide and kRows * blockDim.y rows high; a thread
+// owns every (gridDim.y * blockDim.x)-th pack of its rows. Lanes that share a row read the same code: one broadcast.
 template <typename T, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_kernel(const LookupArgs args) {
   int64_t row[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) row[r] = (int64_t(blockIdx.x) * kRows + r) * blockDim.y + threadIdx.y;
   if (row[0] >= args.rows) return;
-  for (int channel = threadIdx.x * kVec; channel < args.channels; channel += blockDim.x * kVec) {
+  const int stride = gridDim.y * blockDim.x * kVec;
+  for (int channel = (blockIdx.y * blockDim.x + threadIdx.x) * kVec; channel < args.channels; channel += stride) {
     LookupTile<T, kVec, kCumulative> tile(args, row, channel);
     int level = 0;
     for (; level + kLevels <= args.depth; level += kLevels) tile.template step<kLevels>();
@@ -110,49 +113,110 @@ __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_kernel(cons
   }
 }
 
-// Quotient of an entry's index by the depth; 32-bit division where it will do, a fifth of the instructions.
-__device__ __forceinline__ int64_t row_of(int64_t index, int depth) {
-  return (index >> 32) == 0 ? int64_t(uint32_t(index) / uint32_t(depth)) : index / depth;
+// An entry as it is sorted: above the codebook row that it chose (`tables` if none), which alone is compared; below what
+// its gradient is found by: its row or, if cumulative, row * depth + level.
+using Word = uint64_t;
+__device__ __forceinline__ uint32_t key_of(Word word) { return uint32_t(word >> 32); }
+
+struct Workspace {
+  Word* words[2];    // [entries] each: unsorted and sorted, in this order or the other
+  uint32_t* begins;  // [tables + 1]: where each codebook row's entries begin
+  float* partial;    // [chunks, 2, channels]
+  void* sort;
+  size_t sort_bytes;
+};
+
+// What the kernels take.
+struct Sorted {
+  const void* grad;
+  const Word* words;       // ascending
+  const uint32_t* begins;
+  float* partial;
+  void* out;
+  int entries, tables, depth, channels, chunk_log2;
+};
+
+__global__ void __launch_bounds__(kThreads) mark_entries_kernel(const LookupBackwardArgs args, bool cumulative,
+                                                                uint32_t tables, Word* words) {
+  const uint32_t entry = blockIdx.x * kThreads + threadIdx.x;
+  if (entry >= uint32_t(args.entries)) return;
+  const uint32_t row = entry / args.depth, level = entry - row * args.depth;
+  const uint64_t code = __ldg(args.codes + entry);
+  const uint32_t first = args.shared ? 0 : level * args.num_codes;
+  const uint32_t key = code < uint64_t(args.num_codes) ? first + uint32_t(code) : tables;
+  words[entry] = Word(key) << 32 | (cumulative ? entry : row);
 }
 
-// Adds the gradients of the sorted entries [begin, end) at one pack of channels, in that order.
-template <typename T, int kVec, bool kCumulative>
-__device__ __forceinline__ void add_entries(const LookupBackwardArgs& args, int64_t begin, int64_t end, int channel,
-                                            float (&sum)[kVec]) {
+// begins[t] = number of entries with a key below t.
+__global__ void __launch_bounds__(kThreads) find_begins_kernel(const Word* words, uint32_t entries, uint32_t tables,
+                                                               uint32_t* begins) {
+  const uint32_t table = blockIdx.x * kThreads + threadIdx.x;
+  if (table > tables) return;
+  uint32_t low = 0, high = entries;
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (key_of(__ldg(words + middle)) < table)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  begins[table] = low;
+}
+
+// Adds the gradients of the sorted entries [begin, end) at one pack of channels, in that order, for kCount segments at a
+// time: loads of all of them are in flight together.
+template <typename T, int kVec, bool kCumulative, int kCount>
+__device__ __forceinline__ void add_entries(const Sorted& args, const int (&begin)[kCount], const int (&end)[kCount],
+                                            int channel, float (&sum)[kCount][kVec]) {
   const T* const grad = static_cast<const T*>(args.grad) + channel;
   if constexpr (kCumulative) {
     // A row chosen at a level is part of that running sum and of all later ones.
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t index = __ldg(args.order + i);
-      const int64_t row = row_of(index, args.depth);
-      const int level = int(index - row * args.depth);
-      float tail[kVec] = {};
-      for (int last = args.depth - 1; last >= level; last -= kEntries) {
-        Pack<T, kVec> part[kEntries];
 #pragma unroll
-        for (int e = 0; e < kEntries; ++e) {
-          part[e].clear();
-          if (last - e >= level) part[e].load(grad + (row * args.depth + last - e) * args.channels);
+    for (int s = 0; s < kCount; ++s) {
+      for (int i = begin[s]; i < end[s]; ++i) {
+        const uint32_t entry = uint32_t(__ldg(args.words + i)), row = entry / args.depth;
+        const int level = entry - row * args.depth;
+        float tail[kVec] = {};
+        for (int last = args.depth - 1; last >= level; last -= kEntries) {
+          Pack<T, kVec> part[kEntries];
+#pragma unroll
+          for (int e = 0; e < kEntries; ++e) {
+            part[e].clear();
+            if (last - e >= level) part[e].load(grad + (int64_t(row) * args.depth + last - e) * args.channels);
+          }
+#pragma unroll
+          for (int e = 0; e < kEntries; ++e) part[e].add_to(tail);
         }
 #pragma unroll
-        for (int e = 0; e < kEntries; ++e) part[e].add_to(tail);
+        for (int v = 0; v < kVec; ++v) sum[s][v] += tail[v];
       }
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) sum[v] += tail[v];
     }
   } else {
-    for (int64_t i = begin; i < end; i += kEntries) {
-      int64_t index[kEntries];
-      Pack<T, kVec> part[kEntries];
+    int longest = 0;
 #pragma unroll
-      for (int e = 0; e < kEntries; ++e) index[e] = i + e < end ? __ldg(args.order + i + e) : -1;
+    for (int s = 0; s < kCount; ++s) longest = max(longest, end[s] - begin[s]);
+    for (int i = 0; i < longest; i += kEntries) {
+      Pack<T, kVec> part[kCount][kEntries];
+      uint32_t row[kCount][kEntries];
 #pragma unroll
-      for (int e = 0; e < kEntries; ++e) {
-        part[e].clear();
-        if (index[e] >= 0) part[e].load(grad + row_of(index[e], args.depth) * args.channels);
+      for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+        for (int e = 0; e < kEntries; ++e)
+          row[s][e] = begin[s] + i + e < end[s] ? uint32_t(__ldg(args.words + begin[s] + i + e)) : ~0u;
       }
 #pragma unroll
-      for (int e = 0; e < kEntries; ++e) part[e].add_to(sum);
+      for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+        for (int e = 0; e < kEntries; ++e) {
+          part[s][e].clear();
+          if (row[s][e] != ~0u) part[s][e].load(grad + int64_t(row[s][e]) * args.channels);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+        for (int e = 0; e < kEntries; ++e) part[s][e].add_to(sum[s]);
+      }
     }
   }
 }
@@ -188,62 +252,69 @@ __device__ __forceinline__ void add_partial(const float* from, float (&sum)[kVec
 // partial[chunk, 1] its share of one that begins in it and goes on after it. Parts that do not exist are not written,
 // and not read later.
 template <typename T, int kVec, bool kCumulative>
-__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_partial_kernel(const LookupBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_partial_kernel(const Sorted args) {
   const int64_t chunk = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t low = chunk << args.chunk_log2;
-  if (low >= args.entries) return;
-  const int64_t high = min(low + (int64_t(1) << args.chunk_log2), args.entries);
-  const int32_t first = __ldg(args.keys + low), last = __ldg(args.keys + high - 1);
-  const int64_t head_end = first < args.tables && __ldg(args.begins + first) < low
-                               ? min(high, __ldg(args.begins + first + 1))
-                               : low;
-  int64_t tail_begin = high;
-  if (last < args.tables && __ldg(args.begins + last + 1) > high) {
-    const int64_t begin = __ldg(args.begins + last);
-    if (begin >= low) tail_begin = begin;
+  if (chunk << args.chunk_log2 >= args.entries) return;
+  const int low = int(chunk << args.chunk_log2);
+  const int high = int(min(int64_t(low) + (int64_t(1) << args.chunk_log2), int64_t(args.entries)));
+  const uint32_t first = key_of(__ldg(args.words + low)), last = key_of(__ldg(args.words + high - 1));
+  const uint32_t tables = args.tables;
+  int begin[2] = {low, high}, end[2] = {low, high};  // of the head and of the tail
+  if (first < tables && int(__ldg(args.begins + first)) < low) end[0] = min(high, int(__ldg(args.begins + first + 1)));
+  if (last < tables && int(__ldg(args.begins + last + 1)) > high) {
+    const int from = __ldg(args.begins + last);
+    if (from >= low) begin[1] = from;
   }
   for (int channel = threadIdx.x * kVec; channel < args.channels; channel += blockDim.x * kVec) {
+    float sum[2][kVec] = {};
+    add_entries<T, kVec, kCumulative, 2>(args, begin, end, channel, sum);
     float* const partial = args.partial + chunk * 2 * args.channels + channel;
-    if (head_end > low) {
-      float sum[kVec] = {};
-      add_entries<T, kVec, kCumulative>(args, low, head_end, channel, sum);
-      store_partial(partial, sum);
-    }
-    if (tail_begin < high) {
-      float sum[kVec] = {};
-      add_entries<T, kVec, kCumulative>(args, tail_begin, high, channel, sum);
-      store_partial(partial + args.channels, sum);
-    }
+    if (begin[0] < end[0]) store_partial(partial, sum[0]);
+    if (begin[1] < end[1]) store_partial(partial + args.channels, sum[1]);
   }
 }
 
-// One row of threads per codebook row: the sum of its entries, or of its parts in the order of the chunks.
+// One row of threads per kSegments neighbouring codebook rows: the sum of each one's entries, or of its parts in the
+// order of the chunks.
 template <typename T, int kVec, bool kCumulative>
-__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_backward_kernel(const LookupBackwardArgs args) {
-  const int64_t entry = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (entry >= args.tables) return;
-  const int64_t begin = __ldg(args.begins + entry), end = __ldg(args.begins + entry + 1);
-  // Segments are cut at multiples of the chunk; an empty one lies in no chunk.
-  const int64_t first = begin >> args.chunk_log2, last = end > begin ? (end - 1) >> args.chunk_log2 : first;
+__global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_backward_kernel(const Sorted args) {
+  const int64_t table = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * kSegments;
+  if (table >= args.tables) return;
+  int begin[kSegments], end[kSegments], first[kSegments], last[kSegments];
+#pragma unroll
+  for (int s = 0; s < kSegments; ++s) {
+    begin[s] = __ldg(args.begins + min(table + s, int64_t(args.tables)));
+    end[s] = __ldg(args.begins + min(table + s + 1, int64_t(args.tables)));
+    // Segments are cut at multiples of the chunk; an empty one lies in no chunk.
+    first[s] = begin[s] >> args.chunk_log2;
+    last[s] = end[s] > begin[s] ? (end[s] - 1) >> args.chunk_log2 : first[s];
+    if (first[s] < last[s]) end[s] = begin[s];
+  }
   for (int channel = threadIdx.x * kVec; channel < args.channels; channel += blockDim.x * kVec) {
-    float sum[kVec] = {};
-    if (first == last) {
-      add_entries<T, kVec, kCumulative>(args, begin, end, channel, sum);
-    } else {
-      const float* const partial = args.partial + channel;
-      add_partial(partial + (first * 2 + 1) * args.channels, sum);
+    float sum[kSegments][kVec] = {};
+    add_entries<T, kVec, kCumulative, kSegments>(args, begin, end, channel, sum);
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      if (first[s] < last[s]) {
+        const float* const partial = args.partial + channel;
+        add_partial(partial + (int64_t(first[s]) * 2 + 1) * args.channels, sum[s]);
 #pragma unroll 4
-      for (int64_t chunk = first + 1; chunk <= last; ++chunk) add_partial(partial + chunk * 2 * args.channels, sum);
+        for (int chunk = first[s] + 1; chunk <= last[s]; ++chunk)
+          add_partial(partial + int64_t(chunk) * 2 * args.channels, sum[s]);
+      }
+      if (table + s < args.tables) {
+        Pack<T, kVec> rounded;
+        rounded.set(sum[s]);
+        rounded.store_streaming(static_cast<T*>(args.out) + (table + s) * args.channels + channel);
+      }
     }
-    Pack<T, kVec> rounded;
-    rounded.set(sum);
-    rounded.store_streaming(static_cast<T*>(args.out) + entry * args.channels + channel);
   }
 }
 
-// Blocks of about kThreads threads: as wide as a row has packs, in equal parts where that is more than kThreads.
-dim3 block_of(int channels, int vec) {
-  const int packs = (channels + vec - 1) / vec;
+// Blocks of about kThreads threads: as wide as a slice of a row has packs, in equal parts where that is more than
+// kThreads.
+dim3 block_of(int channels, int vec, int slices = 1) {
+  const int packs = (channels + vec * slices - 1) / (vec * slices);
   const int passes = (packs + kThreads - 1) / kThreads;
   const int width = (packs + passes - 1) / passes;
   return dim3(width, std::max(1, kThreads / width));
@@ -255,13 +326,26 @@ unsigned grid_of(int64_t rows, int64_t rows_per_block) {
   return blocks <= INT32_MAX ? unsigned(blocks) : 0;
 }
 
+// Slices of the channels that the lookup works through one after the other. Rows that are read many times should be
+// found in the L2 cache, of which a multiprocessor has only its half near (20 of 40 MB on an A100, 25 of 50 on an H100);
+// outputs pass through it as well.
+int slices_of(const LookupArgs& args, int element) {
+  constexpr int64_t kNearBytes = 16 << 20, kLeastBytes = 256;
+  const int64_t tables = args.book_level_bytes == 0 ? 1 : args.depth;
+  const int64_t row = int64_t(args.channels) * element;
+  if (args.rows * args.depth < 4 * tables * args.num_codes) return 1;
+  const int64_t wanted = (tables * args.num_codes * row + kNearBytes - 1) / kNearBytes;
+  return int(std::max<int64_t>(1, std::min(wanted, row / kLeastBytes)));
+}
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename T, int kVec>
 cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream) {
-  const dim3 block = block_of(args.channels, kVec);
-  const unsigned grid = grid_of(args.rows, int64_t(block.y) * kRows);
-  if (grid == 0) return cudaErrorInvalidConfiguration;
+  const int slices = kVec > 1 ? slices_of(args, sizeof(T)) : 1;
+  const dim3 block = block_of(args.channels, kVec, slices);
+  const dim3 grid(grid_of(args.rows, int64_t(block.y) * kRows), slices);
+  if (grid.x == 0) return cudaErrorInvalidConfiguration;
   if (cumulative) {
     residual_lookup_kernel<T, kVec, true><<<grid, block, 0, stream>>>(args);
   } else {
@@ -278,27 +362,90 @@ cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream)
   return packed ? lookup<T, kVec>(args, cumulative, stream) : lookup<T, 1>(args, cumulative, stream);
 }
 
+int bits_of(uint32_t number) {
+  int bits = 0;
+  for (; number != 0; number >>= 1) ++bits;
+  return bits;
+}
+
+int64_t tables_of(const LookupBackwardArgs& args) {
+  return int64_t(args.num_codes) * (args.shared ? 1 : args.depth);
+}
+
+// Chunks of about sqrt(entries) entries bound both what one chunk sums and how many parts one codebook row can have, so
+// that all entries choosing one row costs no more than a few times what even choices do.
+int chunk_log2_of(int entries) { return std::max(5, (bits_of(entries - 1) + 1) / 2); }
+
+// Sorts by the keys alone and keeps the order of equal ones: CUB's radix sort, in as many passes as the keys have bytes.
+cudaError_t sort_words(Workspace& space, int entries, uint32_t tables, cudaStream_t stream) {
+  cub::DoubleBuffer<Word> words(space.words[0], space.words[1]);
+  const cudaError_t error = cub::DeviceRadixSort::SortKeys(space.sort, space.sort_bytes, words, entries, 32,
+                                                           32 + bits_of(tables), stream);
+  space.words[0] = words.Current();
+  space.words[1] = words.Alternate();
+  return error;
+}
+
+// Lays out the workspace from `base` on, which may be null, and returns its size.
+cudaError_t lay_out(const LookupBackwardArgs& args, char* base, Workspace* space, size_t* bytes) {
+  const int64_t tables = tables_of(args);
+  if (args.entries <= 0 || tables <= 0 || tables > INT32_MAX) return cudaErrorInvalidValue;
+  const int chunk_log2 = chunk_log2_of(args.entries);
+  const int64_t chunks = ((args.entries - 1) >> chunk_log2) + 1;
+  size_t used = 0;
+  const auto take = [&](size_t size) {
+    char* const at = base == nullptr ? nullptr : base + used;
+    used += (size + 255) / 256 * 256;
+    return at;
+  };
+  *space = Workspace{};
+  // Asked without a workspace, CUB says what it needs.
+  if (const cudaError_t error = sort_words(*space, args.entries, uint32_t(tables), nullptr); error != cudaSuccess)
+    return error;
+  for (Word*& words : space->words) words = reinterpret_cast<Word*>(take(args.entries * sizeof(Word)));
+  space->begins = reinterpret_cast<uint32_t*>(take((tables + 1) * sizeof(uint32_t)));
+  space->partial = reinterpret_cast<float*>(take(chunks * 2 * args.channels * sizeof(float)));
+  space->sort = take(space->sort_bytes);
+  *bytes = used;
+  return cudaSuccess;
+}
+
 template <typename T, int kVec, bool kCumulative>
-cudaError_t lookup_backward(const LookupBackwardArgs& args, cudaStream_t stream) {
+cudaError_t sum_segments(const Sorted& args, cudaStream_t stream) {
   const dim3 block = block_of(args.channels, kVec);
-  const int64_t chunks = (args.entries + (int64_t(1) << args.chunk_log2) - 1) >> args.chunk_log2;
-  const unsigned cut = grid_of(chunks, block.y), whole = grid_of(args.tables, block.y);
-  if ((chunks > 1 && cut == 0) || whole == 0) return cudaErrorInvalidConfiguration;
+  const int chunks = ((args.entries - 1) >> args.chunk_log2) + 1;
   if (chunks > 1) {
-    residual_lookup_partial_kernel<T, kVec, kCumulative><<<cut, block, 0, stream>>>(args);
+    const unsigned grid = grid_of(chunks, block.y);
+    residual_lookup_partial_kernel<T, kVec, kCumulative><<<grid, block, 0, stream>>>(args);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  residual_lookup_backward_kernel<T, kVec, kCumulative><<<whole, block, 0, stream>>>(args);
+  const unsigned grid = grid_of(args.tables, int64_t(block.y) * kSegments);
+  residual_lookup_backward_kernel<T, kVec, kCumulative><<<grid, block, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t lookup_backward(const LookupBackwardArgs& args, bool cumulative, cudaStream_t stream) {
+  Workspace space;
+  size_t bytes = 0;
+  if (const cudaError_t error = lay_out(args, static_cast<char*>(args.workspace), &space, &bytes); error != cudaSuccess)
+    return error;
+  if (bytes > args.workspace_bytes) return cudaErrorInvalidValue;
+  const uint32_t tables = uint32_t(tables_of(args));
+  const unsigned marked = grid_of(args.entries, kThreads), found = grid_of(int64_t(tables) + 1, kThreads);
+  mark_entries_kernel<<<marked, kThreads, 0, stream>>>(args, cumulative, tables, space.words[0]);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  if (const cudaError_t error = sort_words(space, args.entries, tables, stream); error != cudaSuccess) return error;
+  find_begins_kernel<<<found, kThreads, 0, stream>>>(space.words[0], args.entries, tables, space.begins);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+
+  const Sorted sorted{args.grad,       space.words[0], space.begins, space.partial, args.out,
+                      args.entries,    int(tables),    args.depth,   args.channels, chunk_log2_of(args.entries)};
   constexpr int kVec = kPackOf<T>;
-  const bool packed = args.channels % kVec == 0 && aligned(args.grad) && aligned(args.out) && aligned(args.partial);
+  const bool packed = args.channels % kVec == 0 && aligned(args.grad) && aligned(args.out);
   if (packed)
-    return cumulative ? lookup_backward<T, kVec, true>(args, stream) : lookup_backward<T, kVec, false>(args, stream);
-  return cumulative ? lookup_backward<T, 1, true>(args, stream) : lookup_backward<T, 1, false>(args, stream);
+    return cumulative ? sum_segments<T, kVec, true>(sorted, stream) : sum_segments<T, kVec, false>(sorted, stream);
+  return cumulative ? sum_segments<T, 1, true>(sorted, stream) : sum_segments<T, 1, false>(sorted, stream);
 }
 
 }  // namespace
@@ -318,7 +465,7 @@ cudaError_t launch_residual_lookup(const LookupArgs& args, DType dtype, bool cum
 
 cudaError_t launch_residual_lookup_backward(const LookupBackwardArgs& args, DType dtype, bool cumulative,
                                             cudaStream_t stream) {
-  if (args.tables == 0 || args.channels == 0) return cudaSuccess;
+  if (args.channels == 0) return cudaSuccess;
   switch (dtype) {
     case DType::kFloat32:
       return lookup_backward<float>(args, cumulative, stream);
@@ -328,6 +475,11 @@ cudaError_t launch_residual_lookup_backward(const LookupBackwardArgs& args, DTyp
       return lookup_backward<__half>(args, cumulative, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t workspace_residual_lookup_backward(const LookupBackwardArgs& args, size_t* bytes) {
+  Workspace space;
+  return lay_out(args, nullptr, &space, bytes);
 }
 
 }  // namespace unifiedar

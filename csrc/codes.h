@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "device/dtype.h"
@@ -21,21 +22,24 @@ struct LookupArgs {
 };
 cudaError_t launch_residual_lookup(const LookupArgs& args, DType dtype, bool cumulative, cudaStream_t stream);
 
-// Gradient of the above in the codebook, from entries (row, level) sorted by the codebook row that they chose. `tables`
-// counts codebook rows over all levels. Two launches: entries are cut into chunks; a first kernel sums the parts of
-// segments that cross a chunk's edge, a second one sums each codebook row's entries or, where its segment was cut, its
-// parts. Every sum has an order that the sizes and the segments fix; no atomics.
+// Gradient of the above in the codebook. The entries (row, level) are sorted by the codebook row that they chose, and
+// each codebook row's are added up in the order of the entries, so the result depends on nothing but the inputs. Entries
+// are cut into chunks: one kernel sums the parts of segments that cross a chunk's edge, another each codebook row's
+// entries or, where its segment was cut, its parts. No atomics on features.
 struct LookupBackwardArgs {
-  const void* grad;       // [rows, channels], or [rows, depth, channels] if cumulative; contiguous
-  const int64_t* order;   // [entries]: row * depth + level of each entry
-  const int32_t* keys;    // [entries], ascending: codebook row of each entry; `tables` marks an entry to be left out
-  const int64_t* begins;  // [tables + 1]: where each codebook row's entries begin
-  float* partial;         // [ceil(entries / 2^chunk_log2), 2, channels], workspace
-  void* out;              // [tables, channels], contiguous
-  int64_t entries, tables;
-  int chunk_log2, depth, channels;
+  const void* grad;        // [rows, channels], or [rows, depth, channels] if cumulative; contiguous
+  const int64_t* codes;    // [rows, depth], contiguous; a code outside [0, num_codes) is left out
+  void* workspace;         // aligned to 256 bytes
+  size_t workspace_bytes;  // at least what `workspace_...` asks for
+  void* out;               // [num_codes, channels] if shared, else [depth, num_codes, channels]; contiguous
+  int entries;             // rows * depth, at least 1
+  int num_codes, depth, channels;
+  bool shared;
 };
+// num_codes (* depth, if not shared) must be below 2^31.
 cudaError_t launch_residual_lookup_backward(const LookupBackwardArgs& args, DType dtype, bool cumulative,
                                             cudaStream_t stream);
+// Bytes of the workspace on the current device; looks at the sizes only.
+cudaError_t workspace_residual_lookup_backward(const LookupBackwardArgs& args, size_t* bytes);
 
 }  // namespace unifiedar

@@ -85,30 +85,39 @@ void residual_lookup(const Tensor& codes, const Tensor& codebook, Tensor out, bo
   STD_CUDA_CHECK(launch_residual_lookup(args, dtype_of(codebook), cumulative, current_stream(codes)));
 }
 
-void residual_lookup_backward(const Tensor& grad, const Tensor& order, const Tensor& keys, const Tensor& begins,
-                              int64_t depth, bool cumulative, int64_t chunk_log2, Tensor partial, Tensor out) {
-  STD_TORCH_CHECK(grad.is_contiguous() && order.is_contiguous() && keys.is_contiguous() && begins.is_contiguous() &&
-                      partial.is_contiguous() && out.is_contiguous() && out.dim() == 2,
-                  "residual_lookup_backward_cuda: needs contiguous tensors and out [tables, channels]");
-  LookupBackwardArgs args;
+LookupBackwardArgs backward_sizes(const Tensor& codes, int64_t num_codes, bool shared, int64_t channels) {
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codes.numel() > 0 && num_codes > 0,
+                  "residual_lookup_backward_cuda: needs contiguous codes [rows, depth], not empty");
+  LookupBackwardArgs args{};
+  args.codes = codes.const_data_ptr<int64_t>();
+  args.entries = int_of(codes.numel());
+  args.num_codes = int_of(num_codes);
+  args.depth = int_of(codes.size(1));
+  args.channels = int_of(channels);
+  args.shared = shared;
+  return args;
+}
+
+int64_t residual_lookup_backward_workspace(const Tensor& codes, int64_t num_codes, bool shared, int64_t channels) {
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+  size_t bytes = 0;
+  STD_CUDA_CHECK(workspace_residual_lookup_backward(backward_sizes(codes, num_codes, shared, channels), &bytes));
+  return static_cast<int64_t>(bytes);
+}
+
+void residual_lookup_backward(const Tensor& grad, const Tensor& codes, int64_t num_codes, bool shared, bool cumulative,
+                              Tensor workspace, Tensor out) {
+  LookupBackwardArgs args = backward_sizes(codes, num_codes, shared, out.size(out.dim() - 1));
+  args.workspace = workspace.data_ptr();
+  args.workspace_bytes = workspace.numel() * workspace.element_size();
+  STD_TORCH_CHECK(grad.is_contiguous() && out.is_contiguous() && workspace.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(args.workspace) % 256 == 0 && out.scalar_type() == grad.scalar_type() &&
+                      grad.numel() == codes.size(0) * (cumulative ? args.depth : 1) * args.channels &&
+                      out.numel() == num_codes * (shared ? 1 : args.depth) * args.channels,
+                  "residual_lookup_backward_cuda: needs an aligned workspace and sizes that match");
   args.grad = grad.data_ptr();
-  args.order = order.const_data_ptr<int64_t>();
-  args.keys = keys.const_data_ptr<int32_t>();
-  args.begins = begins.const_data_ptr<int64_t>();
-  args.partial = partial.mutable_data_ptr<float>();
   args.out = out.data_ptr();
-  args.entries = order.numel();
-  args.tables = out.size(0);
-  args.chunk_log2 = int_of(chunk_log2);
-  args.depth = int_of(depth);
-  args.channels = int_of(out.size(1));
-  STD_TORCH_CHECK(depth > 0 && chunk_log2 < 32 && keys.numel() == args.entries && begins.numel() == args.tables + 1 &&
-                      out.scalar_type() == grad.scalar_type() &&
-                      grad.numel() == args.entries / (cumulative ? 1 : depth) * args.channels &&
-                      partial.numel() >= ((args.entries + (int64_t(1) << chunk_log2) - 1) >> chunk_log2) * 2 *
-                      args.channels,
-                  "residual_lookup_backward_cuda: sizes do not match");
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
   STD_CUDA_CHECK(launch_residual_lookup_backward(args, dtype_of(grad), cumulative, current_stream(grad)));
 }
 
@@ -118,5 +127,6 @@ void residual_lookup_backward(const Tensor& grad, const Tensor& order, const Ten
 STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_cuda", TORCH_BOX(&unifiedar::residual_lookup));
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
+  m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));
 }
 #endif  // USE_CUDA

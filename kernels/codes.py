@@ -246,12 +246,21 @@ def residual_lookup_backward(
 
 
 def _cases() -> list[tuple]:
-    """(kernel, signature, constexprs, options) as `triton.compile` wants them, at the widths of VILA-U and RQ-VAE."""
+    """(kernel, signature, constexprs, options, divisors) to compile, at the widths of VILA-U and RQ-VAE.
+
+    Divisors, by argument, are what a launch would find out: with them memory is moved in packs, without element by
+    element. Every kernel is compiled both ways.
+    """
     cases: list[tuple] = []
 
     def add(kernel, warps: int, types: dict[str, str], **constants: int | bool) -> None:
         names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        cases.append((kernel, {**names, **dict.fromkeys(constants, "constexpr")}, constants, {"num_warps": warps}))
+        packed = [
+            name for name, kind in names.items() if kind[0] == "*" or name in ("channels", "book_entry", "book_level")
+        ]
+        signature = {**names, **dict.fromkeys(constants, "constexpr")}
+        for divisors in (dict.fromkeys(packed, 16), {}):
+            cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
 
     for name, channels, itemsize in (("bf16", 1024, 2), ("fp16", 256, 2), ("fp32", 256, 4)):
         features = dict.fromkeys(("codebook", "grad", "out"), f"*{name}")

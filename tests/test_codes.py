@@ -161,6 +161,30 @@ def test_gradient_of_a_skewed_choice(room):
             assert torch.equal(got, BACKWARD(*arguments, backend)), "no atomics: bit-equal between runs"
 
 
+@pytest.mark.gpu
+@kernel_room
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per depth"])
+def test_published_sizes(room, shared):
+    """VILA-U 384's codes: large enough for channels in slices, and for a sort of several passes over several tiles."""
+    backend, device, dtype = room
+    codes, codebook = inputs(5832, 16, 16384, 1152 if shared else 72, shared=shared, dtype=dtype, device=device)
+    for cumulative in (False, True):
+        got = residual_lookup(codes, codebook, cumulative=cumulative, backend=backend)
+        assert torch.equal(got, residual_lookup(codes, codebook, cumulative=cumulative, backend="eager"))
+        grad = torch.randn(got.shape, device=device).to(dtype)
+        arguments = (grad, codes, 16384, shared, cumulative)
+        exact = BACKWARD(grad.double(), *arguments[1:], "eager")
+        assert_as_good_as_eager(BACKWARD(*arguments, backend), BACKWARD(*arguments, "eager"), exact)
+
+
+def test_compiled_backward_counts_codes_in_32_bits(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_unfit", lambda tensor: None)
+    codes = torch.zeros(1, 1, dtype=torch.int64).expand(2**30, 2)
+    reasons = BACKWARD.explain(torch.zeros(1, 8), codes, 4, True, False)
+    assert reasons["cuda"] == "needs fewer than 2^31 codes, got 2147483648"
+    assert BACKWARD.explain(torch.zeros(1, 8), codes[1:], 4, True, False)["cuda"] == "fits"
+
+
 @pytest.mark.parametrize("cumulative", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
 def test_gradcheck(shared, cumulative):

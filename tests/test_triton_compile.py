@@ -1,13 +1,16 @@
 """Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU, and fits there.
 
-A family's file lists what to compile as COMPILE_CASES: (kernel, signature, constexprs, options) with signature a dict
-of argument name -> type ("*fp32", "i32", "constexpr"), constexprs a dict of argument name -> value and options
-Triton's (num_warps, num_stages). It runs in a process of its own, because this one may hold interpreted kernels.
+A family's file lists what to compile as COMPILE_CASES: (kernel, signature, constexprs, options[, divisors]) with
+signature a dict of argument name -> type ("*fp32", "i32", "constexpr"), constexprs a dict of argument name -> value,
+options Triton's (num_warps, num_stages) and divisors a dict of argument name -> what its value (or address) is a
+multiple of, as a launch would find out. A case with divisors must load 16 bytes at a time. It all runs in a process of
+its own, because this one may hold interpreted kernels.
 """
 
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+PACK = re.compile(r"ld\.global\S*\.v4\.b32")  # a load of 16 bytes, in PTX
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 
 
@@ -43,9 +47,11 @@ def compile_family(family: str) -> dict[str, object]:
 
     module = importlib.import_module(f"unifiedar.kernels.{family}")
     results = []
-    for kernel, signature, constexprs, options in module.COMPILE_CASES:
+    for kernel, signature, constexprs, options, *rest in module.COMPILE_CASES:
+        divisors = rest[0] if rest else {}
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", n]] for name, n in divisors.items()}
         for arch in SHARED_LIMIT:
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             cubin = compiled.asm["cubin"]
             facts = {"kernel": kernel.__name__, "constexprs": str(constexprs), "arch": arch, "cubin": len(cubin)}
@@ -54,6 +60,8 @@ def compile_family(family: str) -> dict[str, object]:
                     **facts,
                     "shared": compiled.metadata.shared,
                     "target": f".target sm_{arch}" in compiled.asm["ptx"],
+                    "divisors": divisors,
+                    "packs": PACK.search(compiled.asm["ptx"]) is not None,
                     **resources(cubin),
                 }
             )
@@ -79,6 +87,7 @@ def test_kernels_compile_for_sm_80_and_sm_90(family, tmp_path):
         assert result["cubin"] > 0
         assert result["target"], f"compiled for another architecture: {result}"
         assert result["shared"] <= SHARED_LIMIT[result["arch"]], f"too much shared memory: {result}"
+        assert result["packs"] or not result["divisors"], f"loads less than 16 bytes at a time: {result}"
         assert result["STACK"] == 0, f"spills, or indexes registers: {result}"
         assert result["LOCAL"] == 0, f"spills, or indexes registers: {result}"
 

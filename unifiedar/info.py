@@ -150,7 +150,7 @@ def _text(facts: dict[str, Any]) -> str:
     if library["reason"]:
         lines.append(f"library  not usable: {library['reason']}")
     if facts["forced"]:
-        lines.append(f"forced   {VARIABLE}={facts['forced']}")
+        lines.append(f"wanted   {VARIABLE}={facts['forced']} (by operators that have it)")
 
     reasons: list[str] = []
     backends = [name for name in BACKENDS if name != "auto"]

@@ -168,7 +168,7 @@ class Op:
 
 
 class _Direct(torch.autograd.Function):
-    """The gradient of an operator called without the dispatcher. Takes its arguments, the backend's name and the `Op`."""
+    """The gradient of an operator called without the dispatcher: takes its arguments, backend's name and `Op`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:

@@ -239,8 +239,11 @@ _lookup_cuda = _native.define(
     "residual_lookup_cuda(Tensor codes, Tensor codebook, Tensor(a!) out, bool cumulative) -> ()"
 )
 _lookup_backward_cuda = _native.define(
-    "residual_lookup_backward_cuda(Tensor grad, Tensor order, Tensor keys, Tensor begins, int depth, bool cumulative, "
-    "int chunk_log2, Tensor(a!) partial, Tensor(b!) out) -> ()"
+    "residual_lookup_backward_cuda(Tensor grad, Tensor codes, int num_codes, bool shared, bool cumulative, "
+    "Tensor(a!) workspace, Tensor(b!) out) -> ()"
+)
+_lookup_backward_workspace = _native.define(
+    "residual_lookup_backward_workspace_cuda(Tensor codes, int num_codes, bool shared, int channels) -> int"
 )
 
 
@@ -262,7 +265,10 @@ def _lookup_unfit_triton(codes: Tensor, codebook: Tensor, cumulative: bool) -> s
 
 
 def _lookup_backward_unfit_cuda(grad, codes, num_codes, shared, cumulative) -> str | None:
-    return _unfit_here(_native.cuda_unfit(grad), grad, num_codes * (1 if shared else codes.shape[-1]))
+    reason = _unfit_here(_native.cuda_unfit(grad), grad, num_codes * (1 if shared else codes.shape[-1]))
+    if reason is None and codes.numel() >= 2**31:
+        reason = f"needs fewer than 2^31 codes, got {codes.numel()}"
+    return reason
 
 
 def _lookup_backward_unfit_triton(grad, codes, num_codes, shared, cumulative) -> str | None:
@@ -292,38 +298,41 @@ def _run_lookup_triton(codes: Tensor, codebook: Tensor, cumulative: bool) -> Ten
         return _run_lookup(_native.kernels("codes").residual_lookup, codes, codebook, cumulative)
 
 
-def _run_lookup_backward(fill, grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
-    """Sorts the entries by the codebook row that they chose, then lets `fill` sum each row's: no atomics, one order.
+def _run_lookup_backward_cuda(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    out = _lookup_backward_fake(grad, codes, num_codes, shared, cumulative)
+    if not codes.numel():
+        return out.zero_()
+    codes = codes.reshape(-1, codes.shape[-1]).contiguous()
+    size = _lookup_backward_workspace(codes, num_codes, shared, grad.shape[-1])
+    workspace = grad.new_empty(size, dtype=torch.uint8)
+    _lookup_backward_cuda(grad.contiguous(), codes, num_codes, shared, cumulative, workspace, out)
+    return out
+
+
+def _run_lookup_backward_triton(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
+    """Sorts the entries by the codebook row that they chose, then sums each row's: no atomics, one order.
 
     Chunks of about sqrt(entries) entries bound both what one chunk sums and how many parts one row can have, so that
     all entries choosing one row costs no more than a few times what even choices do.
     """
+    _require_codes("residual_lookup_backward", codes, num_codes)
     out = _lookup_backward_fake(grad, codes, num_codes, shared, cumulative)
+    if not codes.numel():
+        return out.zero_()
     depth = codes.shape[-1]
     tables = num_codes if shared else num_codes * depth
-    keys = codes if shared else codes + torch.arange(depth, device=codes.device) * num_codes
-    keys = keys.where((codes >= 0) & (codes < num_codes), tables).to(torch.int32)
-    keys, order = keys.reshape(-1).sort(stable=True)
-    if not order.numel():
-        return out.zero_()
-    begins = torch.searchsorted(keys, torch.arange(tables + 1, dtype=torch.int32, device=keys.device))
-    chunk_log2 = max(5, (order.numel() - 1).bit_length() + 1 >> 1)
-    chunks = (order.numel() - 1 >> chunk_log2) + 1
-    partial = grad.new_empty((chunks, 2, grad.shape[-1]), dtype=torch.float32)
-    flat = out.view(tables, grad.shape[-1])
-    fill(grad.contiguous(), order, keys, begins, depth, cumulative, chunk_log2, partial, flat)
-    return out
-
-
-def _run_lookup_backward_cuda(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
-    return _run_lookup_backward(_lookup_backward_cuda, grad, codes, num_codes, shared, cumulative)
-
-
-def _run_lookup_backward_triton(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
-    _require_codes("residual_lookup_backward", codes, num_codes)
-    fill = _native.kernels("codes").residual_lookup_backward
     with torch.cuda.device_of(codes):
-        return _run_lookup_backward(fill, grad, codes, num_codes, shared, cumulative)
+        keys = codes if shared else codes + torch.arange(depth, device=codes.device) * num_codes
+        keys = keys.where((codes >= 0) & (codes < num_codes), tables).to(torch.int32)
+        keys, order = keys.reshape(-1).sort(stable=True)
+        begins = torch.searchsorted(keys, torch.arange(tables + 1, dtype=torch.int32, device=keys.device))
+        chunk_log2 = max(5, (order.numel() - 1).bit_length() + 1 >> 1)
+        chunks = (order.numel() - 1 >> chunk_log2) + 1
+        partial = grad.new_empty((chunks, 2, grad.shape[-1]), dtype=torch.float32)
+        _native.kernels("codes").residual_lookup_backward(
+            grad.contiguous(), order, keys, begins, depth, cumulative, chunk_log2, partial, out.view(tables, -1)
+        )
+    return out
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -453,9 +462,8 @@ def residual_lookup(
     Note:
         Each sum is accumulated in float32 (float64 for a float64 codebook) from depth 0 up and rounded once, on every
         backend: equal results. Differentiable in the codebook, twice if need be. The kernels' gradient sums each
-            entry's rows
-        in an order that shapes and codes fix, so it is bit-equal between runs; the eager one uses `index_add_`, which
-        has that property on the CPU only. No host sync on a GPU; may be captured in a CUDA graph.
+        entry's rows in an order that shapes and codes fix, so it is bit-equal between runs; the eager one uses
+        `index_add_`, which has that property on the CPU only. No host sync on a GPU; may be captured in a CUDA graph.
     """
     function = "residual_lookup"
     _checks.check_codes(function, codes)
