@@ -604,3 +604,26 @@ def test_write_samples(tmp_path):
     assert [entry | {"licence": ""} for entry in entries] == [entry | {"licence": ""} for entry in shipped]
     with pytest.raises(ValueError, match="got none of 'teapot, fluent style'"):
         _samples.write_samples(emoji.EmojiSet(images[:-1], names[:-1], styles[:-1], names, sources), tmp_path)
+
+
+# Categories
+
+
+def test_one_category(tmp_path, packages):
+    for folder in packages:
+        icons = sorted(json.loads((folder / "icons.json").read_text())["icons"])
+        (folder / "metadata.json").write_text(json.dumps({"categories": {"Food & Drink": icons[:1]}}))
+    everything = build(packages, tmp_path / "all")
+    food = build(packages, tmp_path / "food", category="Food & Drink")
+    assert 0 < len(food) <= len(packages) < len(everything)
+    assert all(source["left_out"]["other categories"] > 0 for source in food.sources)
+    # The category is part of what is cached.
+    assert len(build(packages, tmp_path / "food")) == len(everything)
+    with pytest.raises(ValueError, match="category must be one of Food & Drink, got 'Drink'"):
+        build(packages, tmp_path / "none", category="Drink")
+
+
+def test_category_of_a_package_without_any(tmp_path, packages, capsys):
+    arguments = ["emoji", "--from", *map(str, packages), "--out", str(tmp_path / "out"), "--category", "Food & Drink"]
+    assert data.main(arguments) == 1
+    assert "metadata.json" in capsys.readouterr().err

@@ -98,6 +98,27 @@ def test_it_learns(data, tmp_path):
     assert last["image"] < 0.8 * torch.tensor(24.0).log()
 
 
+def test_export_is_small_and_close(tmp_path, capsys):
+    model = small_model()
+    model.save(tmp_path / "whole")
+    total = {}
+    for precision in ("int8", "bf16"):
+        argv = ["export", "--model", tmp_path / "whole", "--out", tmp_path / precision, "--precision", precision]
+        assert train.main(list(map(str, argv))) == 0
+        again = VILAU.from_checkpoint(tmp_path / precision)
+        assert again.tokenizer is not None
+        for name, value in model.state_dict().items():
+            error = (again.state_dict()[name].float() - value).abs().max()
+            assert error <= value.abs().max() * (1 / 127 if precision == "int8" else 2**-8)
+        stored = (tmp_path / precision).glob("*.safetensors")
+        total[precision] = sum(path.stat().st_size for path in stored)
+    whole = sum(path.stat().st_size for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert total["int8"] < 0.5 * whole
+    assert total["bf16"] < 0.65 * whole
+    assert train.main(["export", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 1
+    assert "no such model" in capsys.readouterr().err
+
+
 # ---- what is refused
 
 
@@ -120,7 +141,7 @@ def test_bad_options(data, tmp_path, options, words):
 
 def test_bad_stage_and_tower(data, tmp_path, capsys):
     assert train.main(["body"]) == 2
-    assert "'tower' or 'unified', got 'body'" in capsys.readouterr().err
+    assert "'tower', 'unified' or 'export', got 'body'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"--tower: .*no such model"):
         run("unified", data, tmp_path / "out", "--tower", tmp_path / "nowhere")
 

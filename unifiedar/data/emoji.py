@@ -227,10 +227,25 @@ def _svg(icon: dict[str, Any], sheet: dict[str, Any], where: str) -> str:
     return f'<svg {names} width="{side:g}" height="{side:g}" viewBox="{view}">{body}</svg>'
 
 
-def read_source(folder: str | Path) -> Source:
+def _in_category(folder: Path, category: str) -> frozenset[str]:
+    """Icon names of one of the package's categories (metadata.json)."""
+    metadata, _ = _read_json(folder / "metadata.json")
+    categories = metadata.get("categories")
+    if not isinstance(categories, dict) or not isinstance(categories.get(category), list):
+        names = ", ".join(sorted(categories)) if isinstance(categories, dict) else "none"
+        raise ValueError(f"{folder / 'metadata.json'}: category must be one of {names}, got {category!r}")
+    return frozenset(categories[category])
+
+
+def read_source(folder: str | Path, category: str | None = None) -> Source:
     """Read the icon set in an unpacked `@iconify-json` package (icons.json, info.json, package.json).
 
-    Raises ValueError, one line, for a folder that is missing, is not such a package, or holds a set of unknown style.
+    Args:
+        folder: of the package.
+        category: take only the icons of this category (as metadata.json names it), all if None.
+
+    Raises ValueError, one line, for a folder that is missing, is not such a package, or holds a set of unknown style,
+    and for a category that the set does not have.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -253,7 +268,12 @@ def read_source(folder: str | Path) -> Source:
     aliases = sheet.get("aliases")
     left_out = {"skin tones": 0, "hidden": 0, "aliases": len(aliases) if isinstance(aliases, dict) else 0}
     chosen: dict[str, tuple[str, str, str]] = {}
+    wanted = icons if category is None else _in_category(folder, category)
+    if category is not None:
+        left_out["other categories"] = sum(name not in wanted for name in icons)
     for name in sorted(icons):
+        if name not in wanted:
+            continue
         if is_skin_tone(name, style, icons):
             left_out["skin tones"] += 1
         elif icons[name].get("hidden"):
@@ -331,7 +351,13 @@ def _render_all(jobs: Sequence[tuple[str, str, int]], processes: int) -> Iterato
 
 
 def build(
-    sources: Sequence[str | Path], out: str | Path, size: int = 64, *, jobs: int | None = None, progress: bool = True
+    sources: Sequence[str | Path],
+    out: str | Path,
+    size: int = 64,
+    *,
+    category: str | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
 ) -> EmojiSet:
     """Render icon sets into `out`/images.npy (N, size, size, 3 uint8 RGB) and `out`/index.json, and load them.
 
@@ -342,6 +368,7 @@ def build(
         sources: unpacked folders of the npm packages, at most one a style.
         out: folder to write, created if need be.
         size: pixels of a side, 8 to 1024.
+        category: render only this one, "Food & Drink" say; all if None.
         jobs: processes to render with; all CPUs if None.
         progress: show a bar, on a terminal.
 
@@ -354,7 +381,8 @@ def build(
         raise ValueError(f"build: size must be 8 to 1024 pixels, got {size}")
     if jobs is not None and jobs < 1:
         raise ValueError(f"build: jobs must be positive, got {jobs}")
-    sets = sorted((read_source(folder) for folder in sources), key=lambda source: STYLES.index(source.style))
+    found = (read_source(folder, category) for folder in sources)
+    sets = sorted(found, key=lambda source: STYLES.index(source.style))
     styles = [source.style for source in sets]
     if len(set(styles)) != len(styles):
         raise ValueError(f"build: sources must hold one set a style, got {', '.join(styles)}")
@@ -535,10 +563,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for images.npy and index.json")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
+    parser.add_argument("--category", help='render only this one, "Food & Drink" say (default: all)')
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: one a CPU)")
     args = parser.parse_args(argv)
     try:
-        emoji = build(args.sources, args.out, args.size, jobs=args.jobs)
+        emoji = build(args.sources, args.out, args.size, category=args.category, jobs=args.jobs)
     except (ValueError, OSError) as error:
         print(f"unifiedar data emoji: {error}", file=sys.stderr)
         return 1

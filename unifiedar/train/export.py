@@ -29,9 +29,6 @@ def export(source: str | Path, target: str | Path, *, precision: str = "int8") -
         CheckpointError: if the source cannot be read or the target not be written.
     """
     model = VILAU.from_checkpoint(source)
-    files = {}
-    if model.tokenizer is not None:
-        files["tokenizer.json"] = model.tokenizer.inner.to_str(pretty=True).encode()
     tensors = dict(model.state_dict())
     matrices = [name for name, value in tensors.items() if value.ndim >= 2]
     codebooks = {name for name in matrices if ".codebooks." in name and name.endswith(".weight")}
@@ -40,7 +37,7 @@ def export(source: str | Path, target: str | Path, *, precision: str = "int8") -
         value = tensors[name]
         tensors[name] = halved.setdefault(value.data_ptr(), value.to(torch.bfloat16))
     int8 = [name for name in matrices if name not in codebooks] if precision == "int8" else []
-    return checkpoints.save(target, tensors, model.config.to_dict(), int8=int8, files=files, overwrite=True)
+    return model.write(target, tensors, int8=int8)
 
 
 def main(argv: Sequence[str]) -> int:

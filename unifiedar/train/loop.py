@@ -172,10 +172,9 @@ class Loop:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self.world
-        begin = 0
-        for p in self.parameters:
-            p.grad = flat[begin : begin + p.numel()].view(p.shape)
-            begin += p.numel()
+        parts = flat.split([g.numel() for g in gradients])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view(parameter.shape)
 
     @torch.no_grad()
     def _average_weights(self, step: int) -> None:
@@ -184,10 +183,11 @@ class Loop:
         moving = [(a, p) for a, p in pairs if p.requires_grad]
         torch._foreach_lerp_([a for a, _ in moving], [p for _, p in moving], 1 - decay)
         # Codebooks and their statistics are averages already.
-        for a, p in [(a, p) for a, p in pairs if not p.requires_grad and self.follow(p)]:
-            a.copy_(p)
-        for a, b in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
-            a.copy_(b)
+        for a, p in pairs:
+            if self.follow(p):
+                a.copy_(p)
+        for mine, theirs in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def train(
         self,

@@ -120,8 +120,8 @@ class _Losses:
             error = painted.float() - images
             values["squared_error"] = error.square().mean()
             values["edge"] = edge_loss(painted.float(), images)
-            # The squared error alone would be content with blur, the absolute one pays no heed to large errors: near the
-            # end of training, at 29 dB, the two terms weigh the same.
+            # The squared error alone is content with blur, the absolute one heeds no large errors; at 29 dB they weigh
+            # the same.
             pixel = 5 * values["squared_error"] + error.abs().mean()
             loss = loss + args.reconstruction * (args.pixel * pixel + args.edge * values["edge"])
         return {"loss": loss, **values}
@@ -148,9 +148,9 @@ def main(argv: Sequence[str]) -> int:
     if tokenizer_path.is_file():
         tokenizer = tokenizers.load(tokenizer_path)
     else:
-        everything, _ = load_pictures(args, device)
-        names = everything.captions + everything.concept_names
-        tokenizer = tokenizers.train_tokenizer(names, config.language.vocab_size)
+        everything = load_pictures(args, device)
+        names = {name for part in everything for name in part.captions + part.concept_names}
+        tokenizer = tokenizers.train_tokenizer(sorted(names), config.language.vocab_size)
     loop = Loop(args, make)
     train, held_out = load_pictures(args, loop.device)
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
