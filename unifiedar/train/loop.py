@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from unifiedar.nn import Codebook
 from unifiedar.train.batches import Pictures
 
 __all__ = ["Loop", "add_arguments", "fail", "load_pictures", "sheet"]
+
+M = TypeVar("M", bound=nn.Module)
+# The averaged model to sheets (PIL images) and figures, by name.
+Validate = Callable[[M], tuple[dict[str, Any], dict[str, float]]]
 
 
 def fail(message: str) -> SystemExit:
@@ -65,7 +69,7 @@ def sheet(images: Iterable[Tensor], columns: int) -> Any:
     return contact_sheet(torch.stack(list(images)).cpu(), columns)
 
 
-class Loop:
+class Loop(Generic[M]):
     """One training run on this rank.
 
     `train` calls `losses(step, part)` for every part of a step, adds up their "loss", steps AdamW with a cosine
@@ -74,10 +78,11 @@ class Loop:
 
     Args:
         args: with the options of `add_arguments`.
-        model: what is saved; only parameters that require a gradient are trained.
+        make_model: builds the model, twice the same (the second is the averaged one); only parameters that require a
+            gradient are trained. It has a method `save(folder)`.
     """
 
-    def __init__(self, args: argparse.Namespace, make_model: Callable[[], nn.Module]):
+    def __init__(self, args: argparse.Namespace, make_model: Callable[[], M]):
         for name in ("steps", "batch", "accumulate", "save_every", "sheet_every"):
             if getattr(args, name) < 1:
                 raise fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -192,7 +197,7 @@ class Loop:
     def train(
         self,
         losses: Callable[[int, int], dict[str, Tensor]],
-        validate: Callable[[nn.Module], tuple[dict[str, Any], dict[str, float]]],
+        validate: Validate[M],
     ) -> bool:
         """Run to the last step.
 
@@ -245,6 +250,15 @@ class Loop:
             self.writer.close()
         return complete
 
+    def finish(self, complete: bool) -> int:
+        """Save the averaged model to `--out`/model; the exit code: 0, or 3 if the run is to be resumed."""
+        if self.rank == 0:
+            cast(Callable[[Path], object], self.averaged.save)(self.args.out / "model")
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        return 0 if complete else 3
+
     def _tensorboard(self) -> Any:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -283,7 +297,7 @@ class Loop:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, done)
 
-    def _validate(self, done: int, validate: Callable[[nn.Module], tuple[dict[str, Any], dict[str, float]]]) -> None:
+    def _validate(self, done: int, validate: Validate[M]) -> None:
         images, figures = validate(self.averaged)
         self._log(done, figures)
         tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr)

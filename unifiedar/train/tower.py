@@ -6,13 +6,12 @@ carry pixels; alignment first, then both. The codebook follows by moving average
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from unifiedar import tokenizer as tokenizers
 from unifiedar.models import VILAU
@@ -82,8 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 class _Losses:
     """Losses of one part of one step."""
 
-    def __init__(self, args: argparse.Namespace, loop: Loop, pictures: Pictures):
-        assert isinstance(loop.model, VILAU)
+    def __init__(self, args: argparse.Namespace, loop: Loop[VILAU], pictures: Pictures):
         self.args, self.loop, self.pictures, self.tower = args, loop, pictures, loop.model.tower
         tokenizer, length = loop.model.tokenizer, loop.model.config.vision.text_positions
         assert tokenizer is not None
@@ -156,8 +154,7 @@ def main(argv: Sequence[str]) -> int:
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     chosen = torch.linspace(0, len(probe) - 1, min(32, len(probe)), device=loop.device).long()
 
-    def validate(model: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
-        assert isinstance(model, VILAU)
+    def validate(model: VILAU) -> tuple[dict[str, Any], dict[str, float]]:
         originals = probe.images[chosen].cpu()
         painted, _ = model.reconstruct(originals)
         pairs = [x for pair in zip(originals, painted, strict=True) for x in pair]
@@ -165,11 +162,4 @@ def main(argv: Sequence[str]) -> int:
         figures = m.rebuilt(probe.images) | m.nearest_text(probe.images, probe.concepts)
         return {"reconstructions": sheet(pairs, 8)}, {f"{kind}_{k}": v for k, v in figures.items()}
 
-    complete = loop.train(_Losses(args, loop, train), validate)
-    if loop.rank == 0:
-        assert isinstance(loop.averaged, VILAU)
-        loop.averaged.save(Path(args.out) / "model")
-    if loop.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0 if complete else 3
+    return loop.finish(loop.train(_Losses(args, loop, train), validate))

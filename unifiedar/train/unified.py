@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import VILAU
@@ -68,8 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 class _Losses:
     """Losses of one part of one step: the first half of the rows draw, the second half name."""
 
-    def __init__(self, args: argparse.Namespace, loop: Loop, pictures: Pictures):
-        assert isinstance(loop.model, VILAU)
+    def __init__(self, args: argparse.Namespace, loop: Loop[VILAU], pictures: Pictures):
         self.args, self.loop, self.pictures, self.model = args, loop, pictures, loop.model
         plain = [pictures.concept_names[i] for i in pictures.concepts.tolist()]
         # Row i: caption of picture i; row N + i: without the style; the last row: no text.
@@ -137,17 +135,9 @@ def main(argv: Sequence[str]) -> int:
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     prompts = [p.captions[i] for p in (train, probe) for i in torch.linspace(0, len(p) - 1, 16).long().tolist()]
 
-    def validate(model: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
-        assert isinstance(model, VILAU)
+    def validate(model: VILAU) -> tuple[dict[str, Any], dict[str, float]]:
         figures = Measure(model, train).named(probe.images, probe.concepts, probe.styles, beams=1)
         kept = {f"{kind}_{k}": figures[k] for k in ("concept", "style")}
         return {"drawn": sheet(model.generate(prompts), 8)}, kept
 
-    complete = loop.train(_Losses(args, loop, train), validate)
-    if loop.rank == 0:
-        assert isinstance(loop.averaged, VILAU)
-        loop.averaged.save(Path(args.out) / "model")
-    if loop.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0 if complete else 3
+    return loop.finish(loop.train(_Losses(args, loop, train), validate))
