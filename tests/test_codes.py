@@ -1,11 +1,14 @@
 """The family `codes`: definitions against independent formulas, every backend against the definition."""
 
+import ctypes
+import itertools
 import threading
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_rooms
+from host_cuda import compile_on_host
 
 from unifiedar import ops
 from unifiedar.ops import _native, registry, residual_lookup, residual_quantize
@@ -467,6 +470,81 @@ def test_compiles_whole_with_dynamic_shapes(room, fresh_compiler):
             out.backward()
             results.append((out.detach(), book.grad))
         torch.testing.assert_close(results[1], results[0])
+
+
+# ---- the CUDA source without a GPU -----------------------------------------------------------------------------------
+
+EXPORTS = """
+using namespace unifiedar;
+extern "C" int lookup(const int64_t* codes, const void* book, void* out, int64_t rows, int num_codes, int depth,
+                      int channels, int shared, int element, int dtype, int cumulative) {
+  const int64_t entry = int64_t(channels) * element;
+  const LookupArgs args{codes, book, out, rows, shared ? 0 : num_codes * entry, unsigned(num_codes), unsigned(entry),
+                        depth, channels};
+  return launch_residual_lookup(args, DType(dtype), cumulative, nullptr);
+}
+extern "C" int backward(const void* grad, const int64_t* codes, void* workspace, int64_t* bytes, void* out, int entries,
+                        int num_codes, int depth, int channels, int shared, int dtype, int cumulative) {
+  size_t size = *bytes;
+  const LookupBackwardArgs args{grad, codes, workspace, size, out, entries, num_codes, depth, channels, shared != 0};
+  if (workspace != nullptr) return launch_residual_lookup_backward(args, DType(dtype), cumulative, nullptr);
+  const int error = workspace_residual_lookup_backward(args, &size);
+  *bytes = size;
+  return error;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    return compile_on_host("codes.cu", EXPORTS, tmp_path_factory.mktemp("codes"))
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+# The last one is large enough for channels in slices and for two passes of the sort.
+HOST_SHAPES = {
+    **{name: shape for name, shape in SHAPES.items() if shape[0]},
+    "many chunks": (700, 4, 300, 24),
+    "slices": (4100, 8, 8200, 1032),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", HOST_SHAPES.values(), ids=HOST_SHAPES)
+def test_cuda_source_on_the_host(on_host, shape, dtype):
+    rows, depth, num_codes, channels = shape
+    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+    large = rows * channels > 10**6
+    cases = itertools.product(*([[True], [False], [0]] if large else [[True, False], [False, True], [0, 3]]))
+    for shared, cumulative, offset in cases if not large or dtype == torch.bfloat16 else ():
+        codes, codebook = inputs(*shape, shared=shared, dtype=dtype, device="cpu")
+        if not large:
+            codes[::3, 0] = num_codes - 1  # a segment of many chunks
+        sums = (rows, depth, channels) if cumulative else (rows, channels)
+        out, check = guarded(sums, dtype, "cpu", 64 + offset)
+        sizes = (num_codes, depth, channels, int(shared))
+        assert not on_host.lookup(pointer(codes), pointer(codebook), pointer(out), ctypes.c_int64(rows), *sizes,
+                                  dtype.itemsize, number, int(cumulative))  # fmt: skip
+        check()
+        assert torch.equal(out, residual_lookup(codes, codebook, cumulative=cumulative))
+
+        grad = torch.randn(sums).to(dtype)
+        result, check = guarded(codebook.shape, dtype, "cpu", 64 + offset)
+        size = ctypes.c_int64(0)
+        head, tail = (pointer(grad), pointer(codes)), (pointer(result), codes.numel(), *sizes, number, int(cumulative))
+        assert not on_host.backward(*head, None, ctypes.byref(size), *tail)
+        workspace = torch.full((size.value + 256,), 7, dtype=torch.uint8)
+        assert not on_host.backward(*head, pointer(workspace), ctypes.byref(size), *tail)
+        check()
+        assert (workspace[size.value :] == 7).all(), "wrote after the workspace"
+        arguments = (grad, codes, num_codes, shared, cumulative, "eager")
+        exact = BACKWARD(grad.double(), *arguments[1:])
+        assert_as_good_as_eager(result, BACKWARD(*arguments), exact)
+        size.value -= 1
+        assert on_host.backward(*head, pointer(workspace), ctypes.byref(size), *tail), "takes too small a workspace"
 
 
 # ---- on a GPU: races, graphs, streams, syncs, large offsets ----------------------------------------------------------
