@@ -4,9 +4,9 @@ Every variant of a comparison comes as a list of zero-argument calls, one per in
 
 - Cold L2: successive calls walk through the input sets, and a buffer larger than the L2 cache is written before
   each sample (which also gives the host a head start, so that launch latency stays out of the sample).
-- Under 100 us: if the fastest variant takes less, every variant of the comparison is captured into a CUDA graph of
-  repeated calls, so that none of them is charged for the host. A variant that cannot be captured is timed as a loop
-  between two events, and its `method` says so.
+- Under a millisecond between two events, host included: if the fastest variant takes less, every variant of the
+  comparison is captured into a CUDA graph of repeated calls, so that none of them is charged for the host. A variant
+  that cannot be captured is timed as a loop between two events, and its `method` says so.
 - Interleaved: one sample of each variant per round, the order turning with the round, so that clocks and
   temperature drift alike for all.
 - Nothing is timed before it was checked: the caller's `check` sees the output of each variant first. A variant that
@@ -27,8 +27,9 @@ __all__ = ["Call", "Sampler", "Timing", "copy_rate", "input_sets", "matmul_rate"
 
 Call = Callable[[], object]
 
-GRAPH_BELOW_S = 100e-6
-"""Calls faster than this are repeated within a sample: by a CUDA graph on a GPU, by a loop on the CPU."""
+GRAPH_BELOW_S = 1e-3
+"""Calls faster than this are repeated within a sample: by a CUDA graph on a GPU, by a loop on the CPU. A call of ten
+launches takes the host about this long where the GPU is done in a tenth of it."""
 SAMPLE_S = 1e-3
 """How long a sample of repeated calls should last, in seconds."""
 MAX_REPEATS = 256
@@ -211,7 +212,7 @@ def sampler(calls: Sequence[Call], device: torch.device | str, *, repeated: bool
     Args:
         calls: one call per input set, all warm (compiled, autotuned) already.
         device: where they run.
-        repeated: take many calls per sample; None decides by the 100 us rule.
+        repeated: take many calls per sample; None decides by the rule above.
 
     Returns:
         A Sampler; on a GPU with `repeated`, a CUDA graph if the calls can be captured.
