@@ -2,10 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import two_ranks
 from small import CONCEPTS, small_config, small_model, small_tokenizer, write_pictures
 
 from unifiedar import train
@@ -117,6 +121,30 @@ def test_export_is_small_and_close(tmp_path, capsys):
     assert total["bf16"] < 0.65 * whole
     assert train.main(["export", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 1
     assert "no such model" in capsys.readouterr().err
+
+
+def test_ranks_average_their_gradients(tmp_path):
+    """Two ranks end with the same weights, and with those of one process that minimises the mean of their losses."""
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script, tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    expected = two_ranks.Toy()
+    optimizer = torch.optim.AdamW(
+        [{"params": [expected.matrix], "weight_decay": 0.05}, {"params": [expected.vector], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    for step, rate in enumerate((0.1, 0.1, 0.1 * (0.01 + 0.99 * 0.5))):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        ((expected.matrix * 2.0).sum() * (step + 1) + expected.vector.square().sum() / 2).backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        optimizer.step()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value)
 
 
 # ---- what is refused
