@@ -146,7 +146,8 @@ def test_generate_one_file(model, run):
     assert (code, out, err) == (0, "apple.png\n", "")
     assert files() == ["apple.png"]
     assert pixel("apple.png") == drawn("red apple, noto style", 0)
-    assert model.calls == [(1, {"seed": [0], "guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.96})]
+    unset = {"guidance": None, "temperature": None, "top_k": None, "top_p": None}
+    assert model.calls == [(1, {"seed": [0], **unset})]
 
 
 def test_generate_replaces_a_file_and_makes_folders(model, run):

@@ -1,6 +1,7 @@
 """VILA-U: both directions, caches against the plain forward, checkpoints, what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from small import small_config, small_model, small_tokenizer
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import VILAU, VILAUConfig
 from unifiedar.models.llama import KeyValueCache, Llama, LlamaConfig
-from unifiedar.models.vilau import BOS, EOS, IM_END, IM_START
+from unifiedar.models.vilau import BOS, EOS, IM_END, IM_START, Sampling
 from unifiedar.nn import DepthTransformer
 
 
@@ -125,6 +126,19 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     alone = model.generate_codes(["red disc, noto style"], seed=6)
     model.float()
     assert torch.equal(together[1:2], alone)
+
+
+def test_sampling_is_the_models_unless_told_otherwise(tmp_path):
+    model = small_model()
+    greedy = model.generate_codes(["axe"], guidance=1.0, temperature=0)
+    config = replace(model.config, sampling=Sampling(guidance=1.0, temperature=0.0))
+    other = VILAU(config, model.tokenizer).eval()
+    other.load_state_dict(model.state_dict())
+    other.save(tmp_path / "m")
+    loaded = VILAU.from_checkpoint(tmp_path / "m")
+    assert loaded.config.sampling == Sampling(1.0, 0.0, 900, 0.96)
+    assert torch.equal(loaded.generate_codes(["axe"]), greedy)
+    assert not torch.equal(loaded.generate_codes(["axe"], temperature=1.0), greedy)
 
 
 def test_guidance_one_is_the_conditional_model(model):

@@ -143,16 +143,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     generate.add_argument(
         "--seed", type=_integer(0, MAX_SEED), default=0, help="of the first picture, the next ones count up (0)"
     )
-    generate.add_argument(
-        "--guidance", type=_number(0, 100), default=3.0, help="strength of the prompt, 1 is without guidance (3.0)"
-    )
-    generate.add_argument("--temperature", type=_number(0, 100), default=1.0, help="0 always takes the likeliest (1.0)")
-    generate.add_argument(
-        "--top-k", type=_integer(0, 1_000_000), default=0, help="draw from the K likeliest, 0: all (0)"
-    )
-    generate.add_argument(
-        "--top-p", type=_number(0, 1), default=0.96, help="draw from this much probability, 0 or 1: all (0.96)"
-    )
+    generate.add_argument("--guidance", type=_number(0, 100), help="strength of the prompt, 1 is without guidance")
+    # What is not given is what suits the model (`sampling` in its config.json).
+    generate.add_argument("--temperature", type=_number(0, 100), help="0 always takes the likeliest")
+    generate.add_argument("--top-k", type=_integer(0, 1_000_000), help="draw from the K likeliest, 0: all")
+    generate.add_argument("--top-p", type=_number(0, 1), help="draw from this much probability, 0 or 1: all")
 
     describe = _command(commands, "describe", _describe, "say what pictures show")
     _add_pictures(describe)

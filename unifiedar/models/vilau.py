@@ -22,11 +22,21 @@ from unifiedar.models.siglip import SiglipConfig, SiglipModel
 from unifiedar.nn import DepthTransformer, Quantized, ResidualQuantizer
 from unifiedar.tokenizer import TextTokenizer, load
 
-__all__ = ["VILAU", "VILAUConfig", "VisionTower"]
+__all__ = ["VILAU", "Sampling", "VILAUConfig", "VisionTower"]
 
 BOS, EOS = 1, 2
 # The four tokens that the vocabulary ends with, counted from its end.
 IM_START, IM_END = -4, -3
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How `generate` draws codes unless told otherwise, as `unifiedar.ops.sample_codes` takes it."""
+
+    guidance: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 900
+    top_p: float = 0.96
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class VILAUConfig:
         shared_codebook: one table for all depths.
         depth_dim, depth_layers, depth_heads: of the depth transformer.
         latent_grid: side the quantized grid is resized to (bilinear) before the decoder, or None.
+        sampling: what `generate` does by default; what suits a model comes with its checkpoint.
     """
 
     vision: SiglipConfig
@@ -55,6 +66,7 @@ class VILAUConfig:
     depth_heads: int
     depth_dropout: float = 0.1
     latent_grid: int | None = None
+    sampling: Sampling = Sampling()
 
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values, for a JSON file."""
@@ -73,6 +85,7 @@ class VILAUConfig:
                 vision=SiglipConfig(**values.pop("vision")),
                 decoder=DecoderConfig(**decoder),
                 language=LlamaConfig(**values.pop("language")),
+                sampling=Sampling(**values.pop("sampling", {})),
                 **values,
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -193,6 +206,8 @@ class VILAU(nn.Module):
             depth_dim=128,
             depth_layers=2,
             depth_heads=2,
+            # It has seen every picture sixty times: away from what it knows by heart it is soon lost.
+            sampling=Sampling(guidance=1.0, temperature=0.5, top_k=0, top_p=0.9),
         ),
     }
 
@@ -365,10 +380,10 @@ class VILAU(nn.Module):
         self,
         prompts: Sequence[str],
         *,
-        guidance: float = 3.0,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.96,
+        guidance: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         progress: Callable[[int], object] | None = None,
     ) -> Tensor:
@@ -378,6 +393,7 @@ class VILAU(nn.Module):
             prompts: N texts.
             guidance: strength of classifier-free guidance on the code logits; 1 is none.
             temperature, top_k, top_p: as `unifiedar.ops.sample_codes`; temperature may be one number for each depth.
+                What is None is taken from `config.sampling`.
             seed: of picture i is seed + i, or seed[i] of a sequence. The noise is drawn on the CPU for each picture by
                 itself, so that a picture does not depend on the others of its batch.
             progress: called with the number of visual positions finished since the last call.
@@ -395,14 +411,19 @@ class VILAU(nn.Module):
         self,
         prompts: Sequence[str],
         *,
-        guidance: float = 3.0,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.96,
+        guidance: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         progress: Callable[[int], object] | None = None,
     ) -> Tensor:
         """As `generate`, but the codes (N, L, D) int64, on the model's device."""
+        default = self.config.sampling
+        guidance = default.guidance if guidance is None else guidance
+        temperature = default.temperature if temperature is None else temperature
+        top_k = default.top_k if top_k is None else top_k
+        top_p = default.top_p if top_p is None else top_p
         rows, count, device = [self.prompt_ids(p) for p in prompts], len(prompts), self.device
         seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
         if len(seeds) != count:
