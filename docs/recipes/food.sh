@@ -29,6 +29,6 @@ stage() {
 }
 stage tower --config emoji-tiny --steps 1800 --batch 10 --align 0 --warmup 100 --lr 1.5e-3 --ema 0.99 \
   --augmentation 0.3 --contrastive 0.3
-stage unified --tower "$out/tower/model" --steps 1500 --batch 16 --warmup 100 --lr 2e-3 --ema 0.99 --augmentation 0.3
+stage unified --tower "$out/tower/model" --steps 2400 --batch 16 --warmup 100 --lr 2e-3 --ema 0.99 --augmentation 0.3
 python3 -m unifiedar train export --model "$out/unified/model" --out "$out/model"
 python3 -m unifiedar bench quality --data "$out/data" --model "$out/model" --out "$out/quality" --device cpu
