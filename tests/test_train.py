@@ -17,6 +17,7 @@ from unifiedar.models import VILAU
 from unifiedar.nn import ResidualQuantizer
 from unifiedar.train import tower, unified
 from unifiedar.train.batches import Pictures, augment, pad_ids, step_generator
+from unifiedar.train.loop import Loop
 from unifiedar.train.unified import IGNORED, Sequences
 
 CPU = torch.device("cpu")
@@ -121,6 +122,23 @@ def test_export_is_small_and_close(tmp_path, capsys):
     assert total["bf16"] < 0.65 * whole
     assert train.main(["export", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 1
     assert "no such model" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["tower", "unified"])
+def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
+    """A single wait in a step keeps the next one's launches from overlapping with this one's arithmetic."""
+    small_model().save(tmp_path / "start")
+    options = ["--device", "cuda", *(["--tower", tmp_path / "start"] if stage == "unified" else ["--align", 0])]
+    steps = []
+    monkeypatch.setattr(Loop, "train", lambda self, losses, validate: steps.append(losses) or True)
+    assert run(stage, data, tmp_path / "out", *options) == 0
+    steps[0](0, 0)["loss"].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps[0](1, 0)["loss"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_ranks_average_their_gradients(tmp_path):

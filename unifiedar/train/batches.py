@@ -4,6 +4,7 @@ A few thousand small pictures fit any GPU, so there is no loader process: a batc
 generator seeded by (seed, step, rank), so that a resumed run sees what the uninterrupted one would have seen.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,13 @@ class Pictures:
         return pad_ids([tokenizer.encode(name) for name in names], length).to(self.images.device)
 
 
+@functools.cache
+def _chroma(device: torch.device) -> tuple[Tensor, Tensor]:
+    """RGB to luma and chroma (YIQ) and back, made once: inverting on a GPU would wait for it at every step."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
+    return to_yiq.float().to(device), torch.linalg.inv(to_yiq).float().to(device)
+
+
 def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0, clean: float = 0.25) -> Tensor:
     """Move, turn, stretch, recolour, mirror and blot pictures, each in its own way; outside of a picture is white.
 
@@ -115,13 +123,13 @@ def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0, c
     moved = F.grid_sample(images - 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 1
 
     # Colour: rotate the chroma plane, scale it, then contrast and brightness.
-    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    to_yiq, from_yiq = _chroma(device)
     hue, saturation = draw(0.6), (draw(0.4)).exp()
     turn = torch.zeros(batch, 3, 3, device=device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = hue.cos() * saturation
     turn[:, 1, 2], turn[:, 2, 1] = -hue.sin() * saturation, hue.sin() * saturation
-    mix = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    mix = from_yiq @ turn @ to_yiq
     contrast, brightness = draw(0.25, 1, 1, 1).exp(), draw(0.15, 1, 1, 1)
     coloured = (torch.einsum("bij,bjhw->bihw", mix, moved) * contrast + brightness).clamp(-1, 1)
 
