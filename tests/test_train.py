@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_tower_then_unified(data, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert any(not torch.equal(before[name], after[name]) for name in set(before) - frozen)
     assert (tmp_path / "u" / "drawn.png").is_file()
+
+
+def test_vocabulary_of_few_captions(data, tmp_path, monkeypatch):
+    (data / "tokenizer.json").unlink()
+    config = small_config()
+    wide = replace(config, language=replace(config.language, vocab_size=1024))
+    monkeypatch.setitem(VILAU.configs, "tiny", wide)
+    assert run("tower", data, tmp_path / "t", "--steps", 1) == 0
+    model = VILAU.from_checkpoint(tmp_path / "t" / "model")
+    assert model.config.language.vocab_size == model.config.vision.vocab_size == model.tokenizer.vocab_size < 1024
+    assert model.tokenizer.decode(model.token_ids("axe, noto style")) == "axe, noto style"
+    # Whatever it answers can be written.
+    assert model.describe(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), answers=5)
 
 
 def test_alignment_comes_before_reconstruction(data, tmp_path):

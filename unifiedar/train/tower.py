@@ -6,6 +6,7 @@ carry pixels; alignment first, then both. The codebook follows by moving average
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cpu")
 
     def make() -> VILAU:
-        model = VILAU(VILAU.configs[args.config], tokenizer)
+        model = VILAU(config, tokenizer)
         model.requires_grad_(False)
         model.tower.requires_grad_(True)
         for name, parameter in model.named_parameters():
@@ -149,6 +150,11 @@ def main(argv: Sequence[str]) -> int:
         everything = load_pictures(args, device)
         names = {name for part in everything for name in part.captions + part.concept_names}
         tokenizer = tokenizers.train_tokenizer(sorted(names), config.language.vocab_size)
+    # Few captions give a smaller vocabulary than asked for, and the model must not have words that cannot be written.
+    size = tokenizer.vocab_size
+    config = replace(
+        config, vision=replace(config.vision, vocab_size=size), language=replace(config.language, vocab_size=size)
+    )
     loop = Loop(args, make)
     train, held_out = load_pictures(args, loop.device)
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
