@@ -301,6 +301,8 @@ def test_sequences_ask_for_the_second_modality_alone():
     assert rows.name_ids[0, : len(named)].tolist() == named
     assert rows.draw_begin.tolist() == [len(text) + 2, 2]
     assert rows.draw_targets[0][rows.draw_targets[0] != IGNORED].tolist() == [end, 2]
+    # Without a text the row reads like the start of a picture to name, which must not end there.
+    assert rows.draw_targets[1][rows.draw_targets[1] != IGNORED].tolist() == [end]
     asked = rows.name_targets[0] != IGNORED
     assert rows.name_targets[0][asked].tolist() == [*text, 2]
     # A target stands where the token before it is read.

@@ -204,6 +204,14 @@ def test_beam_scores_are_log_probabilities(model):
 
 
 @torch.no_grad()
+def test_an_answer_has_words():
+    model = small_model()
+    model.llm.lm_head.weight.zero_()  # the end is as likely as every token
+    found = model.beam_search(pictures(2), beams=8, max_tokens=3)
+    assert all(tokens and EOS not in tokens for answers in found for tokens, _ in answers)
+
+
+@torch.no_grad()
 def test_greedy_takes_the_likeliest_token(model):
     image = pictures(1)
     tokens, _ = model.beam_search(image, beams=1, max_tokens=4)[0][0]

@@ -495,7 +495,7 @@ class VILAU(nn.Module):
     def describe(
         self, images: Tensor, *, answers: int = 1, beams: int = 5, max_tokens: int = 32
     ) -> list[list[tuple[str, float]]]:
-        """Name what is on each picture.
+        """Name what is on each picture, in at least one token.
 
         Args:
             images: (N, 3, S, S) uint8.
@@ -531,6 +531,7 @@ class VILAU(nn.Module):
         )
         logits = self.llm.lm_head(self.llm(x, cache)[:, -1]).float().log_softmax(-1)
         vocab = logits.shape[-1]
+        logits[:, EOS] = float("-inf")  # an answer has words
         scores, tokens = logits.topk(min(beams, vocab))  # (N, beams)
         width = scores.shape[1]
         texts = tokens.unsqueeze(-1)

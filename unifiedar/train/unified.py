@@ -48,7 +48,9 @@ class Sequences:
                 targets[i, len(given) - 1 : len(row) - 1] = row[len(given) :]
             return ids.to(device), targets.to(device)
 
-        self.draw_ids, self.draw_targets = rows([([BOS, *t, start, *picture], [end, EOS]) for t in texts])
+        # A picture drawn from no text looks like one that is to be named: that nothing follows it is not to be learned.
+        drawn = [([BOS, *t, start, *picture], [end, EOS] if t else [end]) for t in texts]
+        self.draw_ids, self.draw_targets = rows(drawn)
         self.draw_begin = torch.tensor([len(t) + 2 for t in texts], device=device)
         self.name_ids, self.name_targets = rows([([BOS, start, *picture, end], [*t, EOS]) for t in texts])
         self.name_begin = torch.full_like(self.draw_begin, 2)
