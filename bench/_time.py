@@ -15,6 +15,7 @@ Every variant of a comparison comes as a list of zero-argument calls, one per in
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import time
@@ -60,7 +61,7 @@ class Timing:
     error: str | None = None
 
 
-class Sampler:
+class Sampler(abc.ABC):
     """Takes one sample after another of one variant.
 
     `launch` starts a sample and `collect` returns the seconds per call of all samples started since the last
@@ -79,11 +80,11 @@ class Sampler:
         self._next += 1
         return call
 
-    def launch(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def launch(self) -> None: ...
 
-    def collect(self) -> list[float]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def collect(self) -> list[float]: ...
 
     def sample(self) -> float:
         """Seconds per call of one fresh sample."""

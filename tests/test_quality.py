@@ -7,6 +7,7 @@ import torch
 from small import small_model, write_pictures
 
 from unifiedar import quality
+from unifiedar.data import emoji
 from unifiedar.train.batches import Pictures
 
 CPU = torch.device("cpu")
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def parts(tmp_path):
-    return Pictures.load(write_pictures(tmp_path / "data"), ["noto", "twemoji"], CPU)
+    return Pictures.load(write_pictures(tmp_path / "data"), ["noto", "twemoji"], CPU, 16)
 
 
 def test_answers_are_taken_apart():
@@ -79,12 +80,15 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "q" / "drawn-guidance-3.png").is_file()
 
 
-def test_command_refuses(tmp_path, capsys):
+def test_command_refuses(tmp_path, capsys, monkeypatch):
     data = write_pictures(tmp_path / "data")
     assert quality.main(["--data", str(data), "--model", str(tmp_path / "none")]) == 1
     assert "no such model" in capsys.readouterr().err
     small_model().save(tmp_path / "m")
     assert quality.main(["--data", str(tmp_path / "none"), "--model", str(tmp_path / "m")]) == 1
     assert "no such folder" in capsys.readouterr().err
+    monkeypatch.setattr(emoji, "held_out", frozenset)
+    assert quality.main(["--data", str(data), "--model", str(tmp_path / "m"), "--styles", "noto", "twemoji"]) == 1
+    assert "none of its pictures is held out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         quality.main(["--data", str(data), "--batch", "0"])

@@ -82,7 +82,7 @@ class Measure:
         ranks = []
         for part in self._parts(len(images)):
             pooled = self.model.pool(images[part.to(images.device)])
-            ranks.append((pooled @ self.texts.T).topk(5).indices.cpu())
+            ranks.append((pooled @ self.texts.T).topk(min(5, len(self.texts))).indices.cpu())
         right = torch.cat(ranks) == concepts.cpu()[:, None]
         return {
             "nearest_text_concept": float(right[:, 0].double().mean()),
@@ -122,8 +122,9 @@ def measure(
 
     Args:
         model: with its tokenizer.
-        train, held_out: the two parts of the set, in the styles that the model was trained on.
-        sample: how many of the training pictures to name, rebuild and draw (all have their codes counted).
+        train, held_out: the two parts of the set, neither empty, in the styles that the model was trained on.
+        sample: how many of the training pictures to name and rebuild (all have their codes counted; as many are drawn
+            as are held out).
         batch: pictures at a time.
         progress: show a bar.
 
@@ -172,7 +173,9 @@ def main(argv: Sequence[str]) -> int:
     device, started = torch.device(args.device), time.monotonic()
     try:
         model = VILAU.from_checkpoint(args.model, device=device)
-        train, held_out = Pictures.load(args.data, args.styles, device)
+        train, held_out = Pictures.load(args.data, args.styles, device, model.image_size)
+        if not len(held_out):
+            raise ValueError(f"{args.data}: none of its pictures is held out, so there is nothing to test on")
     except (CheckpointError, ValueError, OSError) as error:
         print(f"unifiedar bench quality: {error}", file=sys.stderr)
         return 1

@@ -44,7 +44,7 @@ class KeyValueCache:
         self.end = 0
 
     def select(self, rows: Tensor) -> "KeyValueCache":
-        """A cache whose row i is this one's row rows[i] (for beam search)."""
+        """A copy whose row i is this one's row rows[i] (for beam search)."""
         chosen = object.__new__(KeyValueCache)
         chosen.data, chosen.end = self.data[:, :, rows], self.end
         return chosen

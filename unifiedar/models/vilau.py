@@ -206,7 +206,7 @@ class VILAU(nn.Module):
             depth_dim=128,
             depth_layers=2,
             depth_heads=2,
-            # It has seen every picture sixty times: away from what it knows by heart it is soon lost.
+            # Few pictures are soon known by heart; guidance, or a bold draw, leads away from what is known.
             sampling=Sampling(guidance=1.0, temperature=0.5, top_k=0, top_p=0.9),
         ),
     }
@@ -549,7 +549,8 @@ class VILAU(nn.Module):
             scores, flat = (scores[..., None] + step).flatten(1).topk(width)
             parent, tokens = flat // vocab, flat % vocab
             texts = torch.cat([texts.gather(1, parent[..., None].expand_as(texts)), tokens[..., None]], dim=-1)
-            cache = cache.select((base + parent).flatten())
+            if width > 1:
+                cache = cache.select((base + parent).flatten())
         found = []
         for rows, values in zip(texts.tolist(), scores.tolist(), strict=True):
             cut = [row[: row.index(EOS)] if EOS in row else row for row in rows]

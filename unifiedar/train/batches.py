@@ -16,12 +16,17 @@ from torch import Tensor
 from unifiedar.data import emoji
 from unifiedar.tokenizer import TextTokenizer
 
-__all__ = ["Pictures", "augment", "pad_ids", "step_generator"]
+__all__ = ["Pictures", "augment", "pad_ids", "step_generator", "step_seed"]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of one step of one rank, for runs of up to a million steps on up to a thousand ranks its own."""
+    return (seed * 1_000_003 + step) * 1_009 + rank
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
     """Generator for one step of one rank: no state has to be saved to repeat it."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+    return torch.Generator(device).manual_seed(step_seed(seed, step, rank))
 
 
 def pad_ids(rows: list[list[int]], length: int) -> Tensor:
@@ -50,9 +55,17 @@ class Pictures:
     style_names: list[str]
 
     @classmethod
-    def load(cls, path: Path, styles: list[str] | None, device: torch.device) -> tuple["Pictures", "Pictures"]:
-        """Training and held-out pictures of a folder made by `unifiedar data emoji`, in all styles or the given."""
+    def load(
+        cls, path: Path, styles: list[str] | None, device: torch.device, size: int
+    ) -> tuple["Pictures", "Pictures"]:
+        """Training and held-out pictures of a folder made by `unifiedar data emoji`, in all styles or the given.
+
+        Raises:
+            ValueError: one line, for a folder without such pictures, or with pictures that are not `size` pixels wide.
+        """
         data = emoji.load(path)
+        if data.images.shape[1] != size:
+            raise ValueError(f"{path}: pictures must be {size} pixels wide for this model, got {data.images.shape[1]}")
         train, held_out = (part.tolist() for part in emoji.split(data, styles))
         if not train:
             raise ValueError(

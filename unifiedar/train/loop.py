@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unifiedar.nn import Codebook
-from unifiedar.train.batches import Pictures
+from unifiedar.train.batches import Pictures, step_seed
 
 __all__ = ["Loop", "add_arguments", "fail", "load_pictures", "sheet"]
 
@@ -51,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--sheet-every", type=int, default=1000, help="steps between validations")
-    parser.add_argument("--minutes", type=float, help="stop with a checkpoint after this long; --resume goes on")
+    parser.add_argument("--minutes", type=float, help="after this long stop with a checkpoint, exit code 3")
 
 
-def load_pictures(args: argparse.Namespace, device: torch.device) -> tuple[Pictures, Pictures]:
-    """Training and held-out pictures that `--data` and `--styles` name."""
+def load_pictures(args: argparse.Namespace, device: torch.device, size: int) -> tuple[Pictures, Pictures]:
+    """Training and held-out pictures that `--data` and `--styles` name, `size` pixels wide."""
     try:
-        return Pictures.load(args.data, args.styles, device)
+        return Pictures.load(args.data, args.styles, device, size)
     except (ValueError, OSError) as error:
         raise fail(f"--data: {error}") from error
 
@@ -117,9 +117,12 @@ class Loop(Generic[M]):
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
         )
-        # Untrained parameters that a forward moves all the same (codebooks); the rest of the frozen ones stay put.
+        pairs = list(zip(self.averaged.parameters(), self.model.parameters(), strict=True))
+        self.moving = [(a, p) for a, p in pairs if p.requires_grad]
+        # What a forward moves (codebooks and their statistics) is an average already and is copied; the rest is frozen.
         moved = {id(b.weight) for b in self.model.modules() if isinstance(b, Codebook)}
-        self.follow: Callable[[Tensor], bool] = lambda p: id(p) in moved
+        self.copied: list[tuple[Tensor, Tensor]] = [(a, p) for a, p in pairs if id(p) in moved]
+        self.copied += zip(self.averaged.buffers(), self.model.buffers(), strict=True)
         self.begin = 0
         self.writer: Any = None
         if self.rank == 0:
@@ -184,14 +187,8 @@ class Loop(Generic[M]):
     @torch.no_grad()
     def _average_weights(self, step: int) -> None:
         decay = min(self.args.ema, (step + 1) / (step + 10))
-        pairs = list(zip(self.averaged.parameters(), self.model.parameters(), strict=True))
-        moving = [(a, p) for a, p in pairs if p.requires_grad]
-        torch._foreach_lerp_([a for a, _ in moving], [p for _, p in moving], 1 - decay)
-        # Codebooks and their statistics are averages already.
-        for a, p in pairs:
-            if self.follow(p):
-                a.copy_(p)
-        for mine, theirs in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+        torch._foreach_lerp_([a for a, _ in self.moving], [p for _, p in self.moving], 1 - decay)
+        for mine, theirs in self.copied:
             mine.copy_(theirs)
 
     def train(
@@ -217,7 +214,7 @@ class Loop(Generic[M]):
         )
         complete = True
         for step in range(self.begin, args.steps):
-            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + self.rank)
+            torch.manual_seed(step_seed(args.seed, step, self.rank))
             self.model.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(step)

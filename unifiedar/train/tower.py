@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
     if tokenizer_path.is_file():
         tokenizer = tokenizers.load(tokenizer_path)
     else:
-        everything = load_pictures(args, device)
+        everything = load_pictures(args, device, config.vision.image_size)
         names = {name for part in everything for name in part.captions + part.concept_names}
         tokenizer = tokenizers.train_tokenizer(sorted(names), config.language.vocab_size)
     # Few captions give a smaller vocabulary than asked for, and the model must not have words that cannot be written.
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
         config, vision=replace(config.vision, vocab_size=size), language=replace(config.language, vocab_size=size)
     )
     loop = Loop(args, make)
-    train, held_out = load_pictures(args, loop.device)
+    train, held_out = load_pictures(args, loop.device, config.vision.image_size)
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     chosen = torch.linspace(0, len(probe) - 1, min(32, len(probe)), device=loop.device).long()
 

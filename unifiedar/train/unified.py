@@ -23,6 +23,8 @@ from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 __all__ = ["Sequences", "main"]
 
 IGNORED = -100
+# Share of the texts in front of pictures that leave the style out.
+UNSTYLED = 0.1
 
 
 class Sequences:
@@ -33,8 +35,7 @@ class Sequences:
     """
 
     def __init__(self, model: VILAU, captions: list[str], device: torch.device):
-        assert model.tokenizer is not None
-        texts = [model.tokenizer.encode(caption) for caption in captions]
+        texts = [model.token_ids(caption) for caption in captions]
         start, end = model.special(IM_START), model.special(IM_END)
         picture = [0] * model.image_tokens
         self.length = max(map(len, texts)) + model.image_tokens + 4
@@ -93,7 +94,7 @@ class _Losses:
         half, count = args.batch // args.accumulate // 2, len(self.pictures)
         draw, name = torch.randint(count, (2, half), generator=generator, device=loop.device)
         u = torch.rand(half, generator=generator, device=loop.device)
-        text = torch.where(u < args.drop, 2 * count, torch.where(u < args.drop + 0.1, draw + count, draw))
+        text = torch.where(u < args.drop, 2 * count, torch.where(u < args.drop + UNSTYLED, draw + count, draw))
         codes = self.clean[draw]
         with torch.no_grad():
             seen = augment(self.pictures.floats(name), generator, args.augmentation)
@@ -124,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
         first = VILAU.from_checkpoint(args.tower, dtype=torch.float32)
     except CheckpointError as error:
         raise fail(f"--tower: {error}") from error
+    if first.tokenizer is None:
+        raise fail(f"--tower: {args.tower}: there is no tokenizer.json in it; give the model folder of the first stage")
 
     def make() -> VILAU:
         model = VILAU(first.config, first.tokenizer)
@@ -133,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
         return model
 
     loop = Loop(args, make)
-    train, held_out = load_pictures(args, loop.device)
+    train, held_out = load_pictures(args, loop.device, first.image_size)
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     prompts = [p.captions[i] for p in (train, probe) for i in torch.linspace(0, len(p) - 1, 16).long().tolist()]
 
