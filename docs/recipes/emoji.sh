@@ -9,20 +9,20 @@ packages=$1 out=$2 gpus=${3:-1}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-stage() { # stage NAME OPTIONS...: 512 and 640 pictures a step, shared by the GPUs
+stage() { # stage NAME OPTIONS...: 1,024 and 1,280 pictures a step, shared by the GPUs
   local name=$1
   shift
   [ -e "$out/$name/finished" ] && return
   local resume=()
   [ -e "$out/$name/last.pt" ] && resume=(--resume)
   torchrun --nproc-per-node "$gpus" -m unifiedar train "$name" --data "$out/data" --out "$out/$name" --compile \
-    "${resume[@]}" "$@"
+    --save-every 2500 --sheet-every 2500 "${resume[@]}" "$@"
   touch "$out/$name/finished"
 }
 
 [ -e "$out/data/index.json" ] ||
   python3 -m unifiedar data emoji --from "$packages"/{noto,twemoji,fluent-emoji-flat} --out "$out/data"
-stage tower --batch $((512 / gpus)) --steps "${TOWER_STEPS:-7500}"
-stage unified --batch $((640 / gpus)) --steps "${UNIFIED_STEPS:-8000}" --lr 1.2e-3 --tower "$out/tower/model"
+stage tower --batch $((1024 / gpus)) --steps "${TOWER_STEPS:-8000}"
+stage unified --batch $((1280 / gpus)) --steps "${UNIFIED_STEPS:-9500}" --lr 1.2e-3 --tower "$out/tower/model"
 python3 -m unifiedar train export --model "$out/unified/model" --out "$out/model"
 python3 -m unifiedar bench quality --data "$out/data" --model "$out/model" --out "$out/quality"
