@@ -138,19 +138,25 @@ def test_export_is_small_and_close(tmp_path, capsys):
     assert "no such model" in capsys.readouterr().err
 
 
+def losses_of(stage, data, tmp_path, monkeypatch, *options):
+    """What a run of the stage would call at every step; nothing is trained."""
+    small_model().save(tmp_path / "start")
+    first = ["--tower", tmp_path / "start"] if stage == "unified" else ["--align", 0]
+    steps = []
+    monkeypatch.setattr(Loop, "train", lambda self, losses, validate: steps.append(losses) or True)
+    assert run(stage, data, tmp_path / "out", *first, *options) == 0
+    return steps[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", ["tower", "unified"])
 def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
     """A single wait in a step keeps the next one's launches from overlapping with this one's arithmetic."""
-    small_model().save(tmp_path / "start")
-    options = ["--device", "cuda", *(["--tower", tmp_path / "start"] if stage == "unified" else ["--align", 0])]
-    steps = []
-    monkeypatch.setattr(Loop, "train", lambda self, losses, validate: steps.append(losses) or True)
-    assert run(stage, data, tmp_path / "out", *options) == 0
-    steps[0](0, 0)["loss"].backward()
+    losses = losses_of(stage, data, tmp_path, monkeypatch, "--device", "cuda")
+    losses(0, 0)["loss"].backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        steps[0](1, 0)["loss"].backward()
+        losses(1, 0)["loss"].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -188,10 +194,11 @@ def test_ranks_average_their_gradients(tmp_path):
         (["--steps", 0], "--steps must be at least 1"),
         (["--batch", 6, "--accumulate", 4], "--accumulate must divide --batch 6"),
         (["--resume"], "no checkpoint"),
+        (["--device", "cuda:99"], "--device cuda:99"),
         (["--align", 2], "--align must be from 0 to 1"),
         pytest.param(
             ["--device", "cuda"],
-            "no GPU is usable",
+            r"--device cuda: .* use --device cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
@@ -322,6 +329,37 @@ def test_sequences_ask_for_the_second_modality_alone():
     assert rows.name_targets[0][asked].tolist() == [*text, 2]
     # A target stands where the token before it is read.
     assert asked.nonzero()[0].item() == 2 + places
+
+
+def test_words_of_another_thing_ask_for_the_style_alone():
+    model, styles = small_model(), ["noto", "twemoji"]
+    rows = Sequences(model, ["axe, noto style"], CPU, ["axe", "aerial tramway"], styles)
+    seen = [1, model.special(-4), *[0] * model.image_tokens, model.special(-3)]
+    for i, concept in enumerate(("axe", "aerial tramway")):
+        plain, both = model.token_ids(concept), [model.token_ids(f"{concept}, {style} style") for style in styles]
+        for j, text in enumerate(both):
+            ids, targets = rows.style_ids[2 * i + j], rows.style_targets[2 * i + j]
+            assert ids[: len(seen) + len(text) + 1].tolist() == [*seen, *text, 2]
+            asked = [t for t in targets.tolist() if t != IGNORED]
+            assert asked == [*text[len(text) + 1 - len(asked) :], 2]
+            # Nothing of the name is asked for, and the first thing that is asked for tells the styles apart.
+            assert len(asked) <= len(text) + 1 - len(plain)
+            assert asked[0] != both[1 - j][len(text) + 1 - len(asked)]
+            assert targets[len(seen) + len(text) - len(asked)] == asked[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_swapped_words(data, tmp_path, monkeypatch, share):
+    """All the texts after pictures name another thing and ask for the picture's own style, or none of them."""
+    losses = losses_of("unified", data, tmp_path, monkeypatch, "--swap", share)
+    seen, hidden = [], losses.hidden
+    monkeypatch.setattr(losses, "hidden", lambda ids, *rest: seen.append(ids) or hidden(ids, *rest))
+    losses(0, 0)
+    pictures, rows = losses.pictures, losses.sequences
+    named = seen[0][len(seen[0]) // 2 :]
+    plain = {tuple(row) for row in rows.name_ids[: len(pictures)].tolist()}
+    decoys = {tuple(row) for row in rows.style_ids.tolist()}
+    assert all(tuple(row) in (decoys if share else plain) for row in named.tolist())
 
 
 def test_pictures_and_captions(data):

@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unifiedar.devices import DeviceError, add_device_argument, usable_device
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -183,7 +185,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FOLDER|FILE",
         help=f"a model that ships, or a checkpoint ({DEFAULT_MODEL})",
     )
-    parser.add_argument("--device", type=_device_name, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add_device_argument(parser)
     parser.add_argument("--batch", type=_integer(1, 4096), default=16, metavar="N", help="pictures at a time (16)")
     parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, notes or names of files written")
@@ -226,12 +228,6 @@ def _number(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
-
-
-def _device_name(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
-    return text
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -437,7 +433,10 @@ def _load(args: argparse.Namespace, report: _Report) -> Any:
     from unifiedar import checkpoints
 
     path = checkpoints.resolve(args.model)
-    device = _device(args.device)
+    try:
+        device = usable_device(args.device)
+    except DeviceError as error:
+        raise CommandError(str(error)) from error
     files = path.glob("*.safetensors") if path.is_dir() else [path]
     large = sum(file.stat().st_size for file in files) >= LARGE_CHECKPOINT_BYTES
     try:
@@ -457,21 +456,6 @@ def _from_checkpoint(path: Path, device: str, dtype: Any) -> Any:
     from unifiedar.models import VILAU
 
     return VILAU.from_checkpoint(path, device=device, dtype=dtype)
-
-
-def _device(name: str) -> str:
-    """cpu or cuda:N for what --device says, after a look at what is there."""
-    import torch
-
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    if not torch.cuda.is_available():
-        why = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise CommandError(f"--device {name}: PyTorch {torch.__version__} {why} here; use --device cpu")
-    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
-    if index >= count:
-        raise CommandError(f"--device {name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
-    return f"cuda:{index}"
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unifiedar.checkpoints import CheckpointError
+from unifiedar.devices import add_device_argument, usable_device
 from unifiedar.models import VILAU
 from unifiedar.train.batches import Pictures, pad_ids
 
@@ -73,7 +74,7 @@ class Measure:
         """Share of the codebook's entries that the pictures use, at any depth."""
         used = torch.zeros(self.model.config.num_codes, dtype=torch.bool)
         for part in self._parts(len(images)):
-            used[self.model.reconstruct(images[part.to(images.device)].cpu())[1].flatten()] = True
+            used[self.model.encode(images[part.to(images.device)].cpu()).flatten()] = True
         return float(used.float().mean())
 
     @torch.no_grad()
@@ -165,13 +166,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--styles", nargs="+", default=["noto", "twemoji", "fluent"], help="styles it was trained on")
     parser.add_argument("--sample", type=int, default=512, help="training pictures to look at (default: 512)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     parser.add_argument("--out", type=Path, help="folder for quality.json and the sheets of drawn pictures")
     args = parser.parse_args(argv)
     if min(args.sample, args.batch) < 1:
         parser.error("--sample and --batch must be at least 1")
-    device, started = torch.device(args.device), time.monotonic()
+    started = time.monotonic()
     try:
+        device = torch.device(usable_device(args.device))
         model = VILAU.from_checkpoint(args.model, device=device)
         train, held_out = Pictures.load(args.data, args.styles, device, model.image_size)
         if not len(held_out):

@@ -107,6 +107,10 @@ def _published(vision: SiglipConfig, resolution: int, depth: int, latent_grid: i
     )
 
 
+# For models that know their few thousand pictures by heart: guidance, or a bold draw, leads away from what is known.
+_BY_HEART = Sampling(guidance=1.0, temperature=0.5, top_k=0, top_p=0.9)
+
+
 class VisionTower(nn.Module):
     """The unified foundation vision tower (`rqvaesiglip.*`): encoder, quantizer, pixel decoder, text encoder."""
 
@@ -194,6 +198,7 @@ class VILAU(nn.Module):
             depth_dim=256,
             depth_layers=4,
             depth_heads=4,
+            sampling=_BY_HEART,
         ),
         # Trains on a processor in an hour, on a few hundred pictures.
         "emoji-tiny": VILAUConfig(
@@ -206,8 +211,7 @@ class VILAU(nn.Module):
             depth_dim=128,
             depth_layers=2,
             depth_heads=2,
-            # Few pictures are soon known by heart; guidance, or a bold draw, leads away from what is known.
-            sampling=Sampling(guidance=1.0, temperature=0.5, top_k=0, top_p=0.9),
+            sampling=_BY_HEART,
         ),
     }
 
@@ -484,6 +488,12 @@ class VILAU(nn.Module):
         """Pictures (N, 3, S, S) uint8 to unit vectors (N, C) float32, comparable to `tower.siglip_model.embed_text`."""
         features = self.tower.encode(self._pixels(images, "pool")).features
         return self.tower.siglip_model.pool(features)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (N, h, w, D) int64 of pictures (N, 3, S, S) uint8."""
+        codes = self.tower.encode(self._pixels(images, "encode")).codes
+        return codes.unflatten(1, (self.config.vision.grid, -1)).cpu()
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unifiedar.devices import DeviceError, add_device_argument, usable_device
 from unifiedar.nn import Codebook
 from unifiedar.train.batches import Pictures, step_seed
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr
     parser.add_argument("--compile", action="store_true", help="torch.compile the heavy parts")
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU algorithms (slower)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    add_device_argument(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--sheet-every", type=int, default=1000, help="steps between validations")
@@ -90,13 +91,11 @@ class Loop(Generic[M]):
             raise fail(f"--accumulate must divide --batch {args.batch}, got {args.accumulate}")
         self.args = args
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if kind.startswith("cuda") and not torch.cuda.is_available():
-            raise fail("--device cuda: no GPU is usable here (see `unifiedar info`)")
-        self.device = torch.device(kind)
+        try:
+            self.device = torch.device(usable_device(args.device, int(os.environ.get("LOCAL_RANK", 0))))
+        except DeviceError as error:
+            raise fail(str(error)) from error
         if self.device.type == "cuda":
-            index = self.device.index if self.device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -105,8 +104,8 @@ class Loop(Generic[M]):
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(args.seed)
         # Channels last is how cuDNN computes: in the usual layout a fifth of the tower's step was transposing.
-        self.model = make_model().to(self.device, memory_format=torch.channels_last)
-        self.averaged = make_model().to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        self.model = make_model().to(self.device).to(memory_format=torch.channels_last)
+        self.averaged = make_model().to(self.device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
         self.averaged.eval()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]

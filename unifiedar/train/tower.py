@@ -17,7 +17,7 @@ from torch import Tensor
 from unifiedar import tokenizer as tokenizers
 from unifiedar.models import VILAU
 from unifiedar.quality import Measure
-from unifiedar.train.batches import Pictures, augment, step_generator
+from unifiedar.train.batches import Pictures, augment, pad_ids, step_generator
 from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["main", "sigmoid_loss"]
@@ -88,6 +88,8 @@ class _Losses:
         assert tokenizer is not None
         self.styled = pictures.caption_ids(tokenizer, length, styled=True)
         self.plain = pictures.caption_ids(tokenizer, length, styled=False)
+        styles = [tokenizer.encode(f"{style} style") for style in pictures.style_names]
+        self.style_ids = pad_ids(styles, length).to(loop.device)
         siglip = self.tower.siglip_model
         self.features, self.pool = loop.compiled(siglip.features), loop.compiled(siglip.pool)
         self.embed_text, self.decode = loop.compiled(siglip.embed_text), loop.compiled(self.tower.decode)
@@ -107,10 +109,14 @@ class _Losses:
         loss = args.commitment * quantized.commitment
         if args.contrastive:
             with loop.autocast():
-                pooled, texts = self.pool(quantized.features), _gather(self.embed_text(ids))
+                pooled = self.pool(quantized.features)
+                embedded = self.embed_text(torch.cat([ids, self.style_ids]))
             concept, style = pictures.concepts[index], pictures.styles[index]
             same = concept[:, None] == _gather(concept)
             positive = same & (~_gather(styled.to(torch.int64)).bool() | (style[:, None] == _gather(style)))
+            # And the styles alone: of a thing not drawn in a style, the texts above say that it never has that style.
+            positive = torch.cat([positive, F.one_hot(style, len(self.style_ids)).bool()], dim=1)
+            texts = torch.cat([_gather(embedded[:size]), embedded[size:]])
             values["contrastive"] = sigmoid_loss(pooled, texts, positive, tower.logit_scale, tower.logit_bias)
             loss = loss + args.contrastive * values["contrastive"]
         if args.reconstruction and step >= args.align * args.steps:
