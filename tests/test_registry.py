@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import interpreter_skip
 
-from unifiedar import ops
-from unifiedar.ops import _native, registry, residual_lookup, sample_codes
+from unifiedar import info, ops
+from unifiedar.ops import _native, _op, registry, residual_lookup, sample_codes
 from unifiedar.ops._op import BACKENDS, Backend, Op
 
 LOOKUP = registry["residual_lookup"]
@@ -89,6 +90,23 @@ def test_auto_takes_the_best_on_a_gpu():
     best = "triton" if _native.library_missing() else "cuda"
     assert LOOKUP.choose("auto", *arguments).name == best
     assert LOOKUP.choose("auto", arguments[0], BOOK.double().cuda(), False).name == "eager"
+
+
+def test_backend_on_request(monkeypatch):
+    """Auto passes over it, its name gets it, and the report says so."""
+    kept, eager = replace(LOOKUP.backends[0], unfit=lambda *_: None, on_request="is young"), LOOKUP.backends[-1]
+    monkeypatch.setattr(LOOKUP, "backends", (kept, eager))
+    monkeypatch.setattr(LOOKUP, "_by_name", {kept.name: kept, "eager": eager})
+    monkeypatch.setattr(_op, "_on_cuda", lambda args: True)
+    assert LOOKUP.choose("auto", CODES, BOOK, False) is eager
+    assert LOOKUP.choose(kept.name, CODES, BOOK, False) is kept
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", kept.name)
+    assert LOOKUP.choose("auto", CODES, BOOK, False) is kept
+    monkeypatch.delenv("UNIFIEDAR_BACKEND")
+    facts = info.collect()
+    facts["ops"]["residual_lookup"][kept.name] = None  # usable, wherever this runs
+    assert "asked [" in info._text(facts)
+    assert "used where asked for by name: is young" in info._text(facts)
 
 
 def test_missing_pieces_are_sentences_not_exceptions(monkeypatch, tmp_path):

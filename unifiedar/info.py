@@ -34,7 +34,8 @@ def collect() -> dict[str, Any]:
     Returns:
         versions: name -> version (None if not installed); devices: one dict each with type, name and, for a GPU,
         capability ("9.0") and memory (bytes); library: path, usable, reason and the recorded facts of its build;
-        ops: operator -> backend -> None if usable on this machine, else the reason; forced: UNIFIEDAR_BACKEND, or None.
+        ops: operator -> backend -> None if usable on this machine, else the reason; on_request: operator -> backend
+        -> why "auto" leaves it alone; forced: UNIFIEDAR_BACKEND, or None.
     """
     library = _library()
     no_gpu = _no_gpu()
@@ -49,6 +50,10 @@ def collect() -> dict[str, Any]:
         "library": library,
         "ops": {
             name: {backend.name: reasons[backend.name] for backend in op.backends} for name, op in registry.items()
+        },
+        "on_request": {
+            name: {backend.name: backend.on_request for backend in op.backends if backend.on_request}
+            for name, op in registry.items()
         },
         "forced": os.environ.get(VARIABLE) or None,
     }
@@ -161,10 +166,12 @@ def _text(facts: dict[str, Any]) -> str:
             if backend not in by_backend:
                 row.append("-")
                 continue
-            reason = by_backend[backend]
+            reason, word = by_backend[backend], "no"
+            if reason is None and backend in facts["on_request"][name]:
+                reason, word = f"used where asked for by name: {facts['on_request'][name][backend]}", "asked"
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
-            row.append("yes" if reason is None else f"no [{reasons.index(reason) + 1}]")
+            row.append("yes" if reason is None else f"{word} [{reasons.index(reason) + 1}]")
         rows.append(row)
     lines += ["", _table(rows, numbers_from=len(rows[0]))]
     lines += [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]

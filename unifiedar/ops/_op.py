@@ -34,11 +34,13 @@ class Backend:
         run: takes the operator's arguments, returns its outputs.
         unfit: takes the same arguments; None if `run` can serve them, else why not, in one sentence.
             It looks at dtypes, shapes, strides and devices, never at values.
+        on_request: None, or why "auto" leaves it alone; whoever names it gets it.
     """
 
     name: str
     run: Callable[..., Any]
     unfit: Callable[..., str | None]
+    on_request: str | None = None
 
 
 def _fits_anything(*_args: Any) -> None:
@@ -56,7 +58,7 @@ class Op:
         setup_context, backward: as `torch.library.register_autograd` takes them, without the backend argument
             (`ctx.backend` holds it). Without them every output is marked non-differentiable.
 
-    "auto" takes the first backend that fits for CUDA tensors and the eager one everywhere else: Triton's interpreter
+    "auto" takes the first backend that fits for CUDA tensors, of those not kept for requests, and the eager one everywhere else: Triton's interpreter
     fits CPU tensors too, but only a caller who names it wants its speed.
     """
 
@@ -141,7 +143,7 @@ class Op:
         """Picks what "auto" means where the environment says nothing."""
         if _on_cuda(args):
             for backend in self.backends:
-                if backend.unfit(*args) is None:
+                if backend.on_request is None and backend.unfit(*args) is None:
                     return backend
         return self._eager
 
