@@ -335,6 +335,40 @@ def _run_lookup_backward_triton(grad: Tensor, codes: Tensor, num_codes: int, sha
     return out
 
 
+def _quantize_unfit_triton(x: Tensor, codebook: Tensor, depth: int, metric: str) -> str | None:
+    reason = _native.triton_unfit(x) or _native.triton_unfit(codebook)
+    for tensor in (x, codebook):
+        reason = reason or _unfit_here(None, tensor, 0)
+    if reason is None and codebook.shape[-1] > 2048:
+        reason = f"needs at most 2048 channels, got {codebook.shape[-1]}"
+    if reason is None and codebook.shape[-2] > 2**18:
+        reason = f"needs at most 2^18 codes, got {codebook.shape[-2]}"
+    return reason
+
+
+def _run_quantize_triton(x: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
+    codes, quantized = _quantize_fake(x, codebook, depth, metric)
+    if not codes.numel():
+        return codes, quantized
+    if codebook.stride(-1) != 1:
+        codebook = codebook.contiguous()
+    rows, (num_codes, channels) = codes.numel() // depth, codebook.shape[-2:]
+    flat, out = codes.view(rows, depth), quantized.view(rows, channels)
+    in_place = out.dtype == torch.float32
+    kernels = _native.kernels("codes_quantize")
+    plan = kernels.plan(rows, num_codes, channels, in_place, _native.capability(x))
+    workspace = x.new_empty(plan.size, dtype=torch.uint8)
+    with torch.cuda.device_of(x):
+        with torch.autocast(x.device.type, enabled=False):
+            peaks = torch.linalg.vector_norm(codebook, torch.inf, dim=(-2, -1)).view(-1)
+        kernels.residual_quantize(
+            x.reshape(rows, channels), codebook, peaks, metric == "cosine", plan, workspace,
+            out if in_place else None, flat,
+        )  # fmt: skip
+        _native.kernels("codes").residual_lookup(flat, codebook, out, False)
+    return codes, quantized
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _residual_lookup = Op(
@@ -365,6 +399,7 @@ _residual_quantize = Op(
     "residual_quantize(Tensor x, Tensor codebook, int depth, str metric) -> (Tensor, Tensor)",
     eager=_quantize_eager,
     fake=_quantize_fake,
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton),),
 )
 
 _code_statistics = Op(
