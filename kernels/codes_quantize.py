@@ -15,10 +15,10 @@ y = 2^-25, float16 is off by at most u |v| + y for each operand v, so that by Ca
                                       at 2^-23 of the group's largest at worst: below 1.125 C such cuts, allowed twice
     epilogue      2^-15.9 (|r'| |e'| + A h')   low seven bits of the score replaced, and float32 roundings
 
-All of it is covered by w = slope (|r'| + floor) (|e'| + floor) + EPSILON A h', with slope = 2^-10 + C 2^-22 + 2^-15 and
-floor = 2^-14 sqrt(C); what is left over pays for roundings of the bound itself. (For cosine h' = 0 and e' is 2^14 e / |e|,
-itself rounded to float32: 2^-23 |r'| |e'| more, paid likewise.) What the search keeps is up = score + w: the true score
-lies in [up - 2 w, up], so a code whose up is below another's up - 2 w is not the nearest.
+All of it is covered by w = slope (|r'| + floor) (|e'| + floor) + EPSILON A h', with slope = 2^-10 + C 2^-22 + 2^-15
+and floor = 2^-14 sqrt(C); what is left over pays for roundings of the bound itself. (For cosine h' = 0 and e' is
+2^14 e / |e|, itself rounded to float32: 2^-23 |r'| |e'| more, paid likewise.) What the search keeps is up = score + w:
+the true score lies in [up - 2 w, up], so a code whose up is below another's up - 2 w is not the nearest.
 """
 
 import functools
@@ -55,11 +55,11 @@ class SearchTile:
 def search_tile(channels: int, capability: int) -> SearchTile:
     """Tile of the search.
 
-    Chosen by arithmetic, not yet by measurement. On Hopper a 128 x 256 tile asks L2 for 47 bytes a clock and
-    multiprocessor at the full rate, half of what 128 x 128 asks beyond what it gives (about 32), but leaves room for one
-    block only, and the epilogue (about 9 half-rate instructions an element) then waits for the product and the product
-    for it. Up to 384 channels that costs more than L2 does, so two blocks of 128 x 128 take turns. Before Hopper operands
-    go through registers, and 99 KB of shared memory have to do (sm_86, sm_89).
+    Chosen by arithmetic, not yet by measurement. At the full rate of Hopper's matrix products a 128 x 128 tile asks L2
+    for 64 bytes a clock and multiprocessor, a 128 x 256 tile for 47, and L2 gives about 35 to 45. But of the larger one
+    only one block has room, and then the epilogue (seven instructions an element, most at half rate) and the product
+    wait for each other; up to 384 channels that costs more than L2 does, so there two blocks of 128 x 128 take turns.
+    Before Hopper operands go through registers, and 99 KB of shared memory have to do (sm_86, sm_89).
     """
     width = 16 if channels <= 16 else 32 if channels <= 32 else 64
     if capability < 90:
@@ -530,7 +530,10 @@ def _cases() -> list[tuple]:
     pointers = {
         **dict.fromkeys(("halves", "row_halves", "code_halves"), "*fp16"),
         **dict.fromkeys(("residual", "row_scale", "row_width", "code_half", "code_norm"), "*fp32"),
-        **{"words": "*i32", "codes": "*i64", "slope": "fp32", "floor": "fp32"},
+        "words": "*i32",
+        "codes": "*i64",
+        "slope": "fp32",
+        "floor": "fp32",
     }
     search = ("row_halves", "code_halves", "words", "padded")
     packed = ("x", "residual", "codebook", "halves", "words", "channels", "padded", "book_entry", "x_row")

@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "capability", "cuda_unfit", "define", "kernels", "library_missing", "triton_missing", "triton_unfit"]
+__all__ = [
+    "LIBRARY",
+    "capability",
+    "cuda_unfit",
+    "define",
+    "kernels",
+    "library_missing",
+    "triton_missing",
+    "triton_unfit",
+]
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 """Where the build puts the compiled library; it may be absent."""

@@ -154,7 +154,7 @@ def _nearest(rows: Tensor, table: Tensor, norms: Tensor, out: Tensor) -> None:
 def _quantize_eager(x: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     dtype = _accumulator(torch.promote_types(x.dtype, codebook.dtype))
     residual = x.reshape(-1, x.shape[-1]).to(dtype, copy=True)
-    total = torch.zeros_like(residual)
+    total = residual.new_zeros(residual.shape)
     codes = torch.empty((residual.shape[0], depth), dtype=torch.int64, device=x.device)
     nearest = codes.new_empty(residual.shape[0])
     table = norms = searched = residual
@@ -442,10 +442,23 @@ def residual_quantize(
             fit.
 
     Note:
-        The search and the residuals are in float32 (in float64 if x or the codebook is), never in TF32 or under
-        autocast; quantized is rounded once. Equal scores go to the lowest index. Neither output carries a gradient: the
-        straight-through estimator is `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a
-        CUDA graph.
+        Residuals are float32 (float64 if x or the codebook is), never under autocast; quantized is rounded once. Equal
+        scores go to the lowest index. Neither output carries a gradient: the straight-through estimator is
+        `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a CUDA graph.
+
+        The eager backend searches in float32, never in TF32. Triton's searches in float16 on tensor cores, scaled by
+        powers of two, with a proven bound: the score r . e - |e|^2 / 2 of a residual r and a code e is off by at most
+
+            (2^-10 + C 2^-22 + 2^-15) |r| |e| + 2^-15 |e|^2 / 2,
+
+        where norms have C^(1/2) 2^-28 of the largest element (of r, or of the codebook) added. Every code that this
+        leaves in question is compared in float64, so the one chosen is the nearest to float32's r, and runs are
+        bit-equal. It is slow where thousands of codes stay in question: all equal, or one larger by ten digits than the
+        rest. It takes at most 2048 channels and 2^18 codes. Its extra memory, the codebook in float16 and at most 30 MB,
+        does not grow with N K; tensors whose rows no strides describe are copied.
+
+        A row of x with NaN takes code 0; one with infinity takes code 0 on Triton and any code on eager; a codebook that
+        is not finite gives any codes in [0, K).
     """
     function = "residual_quantize"
     _checks.check_tensor(function, "x", x)
