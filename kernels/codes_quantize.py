@@ -59,6 +59,7 @@ def search_tile(channels: int, capability: int) -> SearchTile:
     for 64 bytes a clock and multiprocessor, a 128 x 256 tile for 47, and L2 gives about 35 to 45. But of the larger one
     only one block has room, and then the epilogue (seven instructions an element, most at half rate) and the product
     wait for each other; up to 384 channels that costs more than L2 does, so there two blocks of 128 x 128 take turns.
+    A product in flight holds two stages: with four (197 KB) two more steps of it are on their way, with three one.
     Before Hopper operands go through registers, and 99 KB of shared memory have to do (sm_86, sm_89).
     """
     width = 16 if channels <= 16 else 32 if channels <= 32 else 64
@@ -66,7 +67,7 @@ def search_tile(channels: int, capability: int) -> SearchTile:
         return SearchTile(128, 128, min(width, 32), warps=8, stages=3, group=8)
     if channels <= 384:
         return SearchTile(128, 128, width, warps=4, stages=3, group=8)
-    return SearchTile(128, 256, width, warps=8, stages=3, group=8)
+    return SearchTile(128, 256, width, warps=8, stages=4, group=8)
 
 
 def bound(channels: int) -> tuple[float, float]:

@@ -453,12 +453,12 @@ def residual_quantize(
 
         where norms have C^(1/2) 2^-28 of the largest element (of r, or of the codebook) added. Every code that this
         leaves in question is compared in float64, so the one chosen is the nearest to float32's r, and runs are
-        bit-equal. It is slow where thousands of codes stay in question: all equal, or one larger by ten digits than the
-        rest. It takes at most 2048 channels and 2^18 codes. Its extra memory, the codebook in float16 and at most 30 MB,
-        does not grow with N K; tensors whose rows no strides describe are copied.
+        bit-equal. It is slow where thousands of codes stay in question: all equal, or one larger by ten digits than
+        the rest. It takes at most 2048 channels and 2^18 codes. Its extra memory, the codebook in float16 and at most
+        30 MB, does not grow with N K; tensors whose rows no strides describe are copied.
 
-        A row of x with NaN takes code 0; one with infinity takes code 0 on Triton and any code on eager; a codebook that
-        is not finite gives any codes in [0, K).
+        A row of x with NaN takes code 0; one with infinity takes code 0 on Triton and any code on eager; a codebook
+        that is not finite gives any codes in [0, K).
     """
     function = "residual_quantize"
     _checks.check_tensor(function, "x", x)
