@@ -251,6 +251,7 @@ def _search_case(model: Model, small: bool) -> Case:
         variants.append(variant("torch.compile", "peer", torch.compile(_published_search, dynamic=False)))
         variants.append(variant("published code, TF32", "peer", _published_search_tf32))
     variants.append(variant("published code", "peer", _published_search))
+    variants.append(variant("torch.cdist", "peer", _cdist_search))
     return Case(
         name=f"{model.name}/quantize",
         shape={"N": n, "K": k, "C": c, "D": d},
@@ -308,17 +309,28 @@ def _far(x: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor) -> tuple[
     return worst, others, total / codes.numel()
 
 
-def _published_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
-    """As RQ-VAE and VILA-U search: a matrix of distances a depth, both norms in it, made anew each time."""
-    residual, total, codes = x.clone(), torch.zeros_like(x), []
+def _search(x: torch.Tensor, codebook: torch.Tensor, depth: int, nearest: Callable[..., torch.Tensor]) -> Pair:
+    residual, total, codes = x, torch.zeros_like(x), []
     for _ in range(depth):
-        norms = residual.square().sum(1, keepdim=True) + codebook.square().sum(1)
-        nearest = torch.addmm(norms, residual, codebook.T, alpha=-2.0).argmin(1)
-        chosen = F.embedding(nearest, codebook)
+        codes.append(nearest(residual, codebook))
+        chosen = F.embedding(codes[-1], codebook)
         residual = residual - chosen
         total = total + chosen
-        codes.append(nearest)
     return torch.stack(codes, -1), total
+
+
+def _published_nearest(residual: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """As RQ-VAE and VILA-U search: a matrix of distances a depth, both norms in it, made anew each time."""
+    norms = residual.square().sum(1, keepdim=True) + codebook.square().sum(1)
+    return torch.addmm(norms, residual, codebook.T, alpha=-2.0).argmin(1)
+
+
+def _published_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
+    return _search(x, codebook, depth, _published_nearest)
+
+
+def _cdist_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
+    return _search(x, codebook, depth, lambda residual, codebook: torch.cdist(residual, codebook).argmin(1))
 
 
 def _published_search_tf32(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:

@@ -93,7 +93,7 @@ SHAPES = {
     "one past four blocks of channels": (3, 30, 257, 2),
     "wide": (2, 200, 1152, 2),  # VILA-U 384's width
     "widest": (2, 70, 2048, 1),
-    "deepest": (1, 17, 24, 64),
+    "deep": (1, 17, 24, 16),  # VILA-U 384's depth
     "no rows": (0, 17, 24, 3),
 }
 
@@ -189,6 +189,7 @@ def test_zeros(room):
 
 
 @rooms
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's
 def test_rows_that_are_not_finite(room):
     """NaN takes code 0; what infinity takes differs between backends, but is a code. Other rows do not notice."""
     backend = room[0]
@@ -628,7 +629,13 @@ def test_no_host_sync(room):
 
 @pytest.mark.gpu
 @gpu_triton
-def test_largest_codebook(room):
-    x = normal(300, 16, seed=34, room=room)
-    codebook = normal(2**18, 16, seed=35, room=room)
-    assert check(x, codebook, residual_quantize(x, codebook, 2, backend="triton")) == 0
+@pytest.mark.parametrize(
+    ("rows", "num_codes", "channels", "depth"),
+    [(300, 2**18, 16, 2), (300, 300, 40, 64), (1, 2, 4, 64), (700, 1000, 2048, 3), (70000, 5, 4, 2)],
+    ids=["most codes", "deepest", "smallest", "widest", "more rows than a grid's second axis"],
+)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_limits(room, rows, num_codes, channels, depth, metric):
+    x, codebook = normal(rows, channels, seed=34, room=room), normal(num_codes, channels, seed=35, room=room)
+    got = residual_quantize(x, codebook, depth, metric=metric, backend="triton")
+    assert check(x, codebook, got, metric) == 0
