@@ -4,6 +4,9 @@
 transformer) and `backward` (the sum with the gradient of a trained codebook). Least traffic: the codes, every
 *distinct* codebook row that N x D uniform codes are expected to touch, the output; with the backward also the incoming
 gradient and the dense gradient of the codebook.
+
+`residual_quantize` (`quantize`) from float32 to codes and their sum. Its floor is the matrix product of N x K scores of
+C channels, D times, at the rate of half-precision products.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench._case import OURS, Case, Check, Variant, against
-from unifiedar.ops import registry, residual_lookup
+from bench._case import OURS, Case, Check, Variant, against, tensors
+from unifiedar.ops import registry, residual_lookup, residual_quantize
 
 __all__ = ["cases"]
 
@@ -46,6 +49,17 @@ MODELS = (
     Model("rqvae-ffhq", 8192, 2048, 256, 4, torch.float32),
 )
 
+# What is searched: the models above whose codebook is one, and two that quantize once into narrow codes: 256 pictures
+# of 16 x 16 tokens (LlamaGen's VQ) and 32 pyramids of 680 (VAR's).
+SEARCHES = (
+    Model("vila-u-256", 8192, 16384, 1024, 4, torch.float32),
+    Model("vila-u-384", 5832, 16384, 1152, 16, torch.float32),
+    Model("rqvae-imagenet", 8192, 16384, 256, 4, torch.float32),
+    Model("rqvae-ffhq", 8192, 2048, 256, 4, torch.float32),
+    Model("llamagen", 65536, 16384, 8, 1, torch.float32),
+    Model("var", 21760, 4096, 32, 1, torch.float32),
+)
+
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """codes (N, D) int64; codebook (K, C) or (D, K, C); gradient of the output (N, C)."""
 Formula = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -62,7 +76,7 @@ def cases(device: torch.device) -> list[Case]:
             if use == "backward" and model.name.endswith("-step"):
                 continue
             found.append(_case(model, use, small))
-    return found
+    return found + [_search_case(model, small) for model in SEARCHES]
 
 
 def _case(model: Model, use: str, small: bool) -> Case:
@@ -206,3 +220,123 @@ def _residual_vq() -> Callable[[Inputs], Callable[[], object]] | None:
         return call
 
     return bind
+
+
+# ---- residual_quantize -----------------------------------------------------------------------------------------------
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""x (N, C), codebook (K, C); or the result: codes (N, D) int64, quantized (N, C)."""
+Search = Callable[[torch.Tensor, torch.Tensor, int], Pair]
+
+
+def _search_case(model: Model, small: bool) -> Case:
+    n, k, c, d = model.rows, model.codes, model.channels, model.depth
+    if small:
+        n, k = min(n, 64), min(k, 512)
+
+    def make(seed: int, device: torch.device) -> Pair:
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(n, c, device=device, generator=generator)
+        return x, torch.randn(k, c, device=device, generator=generator)
+
+    def variant(name: str, role: str, search: Search) -> Variant:
+        return Variant(name, role, lambda inputs: lambda: search(inputs[0], inputs[1], d))
+
+    def ours(backend: str) -> Search:
+        return lambda x, codebook, depth: residual_quantize(x, codebook, depth, backend=backend)
+
+    variants = [variant(OURS, "ours", ours("auto"))]
+    if not small:
+        variants += [variant(f"{OURS} {name}", "backend", ours(name)) for name in ("triton", "eager")]
+        variants.append(variant("torch.compile", "peer", torch.compile(_published_search, dynamic=False)))
+        variants.append(variant("published code, TF32", "peer", _published_search_tf32))
+    variants.append(variant("published code", "peer", _published_search))
+    variants.append(variant("torch.cdist", "peer", _cdist_search))
+    return Case(
+        name=f"{model.name}/quantize",
+        shape={"N": n, "K": k, "C": c, "D": d},
+        dtype=model.dtype,
+        bytes=4 * (2 * n * c + k * c) + 8 * n * d,
+        flops=2 * n * k * c * d,
+        make=make,
+        variants=variants,
+        check=lambda inputs: _check_search(inputs[0], inputs[1], d),
+        backend=lambda inputs: registry["residual_quantize"].choose("auto", *inputs, d, "l2").name,
+        on_matrix_units=True,
+    )
+
+
+def _check_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Check:
+    """Ours: every code within 1e-6 of the nearest, in float64 along the path taken, and no more codes that are not the
+    nearest than with float32's formula. Peers: distances of the first depth within 1 % on average."""
+    allowed = _far(x, codebook, residual_quantize(x, codebook, depth, backend="eager").codes)[1]
+
+    def check(variant: Variant, output: object) -> None:
+        codes, quantized = tensors(output)
+        if (codes.shape, quantized.shape) != ((x.shape[0], depth), x.shape):
+            raise ValueError(f"wrong shapes: {tuple(codes.shape)} and {tuple(quantized.shape)}")
+        if variant.role == "peer":
+            excess = _far(x, codebook, codes[:, :1])[2]
+            if not excess <= 1e-2:
+                raise ValueError(f"wrong result: distances are {excess:.3g} above the least on average, allowed 0.01")
+            return
+        worst, others, _ = _far(x, codebook, codes)
+        if not (worst <= 1e-6 and others <= allowed):
+            raise ValueError(
+                f"wrong result: a distance is {worst:.3g} above the least, allowed 1e-6; "
+                f"{others} codes are not the nearest, allowed {allowed}"
+            )
+
+    return check
+
+
+def _far(x: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor) -> tuple[float, int, float]:
+    """Of float64 distances, along the path of the codes: the greatest and the mean excess over the least (relative),
+    and how many codes are not the nearest; as (greatest, how many, mean)."""
+    residual, book = x.clone(), codebook.double()
+    half = book.square().sum(1) / 2
+    worst, others, total = 0.0, 0, 0.0
+    for d in range(codes.shape[1]):
+        for part, chosen in zip(residual.split(1024), codes[:, d].split(1024), strict=True):
+            wide = part.double()
+            nearest = (half - wide @ book.T).argmin(1)
+            least, got = ((wide - book[index]).square().sum(1) for index in (nearest, chosen))
+            excess = (got - least) / least.clamp_min(1e-300)
+            worst = max(worst, excess.max().item())
+            others += int((nearest != chosen).sum())
+            total += excess.sum().item()
+        residual -= codebook[codes[:, d]]
+    return worst, others, total / codes.numel()
+
+
+def _search(x: torch.Tensor, codebook: torch.Tensor, depth: int, nearest: Callable[..., torch.Tensor]) -> Pair:
+    residual, total, codes = x, torch.zeros_like(x), []
+    for _ in range(depth):
+        codes.append(nearest(residual, codebook))
+        chosen = F.embedding(codes[-1], codebook)
+        residual = residual - chosen
+        total = total + chosen
+    return torch.stack(codes, -1), total
+
+
+def _published_nearest(residual: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """As RQ-VAE and VILA-U search: a matrix of distances a depth, both norms in it, made anew each time."""
+    norms = residual.square().sum(1, keepdim=True) + codebook.square().sum(1)
+    return torch.addmm(norms, residual, codebook.T, alpha=-2.0).argmin(1)
+
+
+def _published_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
+    return _search(x, codebook, depth, _published_nearest)
+
+
+def _cdist_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
+    return _search(x, codebook, depth, lambda residual, codebook: torch.cdist(residual, codebook).argmin(1))
+
+
+def _published_search_tf32(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return _published_search(x, codebook, depth)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

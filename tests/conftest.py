@@ -1,4 +1,4 @@
-"""What every test file may rely on: the marker `gpu`, the fixture `device`, Triton's interpreter where no GPU is.
+"""What every test file may rely on: the marker `gpu`, fixtures `device` and `room`, Triton interpreted where no GPU is.
 
 `pytest -m gpu` runs what needs a GPU; without one those tests are skipped, and Triton kernels are interpreted.
 """
@@ -29,6 +29,21 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """The CPU, and the GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture
+def room(request) -> tuple[str, str, torch.dtype]:
+    """A (backend, device, dtype) of `helpers.kernel_rooms`, if this process can run it."""
+    from helpers import interpreter_skip
+
+    from unifiedar.ops._native import library_missing
+
+    backend, device, _ = request.param
+    if backend == "triton" and device == "cpu" and (reason := interpreter_skip()):
+        pytest.skip(reason)
+    if backend == "cuda" and (reason := library_missing()):
+        pytest.skip(reason)
     return request.param
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -61,17 +60,6 @@ def oracle_gradient(grad, codes, codebook, cumulative):
                 share = grads[n, d:].sum(0) if cumulative else grads[n, 0]
                 out[(code,) if codebook.ndim == 2 else (d, code)] += share
     return torch.from_numpy(out).to(codes.device)
-
-
-@pytest.fixture
-def room(request):
-    """A (backend, device, dtype) that this process can run."""
-    backend, device, dtype = request.param
-    if backend == "triton" and device == "cpu" and (reason := interpreter_skip()):
-        pytest.skip(reason)
-    if backend == "cuda" and (reason := _native.library_missing()):
-        pytest.skip(reason)
-    return backend, device, dtype
 
 
 every_room = pytest.mark.parametrize("room", kernel_rooms(), indirect=True)
@@ -261,147 +249,6 @@ def test_lookup_refuses(make, error, text):
     assert str(raised.value).startswith("residual_lookup: ")
 
 
-# ---- residual_quantize -----------------------------------------------------------------------------------------------
-
-
-def quantize_oracle(x, codebook, depth):
-    """Greedy search with direct float64 distances; returns codes and, per depth, distances (N, K)."""
-    residual = x.double().cpu().numpy().reshape(-1, x.shape[-1]).copy()
-    book = codebook.double().cpu().numpy()
-    codes = []
-    for d in range(depth):
-        table = book if book.ndim == 2 else book[d]
-        distance = ((residual[:, None] - table[None]) ** 2).sum(-1)
-        codes.append(distance.argmin(1))
-        residual -= table[codes[-1]]
-    return torch.from_numpy(np.stack(codes, -1)).view(*x.shape[:-1], depth)
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per depth"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_quantize(device, dtype, shared):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 37, 12, generator=generator).to(device, dtype)
-    codebook = torch.randn((40, 12) if shared else (4, 40, 12), generator=generator).to(device, dtype)
-    codes, quantized = residual_quantize(x, codebook, 4 if shared else None)
-    assert codes.dtype == torch.int64
-    assert codes.shape == (3, 37, 4)
-    assert (quantized.dtype, quantized.shape) == (x.dtype, x.shape)
-    # Low-precision inputs are searched exactly: they are float32 numbers like any other.
-    assert torch.equal(codes.cpu(), quantize_oracle(x, codebook, 4))
-    assert torch.equal(quantized, residual_lookup(codes, codebook, backend="eager"))
-
-
-def test_every_chosen_entry_is_as_near_as_the_best(device):
-    """In float64, along the path that the codes took: within 1e-6 relative of the nearest entry."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(500, 32, generator=generator).to(device)
-    codebook = torch.randn(700, 32, generator=generator).to(device)
-    codes, _ = residual_quantize(x, codebook, 3)
-    residual = x.double()
-    for d in range(3):
-        distance = torch.cdist(residual, codebook.double()).square()
-        chosen = distance.gather(1, codes[:, d : d + 1])[:, 0]
-        assert (chosen <= distance.min(1).values * (1 + 1e-6)).all()
-        residual = residual - codebook.double()[codes[:, d]]
-
-
-def test_ties_go_to_the_lowest_index(device):
-    generator = torch.Generator().manual_seed(3)
-    whole = torch.randint(-3, 4, (97, 6), generator=generator).float()  # every sum is exact
-    codebook = torch.cat([whole, whole, whole]).to(device)
-    x = (torch.randint(-6, 7, (200, 6), generator=generator) / 2).to(device)
-    codes, _ = residual_quantize(x, codebook, 3)
-    assert torch.equal(codes.cpu(), quantize_oracle(x, codebook, 3))
-    repeated = torch.randn(97, 33, generator=generator).repeat(3, 1).to(device)
-    codes, _ = residual_quantize(torch.randn(300, 33, generator=generator).to(device), repeated, 2)
-    assert codes.max() < 97
-
-
-def test_cosine(device):
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(50, 8, generator=generator).to(device)
-    codebook = (torch.randn(30, 8, generator=generator) * torch.rand(30, 1, generator=generator) * 4).to(device)
-    codes, quantized = residual_quantize(x, codebook, 2, metric="cosine")
-    residual, book = x.double(), codebook.double()
-    for d in range(2):
-        cosine = torch.nn.functional.cosine_similarity(residual[:, None], book[None], dim=-1)
-        assert torch.equal(codes[:, d], cosine.argmax(1))
-        residual = residual - book[codes[:, d]]
-    torch.testing.assert_close(quantized.double(), x.double() - residual, rtol=1e-5, atol=1e-5)
-
-
-def test_quantize_in_pieces_and_strides(device, monkeypatch):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randint(-4, 5, (8, 50), generator=generator).float().to(device).T  # (50, 8), not contiguous
-    codebook = torch.randint(-4, 5, (9, 16), generator=generator).float().to(device).T[:, :8]
-    whole = residual_quantize(x, codebook, 3)
-    monkeypatch.setattr(family, "_SEARCH_BYTES", 7 * 16 * 4)  # 7 rows at a time
-    pieces = residual_quantize(x, codebook, 3)
-    assert torch.equal(whole.codes, pieces.codes)
-    assert torch.equal(whole.quantized, pieces.quantized)
-    assert torch.equal(whole.codes.cpu(), quantize_oracle(x, codebook, 3))
-    empty = residual_quantize(x[:0], codebook, 3)
-    assert empty.codes.shape == (0, 3)
-    assert empty.quantized.shape == (0, 8)
-
-
-def test_quantize_ignores_autocast_and_tf32_and_restores_them(device):
-    generator = torch.Generator().manual_seed(6)
-    x = torch.randn(400, 64, generator=generator).to(device)
-    codebook = torch.randn(512, 64, generator=generator).to(device)
-    want = quantize_oracle(x, codebook, 2)
-    before = torch.get_float32_matmul_precision()
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    try:
-        torch.set_float32_matmul_precision("medium")  # TF32 on a GPU, bfloat16 on CPUs that have it
-        precisions = [setting.fp32_precision for setting in settings]
-        results = []
-
-        def work():
-            with torch.autocast(device, dtype=torch.bfloat16):
-                results.append(residual_quantize(x, codebook, 2).codes)
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert [setting.fp32_precision for setting in settings] == precisions
-        assert len(results) == 4
-        for codes in results:
-            assert torch.equal(codes.cpu(), want)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def test_quantize_gives_no_gradient():
-    x, codebook = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    codes, quantized = residual_quantize(x, codebook, 2)
-    assert not codes.requires_grad
-    assert not quantized.requires_grad
-
-
-BAD_QUANTIZE = {
-    "x int": ((torch.zeros(2, 4).long(), torch.zeros(3, 4), 1), {}, TypeError, "x must be"),
-    "channels differ": ((torch.zeros(2, 4), torch.zeros(3, 5), 1), {}, ValueError, r"x must be \(\.\.\., 5\)"),
-    "no depth": ((torch.zeros(2, 4), torch.zeros(3, 4)), {}, ValueError, "depth must be given"),
-    "depth 0": ((torch.zeros(2, 4), torch.zeros(3, 4), 0), {}, ValueError, "at least 1, got 0"),
-    "depth 1.5": ((torch.zeros(2, 4), torch.zeros(3, 4), 1.5), {}, TypeError, "depth must be an integer"),
-    "depth differs": ((torch.zeros(2, 4), torch.zeros(2, 3, 4), 3), {}, ValueError, "depth must be None or 2"),
-    "metric": ((torch.zeros(2, 4), torch.zeros(3, 4), 1), {"metric": "l1"}, ValueError, "got 'l1'"),
-    "empty codebook": ((torch.zeros(2, 4), torch.zeros(0, 4), 1), {}, ValueError, "no empty dimension"),
-    "backend": ((torch.zeros(2, 4), torch.zeros(3, 4), 1), {"backend": "fast"}, ValueError, "got 'fast'"),
-}
-
-
-@pytest.mark.parametrize(("args", "kwargs", "error", "text"), BAD_QUANTIZE.values(), ids=BAD_QUANTIZE)
-def test_quantize_refuses(args, kwargs, error, text):
-    with pytest.raises(error, match=text) as raised:
-        residual_quantize(*args, **kwargs)
-    assert str(raised.value).startswith("residual_quantize: ")
-
-
 # ---- code_statistics -------------------------------------------------------------------------------------------------
 
 
@@ -443,10 +290,11 @@ def test_statistics_refuses(args, error, text):
 )
 def test_opcheck(name, device):
     codes, codebook = inputs(6, 3, 5, 8, shared=False, dtype=torch.float32, device=device, unknown=False)
+    backend = "triton" if device == "cuda" or not interpreter_skip() else "eager"
     arguments = {
         "residual_lookup": (codes, codebook.requires_grad_(), True, "auto"),
         "residual_lookup_backward": (torch.randn(6, 8, device=device, requires_grad=True), codes, 5, False, False),
-        "residual_quantize": (torch.randn(6, 8, device=device, requires_grad=True), codebook, 3, "l2"),
+        "residual_quantize": (torch.randn(6, 8, device=device, requires_grad=True), codebook, 3, "l2", backend),
         "code_statistics": (torch.randn(6, 3, 8, device=device), codes, 5),
     }[name]
     torch.library.opcheck(registry[name].overload, arguments)
@@ -458,7 +306,8 @@ def test_compiles_whole_with_dynamic_shapes(room, fresh_compiler):
 
     def function(codes, codebook):
         sums = residual_lookup(codes, codebook, cumulative=True, backend=backend)
-        return (sums.float() * 2).sum() + residual_quantize(codebook, codebook, 2).quantized.float().sum()
+        searched = residual_quantize(codebook, codebook, 2, backend="auto" if backend == "cuda" else backend)
+        return (sums.float() * 2).sum() + searched.quantized.float().sum()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 6):

@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "cuda_unfit", "define", "kernels", "library_missing", "triton_missing", "triton_unfit"]
+__all__ = [
+    "LIBRARY",
+    "capability",
+    "cuda_unfit",
+    "define",
+    "kernels",
+    "library_missing",
+    "triton_missing",
+    "triton_unfit",
+]
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 """Where the build puts the compiled library; it may be absent."""
@@ -84,6 +93,11 @@ def kernels(family: str) -> ModuleType:
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """Compute capability of a CUDA tensor's device, 90 for 9.0; of CPU tensors, which are interpreted, 80."""
+    return _capability(tensor.get_device()) if tensor.is_cuda else 80
 
 
 def _too_old(tensor: torch.Tensor) -> str | None:
