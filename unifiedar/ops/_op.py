@@ -58,8 +58,8 @@ class Op:
         setup_context, backward: as `torch.library.register_autograd` takes them, without the backend argument
             (`ctx.backend` holds it). Without them every output is marked non-differentiable.
 
-    "auto" takes the first backend that fits for CUDA tensors, of those not kept for requests, and the eager one everywhere else: Triton's interpreter
-    fits CPU tensors too, but only a caller who names it wants its speed.
+    "auto" takes the first backend that fits for CUDA tensors, of those not kept for requests, and the eager one
+    everywhere else: Triton's interpreter fits CPU tensors too, but only a caller who names it wants its speed.
     """
 
     def __init__(

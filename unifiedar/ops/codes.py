@@ -399,7 +399,7 @@ _residual_quantize = Op(
     "residual_quantize(Tensor x, Tensor codebook, int depth, str metric) -> (Tensor, Tensor)",
     eager=_quantize_eager,
     fake=_quantize_fake,
-    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton),),
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton, "not run on a GPU yet"),),
 )
 
 _code_statistics = Op(
@@ -446,8 +446,9 @@ def residual_quantize(
         scores go to the lowest index. Neither output carries a gradient: the straight-through estimator is
         `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a CUDA graph.
 
-        The eager backend searches in float32, never in TF32. Triton's searches in float16 on tensor cores, scaled by
-        powers of two, with a proven bound: the score r . e - |e|^2 / 2 of a residual r and a code e is off by at most
+        The eager backend searches in float32, never in TF32. Triton's (for now on request alone: backend="triton")
+        searches in float16 on tensor cores, scaled by powers of two, with a proven bound: the score
+        r . e - |e|^2 / 2 of a residual r and a code e is off by at most
 
             (2^-10 + C 2^-22 + 2^-15) |r| |e| + 2^-15 |e|^2 / 2,
 
