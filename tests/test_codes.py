@@ -16,6 +16,7 @@ from unifiedar.ops import codes as family
 
 LOOKUP = registry["residual_lookup"]
 BACKWARD = registry["residual_lookup_backward"]
+STATISTICS = registry["code_statistics"]
 
 # rows, depth, codes, channels
 SHAPES = {
@@ -484,9 +485,11 @@ extern "C" int lookup(const int64_t* codes, const void* book, void* out, int64_t
   return launch_residual_lookup(args, DType(dtype), cumulative, nullptr);
 }
 extern "C" int backward(const void* grad, const int64_t* codes, void* workspace, int64_t* bytes, void* out, int entries,
-                        int num_codes, int depth, int channels, int shared, int dtype, int cumulative) {
+                        int num_codes, int depth, int channels, int shared, int dtype, int cumulative, float* counts) {
   size_t size = *bytes;
-  const LookupBackwardArgs args{grad, codes, workspace, size, out, entries, num_codes, depth, channels, shared != 0};
+  const LookupBackwardArgs args{grad, codes, workspace, size, out, entries, num_codes, depth, channels, shared != 0,
+                                counts};
+  if (workspace != nullptr && counts != nullptr) return launch_code_statistics(args, DType(dtype), nullptr);
   if (workspace != nullptr) return launch_residual_lookup_backward(args, DType(dtype), cumulative, nullptr);
   const int error = workspace_residual_lookup_backward(args, &size);
   *bytes = size;
@@ -497,11 +500,42 @@ extern "C" int backward(const void* grad, const int64_t* codes, void* workspace,
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    return compile_on_host("codes.cu", EXPORTS, tmp_path_factory.mktemp("codes"))
+    return compile_on_host(["codes.cu", "codes_sm90.cu"], EXPORTS, tmp_path_factory.mktemp("codes"))
 
 
 def pointer(tensor):
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/
+
+
+def backward_on_host(library, clusters, grad, codes, num_codes, shared, cumulative, *, statistics=False, offset=64):
+    """The backward, or code_statistics, by the CUDA source, in guarded buffers; `clusters` is what the GPU runs at once.
+
+    Returns:
+        The gradient, or (counts, sums).
+    """
+    library.use_device(clusters)
+    depth, channels = codes.shape[-1], grad.shape[-1]
+    dtype = torch.float32 if statistics else grad.dtype
+    result, check = guarded((num_codes, channels) if shared else (depth, num_codes, channels), dtype, "cpu", offset)
+    counts, check_counts = guarded((num_codes,), torch.float32, "cpu", 3)
+    size = ctypes.c_int64(0)
+    head = pointer(grad), pointer(codes)
+    tail = (pointer(result), codes.numel(), num_codes, depth, channels, int(shared), NUMBER[grad.dtype],
+            int(cumulative), pointer(counts) if statistics else None)  # fmt: skip
+    assert not library.backward(*head, None, ctypes.byref(size), *tail)
+    workspace = torch.full((size.value + 256,), 7, dtype=torch.uint8)
+    assert not library.backward(*head, pointer(workspace), ctypes.byref(size), *tail)
+    check()
+    assert (workspace[size.value :] == 7).all(), "wrote after the workspace"
+    size.value -= 1
+    assert library.backward(*head, pointer(workspace), ctypes.byref(size), *tail), "takes too small a workspace"
+    if not statistics:
+        return result
+    check_counts()
+    return counts, result
 
 
 # The last one is large enough for channels in slices and for two passes of the sort.
@@ -516,7 +550,6 @@ HOST_SHAPES = {
 @pytest.mark.parametrize("shape", HOST_SHAPES.values(), ids=HOST_SHAPES)
 def test_cuda_source_on_the_host(on_host, shape, dtype):
     rows, depth, num_codes, channels = shape
-    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
     large = rows * channels > 10**6
     cases = itertools.product(*([[True], [False], [0]] if large else [[True, False], [False, True], [0, 3]]))
     for shared, cumulative, offset in cases if not large or dtype == torch.bfloat16 else ():
@@ -525,26 +558,58 @@ def test_cuda_source_on_the_host(on_host, shape, dtype):
             codes[::3, 0] = num_codes - 1  # a segment of many chunks
         sums = (rows, depth, channels) if cumulative else (rows, channels)
         out, check = guarded(sums, dtype, "cpu", 64 + offset)
-        sizes = (num_codes, depth, channels, int(shared))
-        assert not on_host.lookup(pointer(codes), pointer(codebook), pointer(out), ctypes.c_int64(rows), *sizes,
-                                  dtype.itemsize, number, int(cumulative))  # fmt: skip
+        assert not on_host.lookup(pointer(codes), pointer(codebook), pointer(out), ctypes.c_int64(rows), num_codes,
+                                  depth, channels, int(shared), dtype.itemsize, NUMBER[dtype],
+                                  int(cumulative))  # fmt: skip
         check()
         assert torch.equal(out, residual_lookup(codes, codebook, cumulative=cumulative))
 
         grad = torch.randn(sums).to(dtype)
-        result, check = guarded(codebook.shape, dtype, "cpu", 64 + offset)
-        size = ctypes.c_int64(0)
-        head, tail = (pointer(grad), pointer(codes)), (pointer(result), codes.numel(), *sizes, number, int(cumulative))
-        assert not on_host.backward(*head, None, ctypes.byref(size), *tail)
-        workspace = torch.full((size.value + 256,), 7, dtype=torch.uint8)
-        assert not on_host.backward(*head, pointer(workspace), ctypes.byref(size), *tail)
-        check()
-        assert (workspace[size.value :] == 7).all(), "wrote after the workspace"
-        arguments = (grad, codes, num_codes, shared, cumulative, "eager")
-        exact = BACKWARD(grad.double(), *arguments[1:])
-        assert_as_good_as_eager(result, BACKWARD(*arguments), exact)
-        size.value -= 1
-        assert on_host.backward(*head, pointer(workspace), ctypes.byref(size), *tail), "takes too small a workspace"
+        arguments = (grad, codes, num_codes, shared, cumulative)
+        exact = BACKWARD(grad.double(), *arguments[1:], "eager")
+        result = backward_on_host(on_host, 0, *arguments, offset=64 + offset)
+        assert_as_good_as_eager(result, BACKWARD(*arguments, "eager"), exact)
+        if not offset or dtype == torch.float32:
+            clustered = backward_on_host(on_host, 3, *arguments, offset=64 + offset)
+            assert torch.equal(clustered, result), "another order of summation"
+
+
+# What clusters do with codes that are not even. Rows of `codes` as (times, code).
+SKEWS = {
+    "all one code": [(3000, 5)],
+    "two codes, far apart": [(900, 0), (1, 6), (1100, 399)],
+    "rows of every kind": [(8, 1), (9, 2), (70, 3), (300, 4), (1500, 5), (1, 6), (40, 7), (700, 8), (2, 250)],
+    "nothing but unknown": [(50, -1), (20, 400), (20, 2**32 + 1), (9, -(2**63))],
+    "one": [(1, 17)],
+}
+
+
+@pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
+def test_clusters_with_uneven_codes_on_the_host(on_host, skew):
+    codes = torch.cat([torch.full((times,), code) for times, code in skew])
+    for seed, depth in enumerate((1, 4)):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = codes[torch.randperm(len(codes), generator=generator)]
+        chosen = torch.cat([chosen, torch.full((-len(codes) % depth,), -1)]).view(-1, depth)
+        for dtype, channels in ((torch.float32, 40), (torch.bfloat16, 136), (torch.float16, 7)):
+            for cumulative in (False, True):
+                shape = (*chosen.shape, channels) if cumulative else (len(chosen), channels)
+                grad = torch.randn(shape, generator=generator).to(dtype)
+                arguments = (grad, chosen, 400, True, cumulative)
+                want = backward_on_host(on_host, 0, *arguments)
+                assert torch.equal(backward_on_host(on_host, 2, *arguments), want)
+                known = chosen.where((chosen >= 0) & (chosen < 400), -1)
+                exact = BACKWARD(grad.double(), known, *arguments[2:], "eager")
+                assert_as_good_as_eager(want, BACKWARD(grad, known, *arguments[2:], "eager"), exact)
+            if depth == 1:
+                vectors = torch.randn(len(chosen), channels, generator=generator).to(dtype)
+                for clusters in (0, 2):
+                    arguments = (vectors, chosen, 400, True, False)
+                    counts, sums = backward_on_host(on_host, clusters, *arguments, statistics=True)
+                    right = STATISTICS(vectors, known[:, 0], 400, "eager")
+                    exact = STATISTICS(vectors.double(), known[:, 0], 400, "eager")
+                    assert torch.equal(counts, right[0])
+                    assert_as_good_as_eager(sums, right[1], exact[1])
 
 
 # ---- on a GPU: races, graphs, streams, syncs, large offsets ----------------------------------------------------------
