@@ -1,7 +1,7 @@
 """CUDA sources on the host, under the sanitizer: a check of indices, bounds, alignment and arithmetic where no GPU is.
 
-Kernels whose threads share nothing run one thread after another. Kernels launched as clusters run with every thread of a
-cluster on a stack of its own, which it leaves where it waits for others; who goes on is drawn at random, so that a
+Kernels whose threads share nothing run one thread after another. Kernels launched as clusters run with every thread of
+a cluster on a stack of its own, which it leaves where it waits for others; who goes on is drawn at random, so that a
 missing barrier has a chance to show. It says nothing about speed or the memory model, and CUB's sort is replaced by the
 standard library's.
 """
@@ -95,12 +95,12 @@ struct Cluster {
   static constexpr size_t kStack = 64 << 10;
   std::vector<Context> contexts;
   std::vector<char> started;
-  std::vector<unsigned> ready;
+  std::vector<std::vector<unsigned>> ready;  // by block
   std::vector<Barrier> warps, blocks;
   Barrier all;
   std::vector<uint64_t> values;  // one a thread, for what warps and blocks exchange
   std::vector<std::vector<uint32_t>> shared;
-  unsigned threads = 0, running = 0, first_block = 0, left = 0;
+  unsigned threads = 0, running = 0, first_block = 0, left = 0, turn = 0;
   size_t shared_words = 0;
   jmp_buf scheduler;
   std::function<void()> kernel;
@@ -111,11 +111,16 @@ struct Cluster {
     static void* memory = nullptr;
     if (stacks > held) {
       if (held) munmap(memory, held * kStack);
-      memory = mmap(nullptr, stacks * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      memory = mmap(nullptr, stacks * kStack, PROT_READ | PROT_WRITE, kFlags, -1, 0);
       if (memory == MAP_FAILED) __builtin_trap();
       held = stacks;
     }
     return static_cast<char*>(memory);
+  }
+  static unsigned draw(unsigned count) {
+    host_seed = host_seed * 1664525 + 1013904223;
+    return (host_seed >> 8) % count;
   }
   void wait(Barrier& barrier, unsigned count) {
     if (++barrier.arrived < count) {
@@ -123,7 +128,7 @@ struct Cluster {
       if (_setjmp(contexts[running].registers) == 0) _longjmp(scheduler, 1);
       return;
     }
-    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    for (const unsigned thread : barrier.waiting) ready[thread / threads].push_back(thread);
     barrier.waiting.clear();
     barrier.arrived = 0;
   }
@@ -153,15 +158,19 @@ struct Cluster {
     blocks.assign(blocks_, {});
     shared_words = (bytes + 3) / 4;
     shared.assign(blocks_, std::vector<uint32_t>(shared_words + 64, 0xdeadbeef));
-    for (unsigned t = left; t-- > 0;) ready.push_back(t);
+    ready.assign(blocks_, {});
+    for (unsigned t = 0; t < left; ++t) ready[t / threads].push_back(t);
     stacks = memory_for(left);
+    turn = 0;
     _setjmp(scheduler);
     if (left > 0) {
-      if (ready.empty()) __builtin_trap();  // some wait for what others will never reach
-      host_seed = host_seed * 1664525 + 1013904223;
-      std::swap(ready[(host_seed >> 8) % ready.size()], ready.back());
-      const unsigned next = ready.back();
-      ready.pop_back();
+      // A block runs as far as it can before another's turn comes, so that blocks are as far apart as they may be.
+      for (unsigned tries = 0; ready[turn].empty(); turn = draw(blocks_))
+        if (++tries > 1000 * blocks_) __builtin_trap();  // some wait for what others will never reach
+      std::vector<unsigned>& own = ready[turn];
+      std::swap(own[draw(own.size())], own.back());
+      const unsigned next = own.back();
+      own.pop_back();
       resume(next);
     }
     for (const auto& memory : shared)
@@ -204,7 +213,6 @@ template <class Use> auto exchange(uint64_t value, bool whole, Use use) {
   wait();
   return result;
 }
-inline unsigned lane_of() { return cluster->running % 32; }
 inline unsigned match(const uint64_t* values, uint64_t value) {
   unsigned found = 0;
   for (unsigned lane = 0; lane < 32; ++lane) found |= unsigned(values[lane] == value) << lane;
@@ -225,8 +233,8 @@ inline unsigned __shfl_sync(unsigned mask, unsigned value, int from) {
 }
 inline unsigned __shfl_up_sync(unsigned mask, unsigned value, unsigned step) {
   check_mask(mask);
-  const unsigned lane = lane_of();
-  return exchange(value, false, [=](const uint64_t* values) { return unsigned(values[lane < step ? lane : lane - step]); });
+  const unsigned lane = cluster->running % 32, from = lane < step ? lane : lane - step;
+  return exchange(value, false, [=](const uint64_t* values) { return unsigned(values[from]); });
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   check_mask(mask);
@@ -238,7 +246,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
 }
 inline int __syncthreads_or(int value) {
   const unsigned threads = cluster->threads;
-  return exchange(value != 0, true, [=](const uint64_t* values) { return int(std::count(values, values + threads, 1) > 0); });
+  return exchange(value != 0, true, [=](const uint64_t* all) { return int(std::count(all, all + threads, 1)); });
 }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return *at += value, *at - value; }
 #include <cuda_bf16.h>
@@ -327,7 +335,8 @@ def compile_on_host(sources: list[str], exports: str, folder: Path) -> ctypes.CD
         files.append(f"{Path(source).stem}.cpp")
         (folder / files[-1]).write_text(_host_source(source) + exports * (len(files) == 1), encoding="utf-8")
     # -Bsymbolic: torch brings a CUDA runtime of the same names.
-    flags = ["-O1", "-std=c++17", "-shared", "-Wl,-Bsymbolic", "-fPIC", "-w", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    flags = ["-O1", "-std=c++17", "-shared", "-Wl,-Bsymbolic", "-fPIC", "-w"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover"]
     command = [compiler, *flags, f"-I{folder}", f"-I{CSRC}", *headers, *files, "-o", "on_host.so"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

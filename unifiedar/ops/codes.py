@@ -180,7 +180,7 @@ def _statistics_eager(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple
     _require_codes("code_statistics", codes, num_codes)
     dtype = _accumulator(residuals.dtype)
     rows = codes.where((codes >= 0) & (codes < num_codes), num_codes).reshape(-1)
-    flat = residuals.reshape(-1, residuals.shape[-1]).to(dtype)
+    flat = residuals.reshape(rows.shape[0], residuals.shape[-1]).to(dtype)
     counts = flat.new_zeros(num_codes + 1).index_add_(0, rows, flat.new_ones(()).expand(rows.shape))
     sums = flat.new_zeros((num_codes + 1, flat.shape[1])).index_add_(0, rows, flat)
     return counts[:num_codes].clone(), sums[:num_codes].clone()
