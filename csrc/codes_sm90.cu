@@ -7,8 +7,8 @@
 #include "device/cluster.cuh"
 #include "device/entries.cuh"
 
-// One launch instead of eleven: at the sizes of a training step the sums take 5 to 20 us, and so did the waiting between
-// the launches of a sort. A cluster owns a range of codebook rows and reads all codes, each of its blocks an eighth of
+// One launch instead of eleven: at the sizes of a training step the sums take 5 to 20 us, and the launches of a sort,
+// each waiting for the one before, took 40. A cluster owns a range of codebook rows and reads all codes, each of its blocks an eighth of
 // them (all clusters together 16 times 8 bytes a code, from L2). The blocks count, exchange their counts through shared
 // memory and put the entries of the range in order: that is all the sorting there is. Then they sum the range's rows,
 // each block rows of an eighth of the cost. Blocks wait for others of their cluster only, twice.
@@ -226,10 +226,29 @@ __device__ __forceinline__ uint32_t row_of_entry(const Memory& memory, uint32_t 
   return low;
 }
 
+// The words that a block reads, and where among the order's they begin.
+struct Words : Entries<uint32_t> {
+  uint32_t base;
+};
+
+// Copies the words of the block's rows to its shared memory, where each wait for one is a tenth as long, if they fit.
+// Only an uneven choice leaves a block more than it has listed room for.
+__device__ __forceinline__ Words own_words(const ClusterArgs& args, const Memory& memory, const Place& place,
+                                           uint32_t first, uint32_t last) {
+  Words words{args, 0};
+  const uint32_t base = memory.begins[first], count = memory.begins[last] - base;
+  if (count > args.span) return words;
+  for (uint32_t i = place.thread; i < count; i += kThreads) memory.list[i] = args.words[base + i];
+  __syncthreads();
+  words.words = memory.list;
+  words.base = base;
+  return words;
+}
+
 // add_entries for one long segment and a whole warp, whose lanes may lie beyond the channels: the more entries in
 // flight, the fewer turns it takes.
 template <typename T, int kVec, bool kCumulative>
-__device__ __forceinline__ void add_long(const ClusterArgs& args, uint32_t begin, uint32_t end, int channel,
+__device__ __forceinline__ void add_long(const Entries<uint32_t>& args, uint32_t begin, uint32_t end, int channel,
                                          uint32_t lane, float (&sum)[kVec]) {
   constexpr int kFlight = kCumulative ? kTails : 32;
   const T* const grad = static_cast<const T*>(args.grad) + channel;
@@ -313,14 +332,14 @@ __device__ __forceinline__ void sum_parts(const ClusterArgs& args, const Memory&
 
 // The long rows among [first, last), of the cluster's.
 template <typename T, typename Out, int kVec, bool kCumulative>
-__device__ __forceinline__ void sum_long_rows(const ClusterArgs& args, const Memory& memory, const Place& place,
-                                              uint32_t first, uint32_t last) {
+__device__ __forceinline__ void sum_long_rows(const ClusterArgs& args, const Words& words, const Memory& memory,
+                                              const Place& place, uint32_t first, uint32_t last) {
   const uint32_t slices = (args.channels + 32 * kVec - 1) / (32 * kVec);
   Turns turns{slices, place.warp};
   for (uint32_t base = first; base < last; base += 32) {
     const uint32_t own = base + place.lane;
-    uint32_t left =
-        __ballot_sync(kWarp, own < last && is_long(args, memory.begins[min(own, last - 1)], memory.begins[min(own + 1, last)]));
+    const uint32_t own_begin = memory.begins[min(own, last)], own_end = memory.begins[min(own + 1, last)];
+    uint32_t left = __ballot_sync(kWarp, is_long(args, own_begin, own_end));  // beyond `last` they are equal
     for (; left != 0; left &= left - 1) {
       const uint32_t row = base + __ffs(left) - 1;
       const uint32_t begin = memory.begins[row], end = memory.begins[row + 1];
@@ -342,7 +361,7 @@ __device__ __forceinline__ void sum_long_rows(const ClusterArgs& args, const Mem
           for (uint32_t from = begin; from < end;) {
             const uint32_t to = min(((from >> args.chunk_log2) + 1) << args.chunk_log2, end);
             float sum[kVec] = {};
-            add_long<T, kVec, kCumulative>(args, from, to, channel, place.lane, sum);
+            add_long<T, kVec, kCumulative>(words, from - words.base, to - words.base, channel, place.lane, sum);
 #pragma unroll
             for (int v = 0; v < kVec; ++v) total[v] += sum[v];
             from = to;
@@ -356,8 +375,8 @@ __device__ __forceinline__ void sum_long_rows(const ClusterArgs& args, const Mem
 
 // The other rows, kSegments neighbouring ones at a time, with as many lanes as a row has packs.
 template <typename T, typename Out, int kVec, bool kCumulative>
-__device__ __forceinline__ void sum_short_rows(const ClusterArgs& args, const Memory& memory, const Place& place,
-                                               uint32_t first, uint32_t last) {
+__device__ __forceinline__ void sum_short_rows(const ClusterArgs& args, const Words& words, const Memory& memory,
+                                               const Place& place, uint32_t first, uint32_t last) {
   const uint32_t width = args.width, slices = (args.channels + width * kVec - 1) / (width * kVec);
   const uint32_t items = (last - first + kSegments - 1) / kSegments * slices;
   const uint32_t group = place.thread / width, lane = place.thread - group * width;
@@ -372,10 +391,11 @@ __device__ __forceinline__ void sum_short_rows(const ClusterArgs& args, const Me
       begin[s] = memory.begins[min(row + s, last)];
       end[s] = memory.begins[min(row + s + 1, last)];
       wanted[s] = row + s < last && !is_long(args, begin[s], end[s]);
-      if (!wanted[s]) end[s] = begin[s];
+      begin[s] -= words.base;
+      end[s] = wanted[s] ? end[s] - words.base : begin[s];
     }
     float sum[kSegments][kVec] = {};
-    add_entries<T, kVec, kCumulative, kSegments>(args, begin, end, channel, sum);
+    add_entries<T, kVec, kCumulative, kSegments>(words, begin, end, channel, sum);
 #pragma unroll
     for (int s = 0; s < kSegments; ++s)
       if (wanted[s]) store_sum<Out>(args.out, int64_t(place.low + row + s) * args.channels + channel, sum[s]);
@@ -414,8 +434,9 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_
     for (uint32_t row = first + place.thread; row < last; row += kThreads)
       args.counts[place.low + row] = memory.begins[row + 1] - memory.begins[row];
   }
-  sum_long_rows<T, Out, kNarrow, kCumulative>(args, memory, place, first, last);
-  sum_short_rows<T, Out, kVec, kCumulative>(args, memory, place, first, last);
+  const Words words = own_words(args, memory, place, first, last);
+  sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, first, last);
+  sum_short_rows<T, Out, kVec, kCumulative>(args, words, memory, place, first, last);
 }
 
 template <typename T, typename Out, int kVec, bool kCumulative>
@@ -441,7 +462,8 @@ cudaError_t launch_clusters(const ClusterArgs& args, const ClusterPlan& plan, cu
 }
 
 template <typename T, typename Out>
-cudaError_t launch_clusters(ClusterArgs args, const ClusterPlan& plan, bool packed, bool cumulative, cudaStream_t stream) {
+cudaError_t launch_clusters(ClusterArgs args, const ClusterPlan& plan, bool packed, bool cumulative,
+                            cudaStream_t stream) {
   constexpr int kVec = kPackOf<T>;
   const int packs = packed ? args.channels / kVec : args.channels;
   args.width = 1;
