@@ -1,9 +1,9 @@
 """CUDA sources on the host, under the sanitizer: a check of indices, bounds, alignment and arithmetic where no GPU is.
 
 Kernels whose threads share nothing run one thread after another. Kernels launched as clusters run with every thread of
-a cluster on a stack of its own, which it leaves where it waits for others; who goes on is drawn at random, so that a
-missing barrier has a chance to show. It says nothing about speed or the memory model, and CUB's sort is replaced by the
-standard library's.
+a cluster on a stack of its own, which it leaves where it waits for others; who goes on is drawn at random, or is the
+one that can go furthest, so that a missing barrier shows. It says nothing about speed or the memory model, and CUB's
+sort is replaced by the standard library's.
 """
 
 import ctypes
@@ -102,6 +102,8 @@ struct Cluster {
   std::vector<std::vector<uint32_t>> shared;
   unsigned threads = 0, running = 0, first_block = 0, left = 0, turn = 0;
   size_t shared_words = 0;
+  bool hasty = false;
+  inline static unsigned runs = 0;
   jmp_buf scheduler;
   std::function<void()> kernel;
   char* stacks = nullptr;
@@ -162,13 +164,15 @@ struct Cluster {
     for (unsigned t = 0; t < left; ++t) ready[t / threads].push_back(t);
     stacks = memory_for(left);
     turn = 0;
+    hasty = ++runs % 2;
     _setjmp(scheduler);
     if (left > 0) {
       // A block runs as far as it can before another's turn comes, so that blocks are as far apart as they may be.
       for (unsigned tries = 0; ready[turn].empty(); turn = draw(blocks_))
         if (++tries > 1000 * blocks_) __builtin_trap();  // some wait for what others will never reach
+      // So does a warp in every other cluster: those set free last go on first.
       std::vector<unsigned>& own = ready[turn];
-      std::swap(own[draw(own.size())], own.back());
+      if (!hasty) std::swap(own[draw(own.size())], own.back());
       const unsigned next = own.back();
       own.pop_back();
       resume(next);
