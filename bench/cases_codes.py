@@ -7,6 +7,9 @@ gradient and the dense gradient of the codebook.
 
 `residual_quantize` (`quantize`) from float32 to codes and their sum. Its floor is the matrix product of N x K scores of
 C channels, D times, at the rate of half-precision products.
+
+`code_statistics` (`statistics`) in float32 as a training step calls it: the vectors of all depths at once.
+Least traffic: vectors and codes read once, sums and counts written.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from bench._case import OURS, Case, Check, Variant, against, tensors
-from unifiedar.ops import registry, residual_lookup, residual_quantize
+from unifiedar.ops import code_statistics, registry, residual_lookup, residual_quantize
 
 __all__ = ["cases"]
 
@@ -76,6 +79,8 @@ def cases(device: torch.device) -> list[Case]:
             if use == "backward" and model.name.endswith("-step"):
                 continue
             found.append(_case(model, use, small))
+        if model.tables == 1 and not model.name.endswith(("-large", "-step")):
+            found.append(_statistics_case(model, small))
     return found + [_search_case(model, small) for model in SEARCHES]
 
 
@@ -340,3 +345,74 @@ def _published_search_tf32(x: torch.Tensor, codebook: torch.Tensor, depth: int) 
         return _published_search(x, codebook, depth)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+# ---- code_statistics -------------------------------------------------------------------------------------------------
+
+Statistics = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Vectors (N, D, C), codes (N, D), K -> counts (K,), sums (K, C)."""
+
+
+def _statistics_case(model: Model, small: bool) -> Case:
+    n, k = (min(model.rows, 256), min(model.codes, 1024)) if small else (model.rows, model.codes)
+    c, d = model.channels, model.depth
+
+    def make(seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        codes = torch.randint(k, (n, d), device=device, generator=generator)
+        return torch.randn(n, d, c, device=device, generator=generator), codes
+
+    def check(inputs: tuple[torch.Tensor, torch.Tensor]) -> Check:
+        vectors, codes = inputs
+        exact = _index_add(vectors.double(), codes, k)
+        return against(exact, _index_add(vectors, codes, k), peer_tolerance=1e-5)
+
+    def variant(name: str, role: str, formula: Statistics) -> Variant:
+        return Variant(name, role, lambda inputs: lambda: formula(inputs[0], inputs[1], k))
+
+    def ours(backend: str) -> Statistics:
+        return lambda vectors, codes, num_codes: code_statistics(vectors, codes, num_codes, backend=backend)
+
+    variants = [variant(OURS, "ours", ours("auto"))]
+    if not small:
+        variants += [variant(f"{OURS} {name}", "backend", ours(name)) for name in ("cuda", "triton", "eager")]
+        variants.append(variant("torch.compile", "peer", torch.compile(_index_add, dynamic=False)))
+    variants.append(variant("published code", "peer", _published_statistics))
+    variants.append(variant("index_add", "peer", _index_add))
+    variants.append(variant("scatter_add", "peer", _scatter_add))
+    return Case(
+        name=f"{model.name}/statistics",
+        shape={"N": n, "K": k, "C": c, "D": d},
+        dtype=torch.float32,
+        bytes=4 * n * d * c + 8 * n * d + 4 * k * (c + 1),
+        flops=n * d * c,
+        make=make,
+        variants=variants,
+        check=check,
+        backend=lambda inputs: registry["code_statistics"].choose("auto", *inputs, k).name,
+    )
+
+
+def _index_add(vectors: torch.Tensor, codes: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, vectors = codes.flatten(), vectors.flatten(0, 1)
+    counts = vectors.new_zeros(num_codes).index_add_(0, codes, vectors.new_ones(len(codes)))
+    return counts, vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
+
+
+def _scatter_add(vectors: torch.Tensor, codes: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, vectors = codes.flatten(), vectors.flatten(0, 1)
+    counts = vectors.new_zeros(num_codes).scatter_add_(0, codes, vectors.new_ones(len(codes)))
+    where = codes[:, None].expand_as(vectors)
+    return counts, vectors.new_zeros(num_codes, vectors.shape[1]).scatter_add_(0, where, vectors)
+
+
+def _published_statistics(
+    vectors: torch.Tensor, codes: torch.Tensor, num_codes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As RQ-VAE and VILA-U compute it, a depth at a time: a (K, N) matrix of zeros and ones, times the vectors."""
+    counts, sums = vectors.new_zeros(num_codes), vectors.new_zeros(num_codes, vectors.shape[2])
+    for d in range(codes.shape[1]):
+        chosen = vectors.new_zeros(num_codes, len(codes)).scatter_(0, codes[:, d][None], 1)
+        counts += chosen.sum(dim=1)
+        sums += chosen @ vectors[:, d]
+    return counts, sums

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
+#include <type_traits>
 
-#include "device/pack.cuh"
+#include "codes_sm90.h"
+#include "device/entries.cuh"
 
 namespace unifiedar {
 namespace {
@@ -12,7 +14,6 @@ constexpr int kThreads = 256;
 constexpr int kBlocks = 3;   // a multiprocessor; up to 80 registers a thread, which no kernel here exceeds or spills
 constexpr int kLevels = 4;   // codebook rows of one output row that a thread has in flight
 constexpr int kRows = 2;     // output rows that a thread works on at a time
-constexpr int kEntries = 4;  // gradient rows of one codebook row that a thread has in flight
 constexpr int kSegments = 2;  // codebook rows whose gradient a thread works on at a time
 
 // Sums of kRows rows of the lookup at one pack of channels. Loads come first, so that they are in flight together.
@@ -126,14 +127,13 @@ struct Workspace {
   size_t sort_bytes;
 };
 
-// What the kernels take.
-struct Sorted {
-  const void* grad;
-  const Word* words;       // ascending
+// What the kernels take; the words are ascending.
+struct Sorted : Entries<Word> {
   const uint32_t* begins;
   float* partial;
   void* out;
-  int entries, tables, depth, channels, chunk_log2;
+  float* counts;
+  int entries, tables, chunk_log2;
 };
 
 __global__ void __launch_bounds__(kThreads) mark_entries_kernel(const LookupBackwardArgs args, bool cumulative,
@@ -161,64 +161,6 @@ __global__ void __launch_bounds__(kThreads) find_begins_kernel(const Word* words
       high = middle;
   }
   begins[table] = low;
-}
-
-// Adds the gradients of the sorted entries [begin, end) at one pack of channels, in that order, for kCount segments at a
-// time: loads of all of them are in flight together.
-template <typename T, int kVec, bool kCumulative, int kCount>
-__device__ __forceinline__ void add_entries(const Sorted& args, const int (&begin)[kCount], const int (&end)[kCount],
-                                            int channel, float (&sum)[kCount][kVec]) {
-  const T* const grad = static_cast<const T*>(args.grad) + channel;
-  if constexpr (kCumulative) {
-    // A row chosen at a level is part of that running sum and of all later ones.
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      for (int i = begin[s]; i < end[s]; ++i) {
-        const uint32_t entry = uint32_t(__ldg(args.words + i)), row = entry / args.depth;
-        const int level = entry - row * args.depth;
-        float tail[kVec] = {};
-        for (int last = args.depth - 1; last >= level; last -= kEntries) {
-          Pack<T, kVec> part[kEntries];
-#pragma unroll
-          for (int e = 0; e < kEntries; ++e) {
-            part[e].clear();
-            if (last - e >= level) part[e].load(grad + (int64_t(row) * args.depth + last - e) * args.channels);
-          }
-#pragma unroll
-          for (int e = 0; e < kEntries; ++e) part[e].add_to(tail);
-        }
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) sum[s][v] += tail[v];
-      }
-    }
-  } else {
-    int longest = 0;
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) longest = max(longest, end[s] - begin[s]);
-    for (int i = 0; i < longest; i += kEntries) {
-      Pack<T, kVec> part[kCount][kEntries];
-      uint32_t row[kCount][kEntries];
-#pragma unroll
-      for (int s = 0; s < kCount; ++s) {
-#pragma unroll
-        for (int e = 0; e < kEntries; ++e)
-          row[s][e] = begin[s] + i + e < end[s] ? uint32_t(__ldg(args.words + begin[s] + i + e)) : ~0u;
-      }
-#pragma unroll
-      for (int s = 0; s < kCount; ++s) {
-#pragma unroll
-        for (int e = 0; e < kEntries; ++e) {
-          part[s][e].clear();
-          if (row[s][e] != ~0u) part[s][e].load(grad + int64_t(row[s][e]) * args.channels);
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < kCount; ++s) {
-#pragma unroll
-        for (int e = 0; e < kEntries; ++e) part[s][e].add_to(sum[s]);
-      }
-    }
-  }
 }
 
 template <int kVec>
@@ -276,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_partial_ker
 
 // One row of threads per kSegments neighbouring codebook rows: the sum of each one's entries, or of its parts in the
 // order of the chunks.
-template <typename T, int kVec, bool kCumulative>
+template <typename T, typename Out, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_backward_kernel(const Sorted args) {
   const int64_t table = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * kSegments;
   if (table >= args.tables) return;
@@ -285,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_backward_ke
   for (int s = 0; s < kSegments; ++s) {
     begin[s] = __ldg(args.begins + min(table + s, int64_t(args.tables)));
     end[s] = __ldg(args.begins + min(table + s + 1, int64_t(args.tables)));
+    if (args.counts != nullptr && threadIdx.x == 0 && table + s < args.tables) args.counts[table + s] = end[s] - begin[s];
     // Segments are cut at multiples of the chunk; an empty one lies in no chunk.
     first[s] = begin[s] >> args.chunk_log2;
     last[s] = end[s] > begin[s] ? (end[s] - 1) >> args.chunk_log2 : first[s];
@@ -302,11 +245,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_backward_ke
         for (int chunk = first[s] + 1; chunk <= last[s]; ++chunk)
           add_partial(partial + int64_t(chunk) * 2 * args.channels, sum[s]);
       }
-      if (table + s < args.tables) {
-        Pack<T, kVec> rounded;
-        rounded.set(sum[s]);
-        rounded.store_streaming(static_cast<T*>(args.out) + (table + s) * args.channels + channel);
-      }
+      if (table + s < args.tables) store_sum<Out>(args.out, (table + s) * args.channels + channel, sum[s]);
     }
   }
 }
@@ -368,14 +307,6 @@ int bits_of(uint32_t number) {
   return bits;
 }
 
-int64_t tables_of(const LookupBackwardArgs& args) {
-  return int64_t(args.num_codes) * (args.shared ? 1 : args.depth);
-}
-
-// Chunks of about sqrt(entries) entries bound both what one chunk sums and how many parts one codebook row can have, so
-// that all entries choosing one row costs no more than a few times what even choices do.
-int chunk_log2_of(int entries) { return std::max(5, (bits_of(entries - 1) + 1) / 2); }
-
 // Sorts by the keys alone and keeps the order of equal ones: CUB's radix sort, in as many passes as the keys have bytes.
 cudaError_t sort_words(Workspace& space, int entries, uint32_t tables, cudaStream_t stream) {
   cub::DoubleBuffer<Word> words(space.words[0], space.words[1]);
@@ -410,7 +341,7 @@ cudaError_t lay_out(const LookupBackwardArgs& args, char* base, Workspace* space
   return cudaSuccess;
 }
 
-template <typename T, int kVec, bool kCumulative>
+template <typename T, typename Out, int kVec, bool kCumulative>
 cudaError_t sum_segments(const Sorted& args, cudaStream_t stream) {
   const dim3 block = block_of(args.channels, kVec);
   const int chunks = ((args.entries - 1) >> args.chunk_log2) + 1;
@@ -420,12 +351,13 @@ cudaError_t sum_segments(const Sorted& args, cudaStream_t stream) {
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   const unsigned grid = grid_of(args.tables, int64_t(block.y) * kSegments);
-  residual_lookup_backward_kernel<T, kVec, kCumulative><<<grid, block, 0, stream>>>(args);
+  residual_lookup_backward_kernel<T, Out, kVec, kCumulative><<<grid, block, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t lookup_backward(const LookupBackwardArgs& args, bool cumulative, cudaStream_t stream) {
+// The backward with CUB's sort, for what a cluster cannot sort.
+template <typename T, typename Out>
+cudaError_t sorted_backward(const LookupBackwardArgs& args, bool cumulative, cudaStream_t stream) {
   Workspace space;
   size_t bytes = 0;
   if (const cudaError_t error = lay_out(args, static_cast<char*>(args.workspace), &space, &bytes); error != cudaSuccess)
@@ -439,13 +371,30 @@ cudaError_t lookup_backward(const LookupBackwardArgs& args, bool cumulative, cud
   find_begins_kernel<<<found, kThreads, 0, stream>>>(space.words[0], args.entries, tables, space.begins);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
 
-  const Sorted sorted{args.grad,       space.words[0], space.begins, space.partial, args.out,
-                      args.entries,    int(tables),    args.depth,   args.channels, chunk_log2_of(args.entries)};
+  const Sorted sorted{{args.grad, space.words[0], args.depth, args.channels},
+                      space.begins,
+                      space.partial,
+                      args.out,
+                      args.counts,
+                      args.entries,
+                      int(tables),
+                      chunk_log2_of(args.entries)};
   constexpr int kVec = kPackOf<T>;
-  const bool packed = args.channels % kVec == 0 && aligned(args.grad) && aligned(args.out);
-  if (packed)
-    return cumulative ? sum_segments<T, kVec, true>(sorted, stream) : sum_segments<T, kVec, false>(sorted, stream);
-  return cumulative ? sum_segments<T, 1, true>(sorted, stream) : sum_segments<T, 1, false>(sorted, stream);
+  const bool packed = packed_backward(args, kVec);
+  if constexpr (std::is_same_v<T, Out>) {
+    if (cumulative) {
+      return packed ? sum_segments<T, Out, kVec, true>(sorted, stream) : sum_segments<T, Out, 1, true>(sorted, stream);
+    }
+  }
+  return packed ? sum_segments<T, Out, kVec, false>(sorted, stream) : sum_segments<T, Out, 1, false>(sorted, stream);
+}
+
+template <typename T, typename Out>
+cudaError_t lookup_backward(const LookupBackwardArgs& args, DType dtype, bool cumulative, cudaStream_t stream) {
+  ClusterPlan plan;
+  if (const cudaError_t error = plan_cluster(args, &plan); error != cudaSuccess) return error;
+  if (plan.clusters == 0) return sorted_backward<T, Out>(args, cumulative, stream);
+  return launch_cluster_backward(args, plan, dtype, !std::is_same_v<T, Out>, cumulative, stream);
 }
 
 }  // namespace
@@ -468,16 +417,32 @@ cudaError_t launch_residual_lookup_backward(const LookupBackwardArgs& args, DTyp
   if (args.channels == 0) return cudaSuccess;
   switch (dtype) {
     case DType::kFloat32:
-      return lookup_backward<float>(args, cumulative, stream);
+      return lookup_backward<float, float>(args, dtype, cumulative, stream);
     case DType::kBFloat16:
-      return lookup_backward<__nv_bfloat16>(args, cumulative, stream);
+      return lookup_backward<__nv_bfloat16, __nv_bfloat16>(args, dtype, cumulative, stream);
     case DType::kFloat16:
-      return lookup_backward<__half>(args, cumulative, stream);
+      return lookup_backward<__half, __half>(args, dtype, cumulative, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_code_statistics(const LookupBackwardArgs& args, DType dtype, cudaStream_t stream) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return lookup_backward<float, float>(args, dtype, false, stream);
+    case DType::kBFloat16:
+      return lookup_backward<__nv_bfloat16, float>(args, dtype, false, stream);
+    case DType::kFloat16:
+      return lookup_backward<__half, float>(args, dtype, false, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t workspace_residual_lookup_backward(const LookupBackwardArgs& args, size_t* bytes) {
+  ClusterPlan plan;
+  if (const cudaError_t error = plan_cluster(args, &plan); error != cudaSuccess) return error;
+  *bytes = plan.workspace_bytes;
+  if (plan.clusters > 0) return cudaSuccess;
   Workspace space;
   return lay_out(args, nullptr, &space, bytes);
 }

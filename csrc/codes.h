@@ -23,9 +23,10 @@ struct LookupArgs {
 cudaError_t launch_residual_lookup(const LookupArgs& args, DType dtype, bool cumulative, cudaStream_t stream);
 
 // Gradient of the above in the codebook. The entries (row, level) are sorted by the codebook row that they chose, and
-// each codebook row's are added up in the order of the entries, so the result depends on nothing but the inputs. Entries
-// are cut into chunks: one kernel sums the parts of segments that cross a chunk's edge, another each codebook row's
-// entries or, where its segment was cut, its parts. No atomics on features.
+// each codebook row's are added up in float32 in the order of the entries, cut where their place in the sorted list is a
+// multiple of a chunk: the parts are added up in their order. So the result depends on nothing but the inputs, whichever
+// way it is computed: in one launch by clusters of thread blocks (codes_sm90.h) or, where those cannot be had or the
+// sizes are beyond them, by a radix sort and kernels that sum parts and rows. No atomics on features.
 struct LookupBackwardArgs {
   const void* grad;        // [rows, channels], or [rows, depth, channels] if cumulative; contiguous
   const int64_t* codes;    // [rows, depth], contiguous; a code outside [0, num_codes) is left out
@@ -35,11 +36,15 @@ struct LookupBackwardArgs {
   int entries;             // rows * depth, at least 1
   int num_codes, depth, channels;
   bool shared;
+  float* counts;           // [num_codes (* depth)]: entries that chose each codebook row; or null
 };
 // num_codes (* depth, if not shared) must be below 2^31.
 cudaError_t launch_residual_lookup_backward(const LookupBackwardArgs& args, DType dtype, bool cumulative,
                                             cudaStream_t stream);
-// Bytes of the workspace on the current device; looks at the sizes only.
+// The same of one level and one codebook: `grad` are the vectors that chose, `out` their sums, always float32. There
+// must be channels.
+cudaError_t launch_code_statistics(const LookupBackwardArgs& args, DType dtype, cudaStream_t stream);
+// Bytes of the workspace of either on the current device; looks at the sizes only.
 cudaError_t workspace_residual_lookup_backward(const LookupBackwardArgs& args, size_t* bytes);
 
 }  // namespace unifiedar

@@ -105,20 +105,38 @@ int64_t residual_lookup_backward_workspace(const Tensor& codes, int64_t num_code
   return static_cast<int64_t>(bytes);
 }
 
-void residual_lookup_backward(const Tensor& grad, const Tensor& codes, int64_t num_codes, bool shared, bool cumulative,
-                              Tensor workspace, Tensor out) {
+// The buffers of the backward and of code_statistics, which are alike.
+LookupBackwardArgs backward_args(const Tensor& grad, const Tensor& codes, int64_t num_codes, bool shared,
+                                 bool cumulative, Tensor& workspace, Tensor& out) {
   LookupBackwardArgs args = backward_sizes(codes, num_codes, shared, out.size(out.dim() - 1));
   args.workspace = workspace.data_ptr();
   args.workspace_bytes = workspace.numel() * workspace.element_size();
   STD_TORCH_CHECK(grad.is_contiguous() && out.is_contiguous() && workspace.is_contiguous() &&
-                      reinterpret_cast<uintptr_t>(args.workspace) % 256 == 0 && out.scalar_type() == grad.scalar_type() &&
+                      reinterpret_cast<uintptr_t>(args.workspace) % 256 == 0 &&
                       grad.numel() == codes.size(0) * (cumulative ? args.depth : 1) * args.channels &&
                       out.numel() == num_codes * (shared ? 1 : args.depth) * args.channels,
                   "residual_lookup_backward_cuda: needs an aligned workspace and sizes that match");
   args.grad = grad.data_ptr();
   args.out = out.data_ptr();
+  return args;
+}
+
+void residual_lookup_backward(const Tensor& grad, const Tensor& codes, int64_t num_codes, bool shared, bool cumulative,
+                              Tensor workspace, Tensor out) {
+  const LookupBackwardArgs args = backward_args(grad, codes, num_codes, shared, cumulative, workspace, out);
+  STD_TORCH_CHECK(out.scalar_type() == grad.scalar_type(), "residual_lookup_backward_cuda: out does not match grad");
   const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
   STD_CUDA_CHECK(launch_residual_lookup_backward(args, dtype_of(grad), cumulative, current_stream(grad)));
+}
+
+void code_statistics(const Tensor& residuals, const Tensor& codes, Tensor workspace, Tensor counts, Tensor sums) {
+  LookupBackwardArgs args = backward_args(residuals, codes, counts.numel(), true, false, workspace, sums);
+  STD_TORCH_CHECK(args.depth == 1 && args.channels > 0 && counts.is_contiguous() &&
+                      counts.scalar_type() == ScalarType::Float && sums.scalar_type() == ScalarType::Float,
+                  "code_statistics_cuda: needs codes [rows, 1], channels, and float32 counts and sums");
+  args.counts = static_cast<float*>(counts.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+  STD_CUDA_CHECK(launch_code_statistics(args, dtype_of(residuals), current_stream(residuals)));
 }
 
 }  // namespace
@@ -127,6 +145,7 @@ void residual_lookup_backward(const Tensor& grad, const Tensor& codes, int64_t n
 STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_cuda", TORCH_BOX(&unifiedar::residual_lookup));
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
+  m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
   m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));
 }
 #endif  // USE_CUDA

@@ -504,8 +504,8 @@ def test_command_measures_and_writes_the_scoreboard(tmp_path, capsys, matplotlib
     arguments = ["--device", "cpu", "--case", "rqvae-ffhq/*", "--commit", "me", "--budget", "0.02"]
     assert main(["codes", *arguments, "--out", str(results)]) == 0
     (run,) = _results.read_all(results)
-    uses = ("forward", "cumulative", "backward", "quantize")
-    assert [case.name for case in run.cases] == [f"rqvae-ffhq/{use}" for use in uses]
+    uses = {"forward", "cumulative", "backward", "statistics", "quantize"}
+    assert {case.name for case in run.cases} == {f"rqvae-ffhq/{use}" for use in uses}
     assert run.environment.commit == "me"
     for case in run.cases:
         assert case.ours.error is None

@@ -15,6 +15,7 @@ from unifiedar.ops import codes as family
 
 LOOKUP = registry["residual_lookup"]
 BACKWARD = registry["residual_lookup_backward"]
+STATISTICS = registry["code_statistics"]
 
 # rows, depth, codes, channels
 SHAPES = {
@@ -60,6 +61,23 @@ def oracle_gradient(grad, codes, codebook, cumulative):
                 share = grads[n, d:].sum(0) if cumulative else grads[n, 0]
                 out[(code,) if codebook.ndim == 2 else (d, code)] += share
     return torch.from_numpy(out).to(codes.device)
+
+
+def ordered_gradient(grad, codes, num_codes):
+    """The gradient of a shared codebook with every float32 addition where csrc/codes.h says that it happens."""
+    flat = codes.flatten().cpu().numpy()
+    grads = grad.float().cpu().numpy()
+    order = np.argsort(flat, kind="stable")
+    order = order[flat[order] >= 0]
+    chunk = 1 << max(5, (flat.size - 1).bit_length() + 1 >> 1)
+    out, part = np.zeros((2, num_codes, grads.shape[-1]), np.float32)
+    for place, entry in enumerate(order):
+        code = flat[entry]
+        if place % chunk == 0:
+            out[code] += part[code]
+            part[code] = 0
+        part[code] += grads[entry // codes.shape[-1]]
+    return torch.from_numpy(out + part).to(grad.dtype).to(grad.device)
 
 
 every_room = pytest.mark.parametrize("room", kernel_rooms(), indirect=True)
@@ -168,6 +186,39 @@ def test_published_sizes(room, shared):
         assert_as_good_as_eager(BACKWARD(*arguments, backend), BACKWARD(*arguments, "eager"), exact)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_the_compiled_backward_adds_in_the_documented_order(dtype, skewed):
+    codes, _ = inputs(2000, 4, 600, 72, shared=True, dtype=dtype, device="cuda")
+    if skewed:
+        codes[::2] = 9
+        codes[1::4, :2] = 599
+    grad = torch.randn(2000, 72, device="cuda").to(dtype)
+    assert torch.equal(BACKWARD(grad, codes, 600, True, False, "cuda"), ordered_gradient(grad, codes, 600))
+    vectors, flat = grad.repeat_interleave(4, dim=0), codes.flatten()
+    sums = STATISTICS(vectors, flat, 600, "cuda")[1]
+    assert torch.equal(sums, ordered_gradient(vectors.float(), flat[:, None], 600))
+
+
+@pytest.mark.gpu
+@kernel_room
+@pytest.mark.parametrize(
+    "sizes", [(8192, 4, 16384, 256), (8192, 4, 2048, 256), (65536, 4, 16384, 64), (65537, 4, 300, 8)]
+)
+def test_gradient_at_training_sizes(room, sizes):
+    """RQ-VAE's two codebooks, as many entries as clusters take, and one row more than that."""
+    backend, device, dtype = room
+    codes, _ = inputs(*sizes, shared=True, dtype=dtype, device=device)
+    for skewed in (False, True):
+        if skewed:
+            codes[::3] = 7
+        grad = torch.randn(sizes[0], sizes[3], device=device).to(dtype)
+        arguments = (grad, codes, sizes[2], True, False)
+        exact = BACKWARD(grad.double(), *arguments[1:], "eager")
+        assert_as_good_as_eager(BACKWARD(*arguments, backend), BACKWARD(*arguments, "eager"), exact)
+
+
 def test_compiled_backward_counts_codes_in_32_bits(monkeypatch):
     monkeypatch.setattr(_native, "cuda_unfit", lambda tensor: None)
     codes = torch.zeros(1, 1, dtype=torch.int64).expand(2**30, 2)
@@ -252,19 +303,103 @@ def test_lookup_refuses(make, error, text):
 # ---- code_statistics -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_statistics(device, dtype):
-    generator = torch.Generator().manual_seed(7)
-    residuals = torch.randn(4, 60, 10, generator=generator).to(device, dtype)
-    codes = torch.randint(-1, 13, (4, 60), generator=generator).to(device)
-    counts, sums = ops.code_statistics(residuals, codes, 13)
+# vectors, codes, channels
+STATISTICS_SHAPES = {
+    "one of everything": (1, 1, 1),
+    "odd": (61, 5, 33),
+    "packs": (300, 20, 64),
+    "two codes": (200, 2, 8),
+    "more codes than vectors": (40, 2**18, 8),
+    "one vector": (1, 40, 1152),
+    "no vectors": (0, 6, 16),
+}
+
+
+def statistics_oracle(residuals, codes, num_codes):
     known = codes.flatten() >= 0
-    rows, vectors = codes.flatten()[known].cpu().numpy(), residuals.flatten(0, 1)[known].double().cpu().numpy()
-    want = np.zeros((13, 10))
-    np.add.at(want, rows, vectors)
-    assert counts.tolist() == np.bincount(rows, minlength=13).tolist()
-    assert counts.dtype == sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(sums.double().cpu(), torch.from_numpy(want), rtol=1e-5, atol=1e-5)
+    rows = codes.flatten()[known].cpu().numpy()
+    sums = np.zeros((num_codes, residuals.shape[-1]))
+    np.add.at(sums, rows, residuals.flatten(0, -2)[known].double().cpu().numpy())
+    return np.bincount(rows, minlength=num_codes), torch.from_numpy(sums).to(residuals.device)
+
+
+def check_statistics(residuals, codes, num_codes, backend):
+    counts, sums = ops.code_statistics(residuals, codes, num_codes, backend=backend)
+    want, exact = statistics_oracle(residuals, codes, num_codes)
+    assert counts.tolist() == want.tolist()
+    assert counts.dtype == sums.dtype == (torch.float64 if residuals.dtype == torch.float64 else torch.float32)
+    assert_as_good_as_eager(sums, ops.code_statistics(residuals, codes, num_codes, backend="eager")[1], exact)
+    return counts, sums
+
+
+@every_room
+@pytest.mark.parametrize("shape", STATISTICS_SHAPES.values(), ids=STATISTICS_SHAPES)
+def test_statistics(room, shape):
+    backend, device, dtype = room
+    rows, num_codes, channels = shape
+    if backend == "triton" and device == "cpu" and num_codes > 1000:
+        pytest.skip("takes the interpreter minutes")
+    codes, residuals = inputs(rows, 1, max(rows, 1), channels, shared=True, dtype=dtype, device=device)
+    codes = torch.randint(-1, num_codes, (rows,), generator=torch.Generator().manual_seed(7)).to(device)
+    check_statistics(residuals[:rows], codes, num_codes, backend)
+
+
+@every_room
+def test_statistics_of_a_skewed_choice_with_strides(room):
+    """Nearly all vectors chose code 3; the vectors are columns of a matrix, the codes every other element."""
+    backend, device, dtype = room
+    rows = 300 if device == "cpu" else 20000
+    codes, _ = inputs(rows, 4, 9, 24, shared=True, dtype=dtype, device=device)
+    codes[torch.arange(rows, device=device) % 16 != 0] = 3
+    residuals = torch.randn(4, 24, rows, device=device).to(dtype).permute(2, 0, 1)
+    first = check_statistics(residuals[:, ::2], codes[:, ::2], 9, backend)
+    if backend != "eager":
+        again = ops.code_statistics(residuals[:, ::2], codes[:, ::2], 9, backend=backend)
+        assert torch.equal(first[1], again[1]), "no atomics: bit-equal between runs"
+
+
+def test_statistics_in_float64(device):
+    residuals = torch.randn(4, 60, 10, generator=torch.Generator().manual_seed(7)).double().to(device)
+    codes = torch.randint(-1, 13, (4, 60), generator=torch.Generator().manual_seed(8)).to(device)
+    check_statistics(residuals, codes, 13, "auto")
+    counts, sums = ops.code_statistics(residuals[..., :0], codes, 13)
+    assert counts.sum() == (codes >= 0).sum()
+    assert sums.shape == (13, 0)
+
+
+def test_statistics_backends_say_what_they_lack(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_unfit", lambda tensor: None)
+    codes = torch.zeros(1, dtype=torch.int64)
+    assert STATISTICS.explain(torch.zeros(1, 8), codes, 4)["cuda"] == "fits"
+    assert STATISTICS.explain(torch.zeros(1, 0), codes, 4)["cuda"] == "needs at least one channel, got 0"
+    assert "got float64" in STATISTICS.explain(torch.zeros(1, 8).double(), codes, 4)["cuda"]
+    many = codes.expand(2**31)
+    assert STATISTICS.explain(torch.zeros(1, 8), many, 4)["cuda"] == "needs fewer than 2^31 codes, got 2147483648"
+
+
+@pytest.mark.gpu
+@kernel_room
+def test_statistics_at_published_sizes(room):
+    """VILA-U 384 and RQ-VAE FFHQ: all depths of a step; the first takes shared memory that has to be asked for."""
+    backend, device, dtype = room
+    for rows, num_codes, channels in ((5832 * 16, 16384, 1152), (8192 * 4, 2048, 256)):
+        residuals = torch.randn(rows, channels, device=device).to(dtype)
+        codes = torch.randint(num_codes, (rows,), device=device)
+        exact = STATISTICS(residuals.double(), codes, num_codes, "eager")
+        got, eager = (STATISTICS(residuals, codes, num_codes, name) for name in (backend, "eager"))
+        assert torch.equal(got[0].double(), exact[0])
+        assert_as_good_as_eager(got[1], eager[1], exact[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
+def test_statistics_leave_out_codes_out_of_range_on_a_gpu(backend):
+    residuals = torch.randn(8, 8, device="cuda")
+    codes = torch.tensor([0, 4, -2, 1, 2**62, 2**32 + 1, -(2**63), 3], device="cuda")
+    known = torch.tensor([0, -1, -1, 1, -1, -1, -1, 3], device="cuda")
+    got, want = (STATISTICS(residuals, some, 4, backend) for some in (codes, known))
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1])
 
 
 BAD_STATISTICS = {
@@ -307,7 +442,9 @@ def test_compiles_whole_with_dynamic_shapes(room, fresh_compiler):
     def function(codes, codebook):
         sums = residual_lookup(codes, codebook, cumulative=True, backend=backend)
         searched = residual_quantize(codebook, codebook, 2, backend="auto" if backend == "cuda" else backend)
-        return (sums.float() * 2).sum() + searched.quantized.float().sum()
+        counts, totals = ops.code_statistics(sums.detach(), codes, 5, backend=backend)
+        moved = (totals / counts[:, None].clamp(min=1)).sum() * 1e-3
+        return (sums.float() * 2).sum() + moved + searched.quantized.float().sum()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 6):
@@ -333,9 +470,11 @@ extern "C" int lookup(const int64_t* codes, const void* book, void* out, int64_t
   return launch_residual_lookup(args, DType(dtype), cumulative, nullptr);
 }
 extern "C" int backward(const void* grad, const int64_t* codes, void* workspace, int64_t* bytes, void* out, int entries,
-                        int num_codes, int depth, int channels, int shared, int dtype, int cumulative) {
+                        int num_codes, int depth, int channels, int shared, int dtype, int cumulative, float* counts) {
   size_t size = *bytes;
-  const LookupBackwardArgs args{grad, codes, workspace, size, out, entries, num_codes, depth, channels, shared != 0};
+  const LookupBackwardArgs args{grad, codes, workspace, size, out, entries, num_codes, depth, channels, shared != 0,
+                                counts};
+  if (workspace != nullptr && counts != nullptr) return launch_code_statistics(args, DType(dtype), nullptr);
   if (workspace != nullptr) return launch_residual_lookup_backward(args, DType(dtype), cumulative, nullptr);
   const int error = workspace_residual_lookup_backward(args, &size);
   *bytes = size;
@@ -346,11 +485,42 @@ extern "C" int backward(const void* grad, const int64_t* codes, void* workspace,
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    return compile_on_host("codes.cu", EXPORTS, tmp_path_factory.mktemp("codes"))
+    return compile_on_host(["codes.cu", "codes_sm90.cu"], EXPORTS, tmp_path_factory.mktemp("codes"))
 
 
 def pointer(tensor):
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/
+
+
+def backward_on_host(library, clusters, grad, codes, num_codes, shared, cumulative, *, statistics=False, offset=64):
+    """The backward, or code_statistics, by the CUDA source, in guarded buffers, on a GPU that runs so many clusters.
+
+    Returns:
+        The gradient, or (counts, sums).
+    """
+    library.use_device(clusters)
+    depth, channels = codes.shape[-1], grad.shape[-1]
+    dtype = torch.float32 if statistics else grad.dtype
+    result, check = guarded((num_codes, channels) if shared else (depth, num_codes, channels), dtype, "cpu", offset)
+    counts, check_counts = guarded((num_codes,), torch.float32, "cpu", 3)
+    size = ctypes.c_int64(0)
+    head = pointer(grad), pointer(codes)
+    tail = (pointer(result), codes.numel(), num_codes, depth, channels, int(shared), NUMBER[grad.dtype],
+            int(cumulative), pointer(counts) if statistics else None)  # fmt: skip
+    assert not library.backward(*head, None, ctypes.byref(size), *tail)
+    workspace = torch.full((size.value + 256,), 7, dtype=torch.uint8)
+    assert not library.backward(*head, pointer(workspace), ctypes.byref(size), *tail)
+    check()
+    assert (workspace[size.value :] == 7).all(), "wrote after the workspace"
+    size.value -= 1
+    assert library.backward(*head, pointer(workspace), ctypes.byref(size), *tail), "takes too small a workspace"
+    if not statistics:
+        return result
+    check_counts()
+    return counts, result
 
 
 # The last one is large enough for channels in slices and for two passes of the sort.
@@ -365,7 +535,6 @@ HOST_SHAPES = {
 @pytest.mark.parametrize("shape", HOST_SHAPES.values(), ids=HOST_SHAPES)
 def test_cuda_source_on_the_host(on_host, shape, dtype):
     rows, depth, num_codes, channels = shape
-    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
     large = rows * channels > 10**6
     cases = itertools.product(*([[True], [False], [0]] if large else [[True, False], [False, True], [0, 3]]))
     for shared, cumulative, offset in cases if not large or dtype == torch.bfloat16 else ():
@@ -374,26 +543,69 @@ def test_cuda_source_on_the_host(on_host, shape, dtype):
             codes[::3, 0] = num_codes - 1  # a segment of many chunks
         sums = (rows, depth, channels) if cumulative else (rows, channels)
         out, check = guarded(sums, dtype, "cpu", 64 + offset)
-        sizes = (num_codes, depth, channels, int(shared))
-        assert not on_host.lookup(pointer(codes), pointer(codebook), pointer(out), ctypes.c_int64(rows), *sizes,
-                                  dtype.itemsize, number, int(cumulative))  # fmt: skip
+        assert not on_host.lookup(pointer(codes), pointer(codebook), pointer(out), ctypes.c_int64(rows), num_codes,
+                                  depth, channels, int(shared), dtype.itemsize, NUMBER[dtype],
+                                  int(cumulative))  # fmt: skip
         check()
         assert torch.equal(out, residual_lookup(codes, codebook, cumulative=cumulative))
 
         grad = torch.randn(sums).to(dtype)
-        result, check = guarded(codebook.shape, dtype, "cpu", 64 + offset)
-        size = ctypes.c_int64(0)
-        head, tail = (pointer(grad), pointer(codes)), (pointer(result), codes.numel(), *sizes, number, int(cumulative))
-        assert not on_host.backward(*head, None, ctypes.byref(size), *tail)
-        workspace = torch.full((size.value + 256,), 7, dtype=torch.uint8)
-        assert not on_host.backward(*head, pointer(workspace), ctypes.byref(size), *tail)
-        check()
-        assert (workspace[size.value :] == 7).all(), "wrote after the workspace"
-        arguments = (grad, codes, num_codes, shared, cumulative, "eager")
-        exact = BACKWARD(grad.double(), *arguments[1:])
-        assert_as_good_as_eager(result, BACKWARD(*arguments), exact)
-        size.value -= 1
-        assert on_host.backward(*head, pointer(workspace), ctypes.byref(size), *tail), "takes too small a workspace"
+        arguments = (grad, codes, num_codes, shared, cumulative)
+        exact = BACKWARD(grad.double(), *arguments[1:], "eager")
+        result = backward_on_host(on_host, 0, *arguments, offset=64 + offset)
+        assert_as_good_as_eager(result, BACKWARD(*arguments, "eager"), exact)
+        if not offset or dtype == torch.float32:
+            clustered = backward_on_host(on_host, 3, *arguments, offset=64 + offset)
+            assert torch.equal(clustered, result), "another order of summation"
+
+
+@pytest.mark.parametrize("num_codes", [2500, 2**18, 2**18 - 3])
+def test_clusters_with_many_rows_on_the_host(on_host, num_codes):
+    """More rows than a cluster's threads; and more than its shared memory holds, which are sorted instead."""
+    codes, _ = inputs(500, 1, 1, 8, shared=True, dtype=torch.float32, device="cpu")
+    codes = torch.randint(-1, num_codes, codes.shape, generator=torch.Generator().manual_seed(3))
+    codes[100:300] = num_codes - 1
+    grad = torch.randn(500, 8)
+    got = backward_on_host(on_host, 1, grad, codes, num_codes, True, False)
+    assert torch.equal(got, ordered_gradient(grad, codes, num_codes))
+
+
+# What clusters do with codes that are not even. Rows of `codes` as (times, code).
+SKEWS = {
+    "all one code": [(3000, 5)],
+    "two codes, far apart": [(900, 0), (1, 6), (1100, 399)],
+    "rows of every kind": [(8, 1), (9, 2), (70, 3), (300, 4), (1500, 5), (1, 6), (40, 7), (700, 8), (2, 250)],
+    "nothing but unknown": [(50, -1), (20, 400), (20, 2**32 + 1), (9, -(2**63))],
+    "one": [(1, 17)],
+}
+
+
+@pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
+def test_clusters_with_uneven_codes_on_the_host(on_host, skew):
+    codes = torch.cat([torch.full((times,), code) for times, code in skew])
+    for seed, depth in enumerate((1, 4)):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = codes[torch.randperm(len(codes), generator=generator)]
+        chosen = torch.cat([chosen, torch.full((-len(codes) % depth,), -1)]).view(-1, depth)
+        for dtype, channels in ((torch.float32, 40), (torch.bfloat16, 136), (torch.float16, 7)):
+            for cumulative in (False, True):
+                shape = (*chosen.shape, channels) if cumulative else (len(chosen), channels)
+                grad = torch.randn(shape, generator=generator).to(dtype)
+                arguments = (grad, chosen, 400, True, cumulative)
+                want = backward_on_host(on_host, 0, *arguments)
+                assert torch.equal(backward_on_host(on_host, 2, *arguments), want)
+                known = chosen.where((chosen >= 0) & (chosen < 400), -1)
+                exact = BACKWARD(grad.double(), known, *arguments[2:], "eager")
+                assert_as_good_as_eager(want, BACKWARD(grad, known, *arguments[2:], "eager"), exact)
+            if depth == 1:
+                vectors = torch.randn(len(chosen), channels, generator=generator).to(dtype)
+                for clusters in (0, 2):
+                    arguments = (vectors, chosen, 400, True, False)
+                    counts, sums = backward_on_host(on_host, clusters, *arguments, statistics=True)
+                    right = STATISTICS(vectors, known[:, 0], 400, "eager")
+                    exact = STATISTICS(vectors.double(), known[:, 0], 400, "eager")
+                    assert torch.equal(counts, right[0])
+                    assert_as_good_as_eager(sums, right[1], exact[1])
 
 
 # ---- on a GPU: races, graphs, streams, syncs, large offsets ----------------------------------------------------------
@@ -416,6 +628,7 @@ def test_two_thousand_launches_agree(room, skewed):
         return (
             residual_lookup(codes, codebook, backend=backend),
             BACKWARD(grad, codes, 500, True, False, backend),
+            *STATISTICS(grad, codes[:, 0], 500, backend),
         )
 
     first = run()
@@ -437,6 +650,7 @@ def test_cuda_graph(room):
         return (
             residual_lookup(codes, codebook, cumulative=True, backend=backend),
             BACKWARD(grad, codes, 50, True, True, backend),
+            *STATISTICS(grad[:, 0], codes[:, 0], 50, backend),
         )
 
     stream = torch.cuda.Stream()
@@ -468,8 +682,10 @@ def test_current_stream(room):
         torch.cuda._sleep(200_000_000)  # about 0.1 s: a launch on any other stream would see zeros
         late.copy_(codes)
         got = residual_lookup(late, codebook, backend=backend)
+        counts, _ = STATISTICS(got, late[:, 0], 50, backend)
     torch.cuda.synchronize()
     assert torch.equal(got, want)
+    assert counts.tolist() == torch.bincount(codes[codes[:, 0] >= 0, 0], minlength=50).tolist()
 
 
 @pytest.mark.gpu
@@ -482,7 +698,7 @@ def test_no_host_sync(backend):
         residual_lookup(codes, codebook, backend=backend)
         BACKWARD(x, codes, 50, True, False, backend)
         residual_quantize(x, codebook, 4)
-        ops.code_statistics(x, codes[:, 0], 50)
+        ops.code_statistics(x, codes[:, 0], 50, backend=backend)
 
     run()
     torch.cuda.synchronize()

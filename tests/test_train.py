@@ -1,5 +1,6 @@
 """Training: both stages end to end on a tiny model, resuming, the losses, the codebook's updates, what is refused."""
 
+import copy
 import json
 import math
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import two_ranks
 from small import CONCEPTS, small_config, small_model, small_tokenizer, write_pictures
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unifiedar import train
 from unifiedar.models import VILAU
@@ -302,6 +304,92 @@ def test_dead_codes_come_back_from_the_batch():
     assert len(quantizer(x).codes.unique()) > 4
 
 
+@pytest.mark.parametrize(("shared", "update"), [(True, "depth"), (False, "depth"), (False, "step")])
+def test_quantizer_updates_after_every_depth(shared, update):
+    """RQ-VAE's order: search, move the averages, look up in the old table, move the table, go to the next depth."""
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(6, 5, 3, shared=shared, decay=0.9, update=update).train()
+    for book in quantizer.codebooks:
+        book.cluster_size_ema.fill_(50)
+        book.embed_ema.copy_(book.table * 50)
+    tables = [book.table.clone() for book in quantizer.codebooks]
+    sizes = [book.cluster_size_ema.clone() for book in quantizer.codebooks]
+    embeds = [book.embed_ema.clone() for book in quantizer.codebooks]
+    x = torch.randn(40, 5)
+    features, codes, commitment = quantizer(x)
+
+    residual, partial, errors = x.clone(), torch.zeros_like(x), []
+    for d in range(3):
+        b = 0 if shared else d
+        nearest = torch.cdist(residual, tables[b]).argmin(1)
+        assert torch.equal(nearest, codes[:, d])
+        sizes[b] = 0.9 * sizes[b] + 0.1 * torch.bincount(nearest, minlength=6)
+        embeds[b] = 0.9 * embeds[b] + 0.1 * torch.zeros(6, 5).index_add_(0, nearest, residual)
+        row = tables[b][nearest]
+        residual, partial = residual - row, partial + row
+        errors.append((x - partial).square().mean())
+        tables[b] = embeds[b] / ((sizes[b] + 1e-5) / (sizes[b].sum() + 6e-5) * sizes[b].sum())[:, None]
+    for b, book in enumerate(quantizer.codebooks):
+        b = 0 if shared else b
+        torch.testing.assert_close(book.cluster_size_ema, sizes[b])
+        torch.testing.assert_close(book.embed_ema, embeds[b])
+        torch.testing.assert_close(book.table, tables[b])
+        assert torch.equal(book.weight[-1], torch.zeros(5))
+    torch.testing.assert_close(features, partial)
+    torch.testing.assert_close(commitment, torch.stack(errors).mean())
+
+
+def test_dead_codes_of_every_table_come_back_from_its_own_vectors():
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(16, 4, 2, shared=False, decay=0.5).train()
+    vectors = torch.randn(64, 2, 4) + torch.tensor([100.0, -100.0])[:, None]
+    quantizer._move(vectors, torch.zeros(64, 2, dtype=torch.int64))  # no code but the first has a past
+    for book, own in zip(quantizer.codebooks, vectors.unbind(1), strict=True):
+        assert (torch.cdist(book.table[1:], own).amin(1) < 1).all()
+        assert (book.cluster_size_ema[1:] == 1).all()
+        assert book.cluster_size_ema[0] == 32
+
+
+@pytest.mark.parametrize("update", ["step", "depth"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_quantizer_trains_compiled_whole_under_autocast(shared, update, fresh_compiler):
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(16, 8, 3, shared=shared, update=update).train()
+    twin = copy.deepcopy(quantizer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for step in range(2):
+        x = torch.randn(30, 8)
+        results = []
+        for module in (quantizer, compiled):
+            torch.manual_seed(step)  # restarts are drawn
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                results.append(module(x))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    for key, value in quantizer.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(twin.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(("shared", "most"), [(True, 20), (False, 36)], ids=["shared", "per depth"])
+def test_quantizer_moves_its_tables_in_few_launches(shared, most):
+    """Operators that launch something; what a GPU waits for in a step is their number more than their work."""
+    views = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "unbind", "detach", "alias", "expand"}
+
+    class Launches(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function.__name__.split(".")[0] not in views
+            return function(*args, **(kwargs or {}))
+
+    quantizer = ResidualQuantizer(64, 16, 4, shared=shared).train()
+    vectors, codes = torch.randn(100, 4, 16), torch.randint(64, (100, 4))
+    with Launches() as launches:
+        quantizer._move(vectors, codes)
+    assert launches.count <= most
+
+
 def test_quantizer_in_eval_mode_stays():
     quantizer = ResidualQuantizer(8, 4, 3).eval()
     before = {k: v.clone() for k, v in quantizer.state_dict().items()}
@@ -310,6 +398,8 @@ def test_quantizer_in_eval_mode_stays():
     assert len(before) == 9
     with pytest.raises(ValueError, match="must be positive"):
         ResidualQuantizer(0, 4, 1)
+    with pytest.raises(ValueError, match="update must be 'step' or 'depth', got 'never'"):
+        ResidualQuantizer(8, 4, 1, update="never")
 
 
 def test_sequences_ask_for_the_second_modality_alone():

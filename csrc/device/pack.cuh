@@ -20,6 +20,10 @@ struct RawOf<4> {
   using Type = unsigned int;
 };
 template <>
+struct RawOf<8> {
+  using Type = uint2;
+};
+template <>
 struct RawOf<16> {
   using Type = uint4;
 };
@@ -63,9 +67,15 @@ struct Pack {
     if constexpr (kVec == 1) {
       sum[0] += scalar(raw);
     } else {
-      const unsigned int words[4] = {raw.x, raw.y, raw.z, raw.w};
+      unsigned int words[kWords];
+      if constexpr (kWords == 1) {
+        words[0] = raw;
+      } else {
+        words[0] = raw.x, words[1] = raw.y;
+        if constexpr (kWords == 4) words[2] = raw.z, words[3] = raw.w;
+      }
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
+      for (int w = 0; w < kWords; ++w) {
         if constexpr (sizeof(T) == 4) {
           sum[w] += __uint_as_float(words[w]);
         } else {
@@ -78,7 +88,7 @@ struct Pack {
   }
 
   // Rounds to nearest even.
-  __device__ __forceinline__ void set(const float (&value)[kVec]) {
+  __device__ __forceinline__ void set(const float* value) {
     if constexpr (kVec == 1) {
       if constexpr (sizeof(T) == 4) {
         raw = __float_as_uint(value[0]);
@@ -86,20 +96,28 @@ struct Pack {
         raw = static_cast<Raw>(pack_word(value[0], 0.f, T{}) & 0xffffu);
       }
     } else {
-      unsigned int words[4];
+      unsigned int words[kWords];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
+      for (int w = 0; w < kWords; ++w) {
         if constexpr (sizeof(T) == 4) {
           words[w] = __float_as_uint(value[w]);
         } else {
           words[w] = pack_word(value[2 * w], value[2 * w + 1], T{});
         }
       }
-      raw = {words[0], words[1], words[2], words[3]};
+      if constexpr (kWords == 1) {
+        raw = words[0];
+      } else if constexpr (kWords == 2) {
+        raw = {words[0], words[1]};
+      } else {
+        raw = {words[0], words[1], words[2], words[3]};
+      }
     }
   }
 
  private:
+  static constexpr int kWords = kVec * sizeof(T) / 4;
+
   __device__ static __forceinline__ float scalar(Raw bits) {
     if constexpr (sizeof(T) == 4) {
       return __uint_as_float(bits);

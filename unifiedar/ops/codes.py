@@ -180,7 +180,7 @@ def _statistics_eager(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple
     _require_codes("code_statistics", codes, num_codes)
     dtype = _accumulator(residuals.dtype)
     rows = codes.where((codes >= 0) & (codes < num_codes), num_codes).reshape(-1)
-    flat = residuals.reshape(-1, residuals.shape[-1]).to(dtype)
+    flat = residuals.reshape(rows.shape[0], residuals.shape[-1]).to(dtype)
     counts = flat.new_zeros(num_codes + 1).index_add_(0, rows, flat.new_ones(()).expand(rows.shape))
     sums = flat.new_zeros((num_codes + 1, flat.shape[1])).index_add_(0, rows, flat)
     return counts[:num_codes].clone(), sums[:num_codes].clone()
@@ -245,10 +245,14 @@ _lookup_backward_cuda = _native.define(
 _lookup_backward_workspace = _native.define(
     "residual_lookup_backward_workspace_cuda(Tensor codes, int num_codes, bool shared, int channels) -> int"
 )
+_statistics_cuda = _native.define(
+    "code_statistics_cuda(Tensor residuals, Tensor codes, Tensor(a!) workspace, Tensor(b!) counts, Tensor(c!) sums) "
+    "-> ()"
+)
 
 
 def _unfit_here(missing: str | None, features: Tensor, tables: int) -> str | None:
-    """Why neither direction of the lookup can run, given what the backend misses on this device."""
+    """Why no kernel that reads or sums codebook rows can run, given what the backend misses on this device."""
     if missing is None and features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"needs float32, bfloat16 or float16, got {str(features.dtype).removeprefix('torch.')}"
     if missing is None and tables >= 2**31:
@@ -265,14 +269,29 @@ def _lookup_unfit_triton(codes: Tensor, codebook: Tensor, cumulative: bool) -> s
 
 
 def _lookup_backward_unfit_cuda(grad, codes, num_codes, shared, cumulative) -> str | None:
-    reason = _unfit_here(_native.cuda_unfit(grad), grad, num_codes * (1 if shared else codes.shape[-1]))
-    if reason is None and codes.numel() >= 2**31:
-        reason = f"needs fewer than 2^31 codes, got {codes.numel()}"
-    return reason
+    tables = num_codes * (1 if shared else codes.shape[-1])
+    return _unfit_here(_native.cuda_unfit(grad), grad, tables) or _too_many(codes)
 
 
 def _lookup_backward_unfit_triton(grad, codes, num_codes, shared, cumulative) -> str | None:
     return _unfit_here(_native.triton_unfit(grad), grad, num_codes * (1 if shared else codes.shape[-1]))
+
+
+def _statistics_unfit_cuda(residuals: Tensor, codes: Tensor, num_codes: int) -> str | None:
+    return _statistics_unfit(_native.cuda_unfit(residuals), residuals, num_codes) or _too_many(codes)
+
+
+def _statistics_unfit_triton(residuals: Tensor, codes: Tensor, num_codes: int) -> str | None:
+    return _statistics_unfit(_native.triton_unfit(residuals), residuals, num_codes)
+
+
+def _statistics_unfit(missing: str | None, residuals: Tensor, num_codes: int) -> str | None:
+    reason = _unfit_here(missing, residuals, num_codes)
+    return "needs at least one channel, got 0" if reason is None and not residuals.shape[-1] else reason
+
+
+def _too_many(codes: Tensor) -> str | None:
+    return f"needs fewer than 2^31 codes, got {codes.numel()}" if codes.numel() >= 2**31 else None
 
 
 def _rows(codebook: Tensor) -> int:
@@ -310,15 +329,23 @@ def _run_lookup_backward_cuda(grad: Tensor, codes: Tensor, num_codes: int, share
 
 
 def _run_lookup_backward_triton(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool) -> Tensor:
-    """Sorts the entries by the codebook row that they chose, then sums each row's: no atomics, one order.
-
-    Chunks of about sqrt(entries) entries bound both what one chunk sums and how many parts one row can have, so that
-    all entries choosing one row costs no more than a few times what even choices do.
-    """
     _require_codes("residual_lookup_backward", codes, num_codes)
     out = _lookup_backward_fake(grad, codes, num_codes, shared, cumulative)
     if not codes.numel():
         return out.zero_()
+    _sum_entries_triton(grad, codes, num_codes, shared, cumulative, out)
+    return out
+
+
+def _sum_entries_triton(grad: Tensor, codes: Tensor, num_codes: int, shared: bool, cumulative: bool, out: Tensor):
+    """Sorts the entries by the codebook row that they chose, then sums each row's: no atomics, one order.
+
+    Chunks of about sqrt(entries) entries bound both what one chunk sums and how many parts one row can have, so that
+    all entries choosing one row costs no more than a few times what even choices do.
+
+    Returns:
+        Where each codebook row's entries begin, (tables + 1,) int64.
+    """
     depth = codes.shape[-1]
     tables = num_codes if shared else num_codes * depth
     with torch.cuda.device_of(codes):
@@ -332,7 +359,27 @@ def _run_lookup_backward_triton(grad: Tensor, codes: Tensor, num_codes: int, sha
         _native.kernels("codes").residual_lookup_backward(
             grad.contiguous(), order, keys, begins, depth, cumulative, chunk_log2, partial, out.view(tables, -1)
         )
-    return out
+    return begins
+
+
+def _run_statistics_cuda(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    counts, sums = _statistics_fake(residuals, codes, num_codes)
+    if not codes.numel():
+        return counts.zero_(), sums.zero_()
+    codes = codes.reshape(-1, 1)
+    size = _lookup_backward_workspace(codes, num_codes, True, residuals.shape[-1])
+    workspace = residuals.new_empty(size, dtype=torch.uint8)
+    _statistics_cuda(residuals.contiguous(), codes.contiguous(), workspace, counts, sums)
+    return counts, sums
+
+
+def _run_statistics_triton(residuals: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    _require_codes("code_statistics", codes, num_codes)
+    counts, sums = _statistics_fake(residuals, codes, num_codes)
+    if not codes.numel():
+        return counts.zero_(), sums.zero_()
+    begins = _sum_entries_triton(residuals, codes.reshape(-1, 1), num_codes, True, False, sums)
+    return counts.copy_(begins.diff()), sums
 
 
 def _quantize_unfit_triton(x: Tensor, codebook: Tensor, depth: int, metric: str) -> str | None:
@@ -399,13 +446,17 @@ _residual_quantize = Op(
     "residual_quantize(Tensor x, Tensor codebook, int depth, str metric) -> (Tensor, Tensor)",
     eager=_quantize_eager,
     fake=_quantize_fake,
-    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton, "not run on a GPU yet"),),
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton),),
 )
 
 _code_statistics = Op(
     "code_statistics(Tensor residuals, Tensor codes, SymInt num_codes) -> (Tensor, Tensor)",
     eager=_statistics_eager,
     fake=_statistics_fake,
+    backends=(
+        Backend("cuda", _run_statistics_cuda, _statistics_unfit_cuda),
+        Backend("triton", _run_statistics_triton, _statistics_unfit_triton),
+    ),
 )
 
 
@@ -446,9 +497,9 @@ def residual_quantize(
         scores go to the lowest index. Neither output carries a gradient: the straight-through estimator is
         `unifiedar.nn.ResidualQuantizer`'s business. No host sync; may be captured in a CUDA graph.
 
-        The eager backend searches in float32, never in TF32. Triton's (for now on request alone: backend="triton")
-        searches in float16 on tensor cores, scaled by powers of two, with a proven bound: the score
-        r . e - |e|^2 / 2 of a residual r and a code e is off by at most
+        The eager backend searches in float32, never in TF32. Triton's searches in float16 on tensor cores, scaled
+        by powers of two, with a proven bound: the score r . e - |e|^2 / 2 of a residual r and a code e is off by at
+        most
 
             (2^-10 + C 2^-22 + 2^-15) |r| |e| + 2^-15 |e|^2 / 2,
 
@@ -550,8 +601,9 @@ def code_statistics(
             CPU also for a code outside [-1, K). On a GPU such a code counts nowhere.
 
     Note:
-        Accumulated in float32 (float64 for float64). No gradient. On a GPU the eager backend uses `index_add_`, whose
-        order of summation varies between runs. No host sync on a GPU.
+        Accumulated in float32 (float64 for float64). No gradient. The kernels sum each code's vectors in an order that
+        sizes and codes fix, so they are bit-equal between runs; the eager backend uses `index_add_`, which has that
+        property on the CPU only. No host sync on a GPU; may be captured in a CUDA graph.
     """
     function = "code_statistics"
     _checks.check_tensor(function, "residuals", residuals)
