@@ -1,11 +1,12 @@
 """Block-causal attention: tokens come in scales, and a token sees its own scale and all earlier ones whole.
 
     scale(i) = how many scales begin at or before token i;  i sees j  iff  scale(j) <= scale(i)
-    out_i = sum_j softmax_j(softmax_scale q_i . k_j) v_j over the j that i sees;  lse_i = log sum_j exp(softmax_scale q_i . k_j)
+    lse_i = log sum_j exp(softmax_scale q_i . k_j), over the j that i sees
+    out_i = sum_j exp(softmax_scale q_i . k_j - lse_i) v_j
 
-A prefix is one more scale in front: its tokens see each other, and everybody sees them. Queries may be fewer than keys;
-they are the last tokens then, as in generation over a cache. Shapes: q (B, H, Lq, D), k and v (B, G, L, D), H a multiple
-of G (grouped-query attention: heads h R .. h R + R - 1 share key head h, R = H / G).
+A prefix is one more scale in front: its tokens see each other, and everybody sees them. Queries may be fewer than
+keys; they are the last tokens then, as in generation over a cache. Shapes: q (B, H, Lq, D), k and v (B, G, L, D), H a
+multiple of G (grouped-query attention: heads h R .. h R + R - 1 share key head h, R = H / G).
 
 Next-scale attention in this form: Tian et al., "Visual Autoregressive Modeling" (2024).
 """
@@ -93,7 +94,7 @@ def _attention_backward_eager(
     prefix: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, groups, _, width = k.shape
+    batch, groups = k.shape[:2]
     wide = _accumulator(q.dtype)
 
     def rows(x: Tensor) -> Tensor:

@@ -1,0 +1,621 @@
+"""Triton kernels of the family `attention`: block-causal attention, forward and backward.
+
+The mask is the lengths of at most 32 scales. Each program adds them up itself, finds for every row of its tile where
+what it sees ends (or, for keys, where those who see them begin) and runs through whole tiles without a mask, then
+through the few that a boundary crosses. Scores live in registers, sums in float32; exponentials have base 2. Every sum
+has one order, so runs are bit-equal.
+
+The backward is two kernels: one a query tile (dq, and delta = rowsum(dout out) - dlse on the way), one a key tile
+(dk and dv, over all query heads that share the key head). Each forms the scores again: 7 products where one kernel
+with atomics needs 5.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["COMPILE_CASES", "attention_backward", "attention_forward"]
+
+MAX_SCALES = 32
+_MAX_SCALES = tl.constexpr(MAX_SCALES)
+_FAR = tl.constexpr(2**31 - 1)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program holds (`held` rows of queries, or of keys) and what it passes by at a time (`passed` rows)."""
+
+    held: int
+    passed: int
+    warps: int
+    stages: int
+
+
+def forward_tile(width: int, itemsize: int, capability: int) -> Tile:
+    """Tile of the forward kernel: queries held, keys passed."""
+    if itemsize == 4:
+        return Tile(64, 32, 4, 2)
+    if width <= 64:
+        return Tile(128, 64, 4, 3)
+    return Tile(128, 64, 8, 3) if capability >= 90 else Tile(128, 32, 8, 3)
+
+
+def query_tile(width: int, itemsize: int, capability: int) -> Tile:
+    """Tile of the backward kernel of the queries: queries held, keys passed."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 2)
+    if width <= 64:
+        return Tile(128, 64, 8, 2)
+    return Tile(64, 64, 4, 2) if capability >= 90 else Tile(64, 32, 4, 2)
+
+
+def key_tile(width: int, itemsize: int, capability: int) -> Tile:
+    """Tile of the backward kernel of the keys: keys held, queries passed."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 2)
+    if width <= 64:
+        return Tile(128, 64, 8, 2)
+    return Tile(64, 64, 4, 2) if capability >= 90 else Tile(64, 32, 4, 2)
+
+
+# ---- where scales begin and end --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _begins(lengths, scales, prefix):
+    """First token of each scale [32]; of scales that are not there, a place that no token has."""
+    at = tl.arange(0, _MAX_SCALES)
+    length = tl.load(lengths + at, mask=at < scales, other=0).to(tl.int32)
+    return tl.where(at < scales, prefix + tl.cumsum(length, 0) - length, _FAR)
+
+
+@triton.jit
+def _ends_of(begins, position, keys):
+    """End of what each position sees: the next boundary, or the last key's end."""
+    later = tl.where(begins[None, :] > position[:, None], begins[None, :], keys)
+    return tl.minimum(tl.min(later, 1), keys)
+
+
+@triton.jit
+def _begins_of(begins, position):
+    """First position that sees each position: the boundary at or before it, or 0."""
+    earlier = tl.where(begins[None, :] <= position[:, None], begins[None, :], 0)
+    return tl.maximum(tl.max(earlier, 1), 0)
+
+
+@triton.jit
+def _place(tiles, rows, group):
+    """(rank of a tile, row of heads) of this program.
+
+    Groups of `group` heads, whose keys and values stay in L2, go one after another; within a group the first rank of
+    all its heads goes first.
+    """
+    program = tl.program_id(0)
+    first = program // (group * tiles) * group
+    size = tl.minimum(group, rows - first)
+    within = program - first * tiles
+    return within // size, first + within % size
+
+
+@triton.jit
+def _dot(left, right, total, PRECISION: tl.constexpr):
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _take(at, row, rows, channel, width, CHECK_ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """Loads rows by channels, or channels by rows if `row` and `channel` come that way round; 0 outside."""
+    if CHECK_ROWS and WHOLE:
+        return tl.load(at, mask=row < rows, other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(at, mask=(row < rows) & (channel < width), other=0.0)
+    elif WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=channel < width, other=0.0)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pass_keys(
+    total, top, weight, held, k_at, v_at, key, keys, end, channel, width, factor,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: (weighted sum, largest score, sum of weights) with a tile of keys more."""
+    k = _take(k_at, key[None, :], keys, channel[:, None], width, MASKED, WHOLE)
+    scores = tl.dot(held, k, input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(key[None, :] < end[:, None], scores * factor, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    weight = weight * fade + tl.sum(weights, 1)
+    v = _take(v_at, key[:, None], keys, channel[None, :], width, MASKED, WHOLE)
+    total = _dot(weights.to(v.dtype), v, total * fade[:, None], PRECISION)
+    return total, new_top, weight
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "rows", "group", "scales", "prefix"])
+def attention_forward_kernel(
+    q,  # [batch, heads, queries, width], strides q_batch, q_head, q_row, 1
+    k,  # [batch, heads / share, keys, width]
+    v,  # like k
+    lengths,  # [scales] int32 or int64
+    out,  # like q
+    lse,  # [batch, heads, queries] float32, contiguous
+    queries,
+    keys,
+    width,
+    heads,
+    share,  # query heads a key head
+    rows,  # batch * heads
+    group,
+    scales,
+    prefix,
+    factor,  # of the scores, times log2(e)
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    out_batch,
+    out_head,
+    out_row,
+    WHOLE: tl.constexpr,  # width is BLOCK_D
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (tiles of queries * batch * heads,). The last tiles see most keys, and go first."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    rank, row = _place(tiles, rows, group)
+    batch, head = (row // heads).to(tl.int64), row % heads
+    k += batch * k_batch + (head // share).to(tl.int64) * k_head
+    v += batch * v_batch + (head // share).to(tl.int64) * v_head
+    q += batch * q_batch + head.to(tl.int64) * q_head
+    out += batch * out_batch + head.to(tl.int64) * out_head
+
+    query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK_D)
+    q_at = q + query.to(tl.int64)[:, None] * q_row + channel[None, :]
+    held = _take(q_at, query[:, None], queries, channel[None, :], width, True, WHOLE)
+    end = _ends_of(_begins(lengths, scales, prefix), tl.minimum(query + keys - queries, keys - 1), keys)
+    whole = tl.min(end, 0) // BLOCK_N * BLOCK_N
+    last = tl.max(end, 0)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    key = tl.arange(0, BLOCK_N)
+    k_at = k + key.to(tl.int64)[None, :] * k_row + channel[:, None]
+    v_at = v + key.to(tl.int64)[:, None] * v_row + channel[None, :]
+    for _ in range(0, whole, BLOCK_N):
+        total, top, weight = _pass_keys(
+            total, top, weight, held, k_at, v_at, key, keys, end, channel, width, factor, False, WHOLE, PRECISION
+        )
+        k_at += BLOCK_N * k_row
+        v_at += BLOCK_N * v_row
+    for begin in range(whole, last, BLOCK_N):
+        total, top, weight = _pass_keys(
+            total, top, weight, held, k_at, v_at, begin + key, keys, end, channel, width, factor, True, WHOLE, PRECISION
+        )
+        k_at += BLOCK_N * k_row
+        v_at += BLOCK_N * v_row
+
+    inside = query < queries
+    tl.store(lse + row.to(tl.int64) * queries + query, (top + tl.log2(weight)) * _LN_2, mask=inside)
+    out_at = out + query.to(tl.int64)[:, None] * out_row + channel[None, :]
+    total = total / weight[:, None]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pass_keys_back(
+    total, held, grad, lse, delta, k_at, v_at, key, keys, end, channel, width, factor,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a query tile (but for the factor) with a tile of keys more."""
+    k = _take(k_at, key[:, None], keys, channel[None, :], width, MASKED, WHOLE)
+    v = _take(v_at, key[:, None], keys, channel[None, :], width, MASKED, WHOLE)
+    scores = tl.dot(held, tl.trans(k), input_precision=PRECISION)
+    weights = tl.exp2(scores * factor - lse[:, None])
+    if MASKED:
+        weights = tl.where(key[None, :] < end[:, None], weights, 0.0)
+    grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - delta[:, None])
+    return _dot(grad_scores.to(k.dtype), k, total, PRECISION)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "rows", "group", "scales", "prefix"])
+def attention_backward_queries_kernel(
+    grad,  # [batch, heads, queries, width], strides grad_batch, grad_head, grad_row, 1
+    grad_lse,  # [batch, heads, queries] float32, contiguous, or None
+    q,  # like grad
+    k,  # [batch, heads / share, keys, width]
+    v,  # like k
+    out,  # like grad
+    lse,  # [batch, heads, queries] float32, contiguous
+    lengths,  # [scales] int32 or int64
+    delta,  # [batch, heads, queries] float32, contiguous; written
+    grad_q,  # like grad; written
+    queries,
+    keys,
+    width,
+    heads,
+    share,
+    rows,
+    group,
+    scales,
+    prefix,
+    softmax_scale,
+    grad_batch,
+    grad_head,
+    grad_row,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    out_batch,
+    out_head,
+    out_row,
+    grad_q_batch,
+    grad_q_head,
+    grad_q_row,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (tiles of queries * batch * heads,), as forward. Fills grad_q and delta."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    rank, row = _place(tiles, rows, group)
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    k += batch * k_batch + head // share * k_head
+    v += batch * v_batch + head // share * v_head
+    q += batch * q_batch + head * q_head
+    out += batch * out_batch + head * out_head
+    grad += batch * grad_batch + head * grad_head
+    grad_q += batch * grad_q_batch + head * grad_q_head
+
+    query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+    wide = query.to(tl.int64)[:, None]
+    inside = query < queries
+    channel = tl.arange(0, BLOCK_D)
+    line = channel[None, :]
+    held = _take(q + wide * q_row + line, query[:, None], queries, line, width, True, WHOLE)
+    held_grad = _take(grad + wide * grad_row + line, query[:, None], queries, line, width, True, WHOLE)
+    held_out = _take(out + wide * out_row + line, query[:, None], queries, line, width, True, WHOLE)
+    row_delta = tl.sum(held_grad.to(tl.float32) * held_out.to(tl.float32), 1)
+    at = row.to(tl.int64) * queries + query
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + at, mask=inside, other=0.0)
+    tl.store(delta + at, row_delta, mask=inside)
+    row_lse = tl.load(lse + at, mask=inside, other=float("inf")) * _LOG2_E
+    end = _ends_of(_begins(lengths, scales, prefix), tl.minimum(query + keys - queries, keys - 1), keys)
+    whole = tl.min(end, 0) // BLOCK_N * BLOCK_N
+    last = tl.max(end, 0)
+
+    factor = softmax_scale * _LOG2_E
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    key = tl.arange(0, BLOCK_N)
+    k_at = k + key.to(tl.int64)[:, None] * k_row + line
+    v_at = v + key.to(tl.int64)[:, None] * v_row + line
+    for _ in range(0, whole, BLOCK_N):
+        total = _pass_keys_back(
+            total, held, held_grad, row_lse, row_delta, k_at, v_at, key, keys, end, channel, width, factor,
+            False, WHOLE, PRECISION,
+        )  # fmt: skip
+        k_at += BLOCK_N * k_row
+        v_at += BLOCK_N * v_row
+    for begin in range(whole, last, BLOCK_N):
+        total = _pass_keys_back(
+            total, held, held_grad, row_lse, row_delta, k_at, v_at, begin + key, keys, end, channel, width, factor,
+            True, WHOLE, PRECISION,
+        )  # fmt: skip
+        k_at += BLOCK_N * k_row
+        v_at += BLOCK_N * v_row
+    total *= softmax_scale
+    tl.store(
+        grad_q + wide * grad_q_row + line, total.to(grad_q.dtype.element_ty), mask=inside[:, None] & (line < width)
+    )
+
+
+@triton.jit
+def _pass_queries(
+    total_k, total_v, k, v, q_at, grad_at, lse, delta, query, queries, offset, begin, channel, width, factor,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of keys (but for the factor) and values with a tile of queries more."""
+    line = channel[None, :]
+    inside = query < queries
+    q = _take(q_at, query[:, None], queries, line, width, True, WHOLE)
+    grad = _take(grad_at, query[:, None], queries, line, width, True, WHOLE)
+    row_lse = tl.load(lse + query, mask=inside, other=float("inf")) * _LOG2_E  # no weight beyond the last query
+    row_delta = tl.load(delta + query, mask=inside, other=0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    weights = tl.exp2(scores * factor - row_lse[None, :])
+    if MASKED:
+        weights = tl.where(begin[:, None] <= (query + offset)[None, :], weights, 0.0)
+    total_v = _dot(weights.to(grad.dtype), grad, total_v, PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - row_delta[None, :])
+    total_k = _dot(grad_scores.to(q.dtype), q, total_k, PRECISION)
+    return total_k, total_v
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "rows", "group", "scales", "prefix"])
+def attention_backward_keys_kernel(
+    grad,  # [batch, heads, queries, width], strides grad_batch, grad_head, grad_row, 1
+    q,  # like grad
+    k,  # [batch, heads / share, keys, width]
+    v,  # like k
+    lse,  # [batch, heads, queries] float32, contiguous
+    lengths,  # [scales] int32 or int64
+    delta,  # [batch, heads, queries] float32, contiguous
+    grad_k,  # like k; written
+    grad_v,  # like k; written
+    queries,
+    keys,
+    width,
+    heads,
+    share,
+    rows,  # batch * heads / share
+    group,
+    scales,
+    prefix,
+    softmax_scale,
+    grad_batch,
+    grad_head,
+    grad_row,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    grad_k_batch,
+    grad_k_head,
+    grad_k_row,
+    grad_v_batch,
+    grad_v_head,
+    grad_v_row,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (tiles of keys * batch * key heads,). The first tiles are seen by most queries, and go first."""
+    rank, row = _place(tl.cdiv(keys, BLOCK_N), rows, group)
+    groups = heads // share
+    batch, head = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    grad_k += batch * grad_k_batch + head * grad_k_head
+    grad_v += batch * grad_v_batch + head * grad_v_head
+
+    key = rank * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = key.to(tl.int64)[:, None]
+    channel = tl.arange(0, BLOCK_D)
+    line = channel[None, :]
+    held_k = _take(k + wide * k_row + line, key[:, None], keys, line, width, True, WHOLE)
+    held_v = _take(v + wide * v_row + line, key[:, None], keys, line, width, True, WHOLE)
+    begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
+    offset = keys - queries  # position of the first query
+    first = tl.maximum(tl.min(begin, 0) - offset, 0)
+    whole = tl.maximum(tl.max(begin, 0) - offset, 0)  # from here on every query sees every key of the tile
+    crossed = tl.minimum(first + tl.cdiv(whole - first, BLOCK_M) * BLOCK_M, queries)
+
+    factor = softmax_scale * _LOG2_E
+    total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    ahead = tl.arange(0, BLOCK_M)
+    for sharer in range(0, share):
+        query_head = head * share + sharer
+        row_at = (batch * heads + query_head) * queries
+        q_at = q + batch * q_batch + query_head * q_head
+        grad_at = grad + batch * grad_batch + query_head * grad_head
+        for at in range(crossed, queries, BLOCK_M):
+            query = at + ahead
+            far = query.to(tl.int64)[:, None]
+            total_k, total_v = _pass_queries(
+                total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
+                lse + row_at, delta + row_at, query, queries, offset, begin, channel, width, factor,
+                False, WHOLE, PRECISION,
+            )  # fmt: skip
+        for at in range(first, crossed, BLOCK_M):
+            query = at + ahead
+            far = query.to(tl.int64)[:, None]
+            total_k, total_v = _pass_queries(
+                total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
+                lse + row_at, delta + row_at, query, queries, offset, begin, channel, width, factor,
+                True, WHOLE, PRECISION,
+            )  # fmt: skip
+    inside = (key < keys)[:, None] & (line < width)
+    total_k *= softmax_scale
+    tl.store(grad_k + wide * grad_k_row + line, total_k.to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_v + wide * grad_v_row + line, total_v.to(grad_v.dtype.element_ty), mask=inside)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+
+NEAR_BYTES = 16 << 20  # of keys and values (or queries and gradients) in use at a time, a third of an H100's L2
+
+
+def _block(width: int) -> int:
+    """Channels of a tile: 32, 64 or 128."""
+    return max(32, triton.next_power_of_2(width))
+
+
+def _group(rows: int, bytes_a_row: int) -> int:
+    """Heads whose tiles are interleaved, so that long tiles of all go first: as many as L2 holds, 16 at least."""
+    return min(rows, max(16, NEAR_BYTES // bytes_a_row))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    prefix: int,
+    softmax_scale: float,
+    capability: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fills out and lse.
+
+    Args:
+        q: (B, H, Lq, D); k, v: (B, G, L, D), Lq at most L; last dimension contiguous, other strides any.
+        lengths: (S,) int32 or int64, of the scales, contiguous.
+        prefix: tokens before the first scale.
+        softmax_scale: factor on the scores, not negative.
+        capability: of the device, 90 for 9.0.
+        out: like q.
+        lse: (B, H, Lq) float32, contiguous.
+    """
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    rows = batch * heads
+    tile = forward_tile(width, q.element_size(), capability)
+    block = _block(width)
+    attention_forward_kernel[(triton.cdiv(queries, tile.held) * rows,)](
+        q, k, v, lengths, out, lse, queries, keys, width, heads, heads // k.shape[1],
+        rows, _group(rows, 2 * keys * width * k.element_size()), lengths.shape[0], prefix,
+        softmax_scale * 1.4426950408889634,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        WHOLE=width == block, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=block,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lengths: torch.Tensor,
+    prefix: int,
+    softmax_scale: float,
+    capability: int,
+    delta: torch.Tensor,
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+) -> None:
+    """Fills grad_q, grad_k and grad_v.
+
+    Args:
+        grad: gradient of out, like q, last dimension contiguous.
+        grad_lse: of lse, like lse, or None.
+        q, k, v, out, lse, lengths, prefix, softmax_scale, capability: as `attention_forward` had and left them.
+        delta: workspace like lse.
+        grad_q, grad_k, grad_v: like q, k, v.
+    """
+    batch, heads, queries, width = q.shape
+    groups, keys = k.shape[1:3]
+    share, size, block = heads // groups, q.element_size(), _block(width)
+    shape = {"WHOLE": width == block, "PRECISION": _precision(q.dtype), "BLOCK_D": block}
+    rows = batch * heads
+    tile = query_tile(width, size, capability)
+    attention_backward_queries_kernel[(triton.cdiv(queries, tile.held) * rows,)](
+        grad, grad_lse, q, k, v, out, lse, lengths, delta, grad_q, queries, keys, width, heads, share,
+        rows, _group(rows, 2 * keys * width * size), lengths.shape[0], prefix, softmax_scale,
+        *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
+        **shape, BLOCK_M=tile.held, BLOCK_N=tile.passed, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    rows = batch * groups
+    tile = key_tile(width, size, capability)
+    attention_backward_keys_kernel[(triton.cdiv(keys, tile.held) * rows,)](
+        grad, q, k, v, lse, lengths, delta, grad_k, grad_v, queries, keys, width, heads, share,
+        rows, _group(rows, 2 * share * queries * width * size), lengths.shape[0], prefix, softmax_scale,
+        *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_k.stride()[:3],
+        *grad_v.stride()[:3],
+        **shape, BLOCK_M=tile.passed, BLOCK_N=tile.held, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _cases() -> list[tuple]:
+    """What to compile, as in `unifiedar.kernels.codes`: the models' head sizes, an odd one, float32, for both GPUs.
+
+    With divisors: strides as they come out of a fused projection.
+    """
+    cases: list[tuple] = []
+    kernels = (
+        (attention_forward_kernel, forward_tile, False),
+        (attention_backward_queries_kernel, query_tile, False),
+        (attention_backward_keys_kernel, key_tile, True),
+    )
+    for width, feature in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (64, "fp16"), (40, "fp16"), (128, "fp32")):
+        size = 4 if feature == "fp32" else 2
+        for kernel, tile_of, keys_held in kernels:
+            for tile in sorted({tile_of(width, size, 80), tile_of(width, size, 90)}, key=str):
+                shape = (tile.passed, tile.held) if keys_held else (tile.held, tile.passed)
+                constants = {
+                    "WHOLE": width == _block(width),
+                    "PRECISION": "tf32x3" if size == 4 else "tf32",
+                    "BLOCK_M": shape[0],
+                    "BLOCK_N": shape[1],
+                    "BLOCK_D": _block(width),
+                }
+                signature: dict[str, str] = {}
+                for name in kernel.arg_names:
+                    if name in constants:
+                        signature[name] = "constexpr"
+                    elif name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
+                        signature[name] = f"*{feature}"
+                    elif name in ("lse", "grad_lse", "delta"):
+                        signature[name] = "*fp32"
+                    elif name == "lengths":
+                        signature[name] = "*i32"
+                    else:
+                        signature[name] = "fp32" if name in ("factor", "softmax_scale") else "i32"
+                divisible = [
+                    name
+                    for name, kind in signature.items()
+                    if kind[0] == "*" or name == "width" or name.endswith(("_batch", "_head", "_row"))
+                ]
+                divisors = dict.fromkeys(divisible, 16) if width % 16 == 0 else {}
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                cases.append((kernel, signature, constants, options, divisors))
+    return cases
+
+
+COMPILE_CASES = _cases()
