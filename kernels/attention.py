@@ -20,9 +20,18 @@ __all__ = ["COMPILE_CASES", "attention_backward", "attention_forward"]
 
 MAX_SCALES = 32
 _MAX_SCALES = tl.constexpr(MAX_SCALES)
+UNIT = 8  # elements that strides are counted in: 16 bytes or more, so that every load may take as many
+_UNIT = tl.constexpr(UNIT)
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+
+# Sizes and strides, none of which is to be compiled in.
+_SCALARS = [
+    *("queries", "keys", "heads", "share", "rows", "group", "scales", "prefix"),
+    *(f"{name}_{step}" for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
+      for step in ("batch", "head", "row")),
+]  # fmt: skip
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -110,16 +119,38 @@ def _dot(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _take(at, row, rows, channel, width, CHECK_ROWS: tl.constexpr, WHOLE: tl.constexpr):
+def _exponential(scores, factor, shift, PRECISION: tl.constexpr):
+    """exp(softmax_scale scores - shift), with factor and shift as `_in_base` makes them.
+
+    One multiplication fewer in base 2, which moves large scores by a rounding that half precision does not see.
+    """
+    if PRECISION == "tf32x3":
+        return tl.exp2((scores * factor - shift) * _LOG2_E)
+    else:
+        return tl.exp2(scores * factor - shift)
+
+
+@triton.jit
+def _in_base(value, PRECISION: tl.constexpr):
+    """From natural exponents to those of `_exponential`."""
+    if PRECISION == "tf32x3":
+        return value
+    else:
+        return value * _LOG2_E
+
+
+@triton.jit
+def _take(at, row, rows, channel, CHECK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Loads rows by channels, or channels by rows if `row` and `channel` come that way round; 0 outside."""
+    WHOLE: tl.constexpr = channel.shape[0] * channel.shape[1] == WIDTH
     if CHECK_ROWS and WHOLE:
         return tl.load(at, mask=row < rows, other=0.0)
     elif CHECK_ROWS:
-        return tl.load(at, mask=(row < rows) & (channel < width), other=0.0)
+        return tl.load(at, mask=(row < rows) & (channel < WIDTH), other=0.0)
     elif WHOLE:
         return tl.load(at)
     else:
-        return tl.load(at, mask=channel < width, other=0.0)
+        return tl.load(at, mask=channel < WIDTH, other=0.0)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -127,29 +158,29 @@ def _take(at, row, rows, channel, width, CHECK_ROWS: tl.constexpr, WHOLE: tl.con
 
 @triton.jit
 def _pass_keys(
-    total, top, weight, held, k_at, v_at, key, keys, end, channel, width, factor,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    total, top, weight, held, k_at, v_at, key, keys, end, channel, factor,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: (weighted sum, largest score, sum of weights) with a tile of keys more."""
-    k = _take(k_at, key[None, :], keys, channel[:, None], width, MASKED, WHOLE)
+    k = _take(k_at, key[None, :], keys, channel[:, None], MASKED, WIDTH)
     scores = tl.dot(held, k, input_precision=PRECISION)
     if MASKED:
         scores = tl.where(key[None, :] < end[:, None], scores * factor, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        weights = _exponential(scores, 1.0, new_top[:, None], PRECISION)
     else:
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        weights = tl.exp2(scores * factor - new_top[:, None])
-    fade = tl.exp2(top - new_top)
+        weights = _exponential(scores, factor, new_top[:, None], PRECISION)
+    fade = _exponential(top, 1.0, new_top, PRECISION)
     weight = weight * fade + tl.sum(weights, 1)
-    v = _take(v_at, key[:, None], keys, channel[None, :], width, MASKED, WHOLE)
+    v = _take(v_at, key[:, None], keys, channel[None, :], MASKED, WIDTH)
     total = _dot(weights.to(v.dtype), v, total * fade[:, None], PRECISION)
     return total, new_top, weight
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "rows", "group", "scales", "prefix"])
+@triton.jit(do_not_specialize=_SCALARS)
 def attention_forward_kernel(
-    q,  # [batch, heads, queries, width], strides q_batch, q_head, q_row, 1
+    q,  # [batch, heads, queries, width], strides q_batch, q_head, q_row in units, 1
     k,  # [batch, heads / share, keys, width]
     v,  # like k
     lengths,  # [scales] int32 or int64
@@ -157,14 +188,13 @@ def attention_forward_kernel(
     lse,  # [batch, heads, queries] float32, contiguous
     queries,
     keys,
-    width,
     heads,
     share,  # query heads a key head
     rows,  # batch * heads
     group,
     scales,
     prefix,
-    factor,  # of the scores, times log2(e)
+    softmax_scale,
     q_batch,
     q_head,
     q_row,
@@ -177,7 +207,7 @@ def attention_forward_kernel(
     out_batch,
     out_head,
     out_row,
-    WHOLE: tl.constexpr,  # width is BLOCK_D
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,44 +216,47 @@ def attention_forward_kernel(
     """Grid: (tiles of queries * batch * heads,). The last tiles see most keys, and go first."""
     tiles = tl.cdiv(queries, BLOCK_M)
     rank, row = _place(tiles, rows, group)
-    batch, head = (row // heads).to(tl.int64), row % heads
-    k += batch * k_batch + (head // share).to(tl.int64) * k_head
-    v += batch * v_batch + (head // share).to(tl.int64) * v_head
-    q += batch * q_batch + head.to(tl.int64) * q_head
-    out += batch * out_batch + head.to(tl.int64) * out_head
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    k += (batch * k_batch + head // share * k_head) * _UNIT
+    v += (batch * v_batch + head // share * v_head) * _UNIT
+    q += (batch * q_batch + head * q_head) * _UNIT
+    out += (batch * out_batch + head * out_head) * _UNIT
 
     query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+    wide = query.to(tl.int64)[:, None] * _UNIT
     channel = tl.arange(0, BLOCK_D)
-    q_at = q + query.to(tl.int64)[:, None] * q_row + channel[None, :]
-    held = _take(q_at, query[:, None], queries, channel[None, :], width, True, WHOLE)
+    q_at = q + wide * q_row + channel[None, :]
+    held = _take(q_at, query[:, None], queries, channel[None, :], True, WIDTH)
     end = _ends_of(_begins(lengths, scales, prefix), tl.minimum(query + keys - queries, keys - 1), keys)
     whole = tl.min(end, 0) // BLOCK_N * BLOCK_N
     last = tl.max(end, 0)
 
+    factor = _in_base(softmax_scale, PRECISION)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key = tl.arange(0, BLOCK_N)
-    k_at = k + key.to(tl.int64)[None, :] * k_row + channel[:, None]
-    v_at = v + key.to(tl.int64)[:, None] * v_row + channel[None, :]
+    k_at = k + (key.to(tl.int64) * _UNIT)[None, :] * k_row + channel[:, None]
+    v_at = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + channel[None, :]
     for _ in range(0, whole, BLOCK_N):
         total, top, weight = _pass_keys(
-            total, top, weight, held, k_at, v_at, key, keys, end, channel, width, factor, False, WHOLE, PRECISION
+            total, top, weight, held, k_at, v_at, key, keys, end, channel, factor, False, WIDTH, PRECISION
         )
-        k_at += BLOCK_N * k_row
-        v_at += BLOCK_N * v_row
+        k_at += BLOCK_N * _UNIT * k_row
+        v_at += BLOCK_N * _UNIT * v_row
     for begin in range(whole, last, BLOCK_N):
         total, top, weight = _pass_keys(
-            total, top, weight, held, k_at, v_at, begin + key, keys, end, channel, width, factor, True, WHOLE, PRECISION
+            total, top, weight, held, k_at, v_at, begin + key, keys, end, channel, factor, True, WIDTH, PRECISION
         )
-        k_at += BLOCK_N * k_row
-        v_at += BLOCK_N * v_row
+        k_at += BLOCK_N * _UNIT * k_row
+        v_at += BLOCK_N * _UNIT * v_row
 
     inside = query < queries
-    tl.store(lse + row.to(tl.int64) * queries + query, (top + tl.log2(weight)) * _LN_2, mask=inside)
-    out_at = out + query.to(tl.int64)[:, None] * out_row + channel[None, :]
+    log_sum = top + tl.log(weight) if PRECISION == "tf32x3" else (top + tl.log2(weight)) * _LN_2
+    tl.store(lse + row.to(tl.int64) * queries + query, log_sum, mask=inside)
+    out_at = out + wide * out_row + channel[None, :]
     total = total / weight[:, None]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside[:, None] & (channel < WIDTH)[None, :])
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -231,14 +264,14 @@ def attention_forward_kernel(
 
 @triton.jit
 def _pass_keys_back(
-    total, held, grad, lse, delta, k_at, v_at, key, keys, end, channel, width, factor,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    total, held, grad, lse, delta, k_at, v_at, key, keys, end, channel, factor,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a query tile (but for the factor) with a tile of keys more."""
-    k = _take(k_at, key[:, None], keys, channel[None, :], width, MASKED, WHOLE)
-    v = _take(v_at, key[:, None], keys, channel[None, :], width, MASKED, WHOLE)
+    k = _take(k_at, key[:, None], keys, channel[None, :], MASKED, WIDTH)
+    v = _take(v_at, key[:, None], keys, channel[None, :], MASKED, WIDTH)
     scores = tl.dot(held, tl.trans(k), input_precision=PRECISION)
-    weights = tl.exp2(scores * factor - lse[:, None])
+    weights = _exponential(scores, factor, lse[:, None], PRECISION)
     if MASKED:
         weights = tl.where(key[None, :] < end[:, None], weights, 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -246,9 +279,9 @@ def _pass_keys_back(
     return _dot(grad_scores.to(k.dtype), k, total, PRECISION)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "rows", "group", "scales", "prefix"])
+@triton.jit(do_not_specialize=_SCALARS)
 def attention_backward_queries_kernel(
-    grad,  # [batch, heads, queries, width], strides grad_batch, grad_head, grad_row, 1
+    grad,  # [batch, heads, queries, width], strides grad_batch, grad_head, grad_row in units, 1
     grad_lse,  # [batch, heads, queries] float32, contiguous, or None
     q,  # like grad
     k,  # [batch, heads / share, keys, width]
@@ -260,7 +293,6 @@ def attention_backward_queries_kernel(
     grad_q,  # like grad; written
     queries,
     keys,
-    width,
     heads,
     share,
     rows,
@@ -286,7 +318,7 @@ def attention_backward_queries_kernel(
     grad_q_batch,
     grad_q_head,
     grad_q_row,
-    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -296,70 +328,71 @@ def attention_backward_queries_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     rank, row = _place(tiles, rows, group)
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    k += batch * k_batch + head // share * k_head
-    v += batch * v_batch + head // share * v_head
-    q += batch * q_batch + head * q_head
-    out += batch * out_batch + head * out_head
-    grad += batch * grad_batch + head * grad_head
-    grad_q += batch * grad_q_batch + head * grad_q_head
+    k += (batch * k_batch + head // share * k_head) * _UNIT
+    v += (batch * v_batch + head // share * v_head) * _UNIT
+    q += (batch * q_batch + head * q_head) * _UNIT
+    out += (batch * out_batch + head * out_head) * _UNIT
+    grad += (batch * grad_batch + head * grad_head) * _UNIT
+    grad_q += (batch * grad_q_batch + head * grad_q_head) * _UNIT
 
     query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
-    wide = query.to(tl.int64)[:, None]
+    wide = query.to(tl.int64)[:, None] * _UNIT
     inside = query < queries
     channel = tl.arange(0, BLOCK_D)
     line = channel[None, :]
-    held = _take(q + wide * q_row + line, query[:, None], queries, line, width, True, WHOLE)
-    held_grad = _take(grad + wide * grad_row + line, query[:, None], queries, line, width, True, WHOLE)
-    held_out = _take(out + wide * out_row + line, query[:, None], queries, line, width, True, WHOLE)
+    held = _take(q + wide * q_row + line, query[:, None], queries, line, True, WIDTH)
+    held_grad = _take(grad + wide * grad_row + line, query[:, None], queries, line, True, WIDTH)
+    held_out = _take(out + wide * out_row + line, query[:, None], queries, line, True, WIDTH)
     row_delta = tl.sum(held_grad.to(tl.float32) * held_out.to(tl.float32), 1)
     at = row.to(tl.int64) * queries + query
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + at, mask=inside, other=0.0)
     tl.store(delta + at, row_delta, mask=inside)
-    row_lse = tl.load(lse + at, mask=inside, other=float("inf")) * _LOG2_E
+    row_lse = _in_base(tl.load(lse + at, mask=inside, other=float("inf")), PRECISION)
     end = _ends_of(_begins(lengths, scales, prefix), tl.minimum(query + keys - queries, keys - 1), keys)
     whole = tl.min(end, 0) // BLOCK_N * BLOCK_N
     last = tl.max(end, 0)
 
-    factor = softmax_scale * _LOG2_E
+    factor = _in_base(softmax_scale, PRECISION)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key = tl.arange(0, BLOCK_N)
-    k_at = k + key.to(tl.int64)[:, None] * k_row + line
-    v_at = v + key.to(tl.int64)[:, None] * v_row + line
+    k_at = k + (key.to(tl.int64) * _UNIT)[:, None] * k_row + line
+    v_at = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + line
     for _ in range(0, whole, BLOCK_N):
         total = _pass_keys_back(
-            total, held, held_grad, row_lse, row_delta, k_at, v_at, key, keys, end, channel, width, factor,
-            False, WHOLE, PRECISION,
+            total, held, held_grad, row_lse, row_delta, k_at, v_at, key, keys, end, channel, factor,
+            False, WIDTH, PRECISION,
         )  # fmt: skip
-        k_at += BLOCK_N * k_row
-        v_at += BLOCK_N * v_row
+        k_at += BLOCK_N * _UNIT * k_row
+        v_at += BLOCK_N * _UNIT * v_row
     for begin in range(whole, last, BLOCK_N):
         total = _pass_keys_back(
-            total, held, held_grad, row_lse, row_delta, k_at, v_at, begin + key, keys, end, channel, width, factor,
-            True, WHOLE, PRECISION,
+            total, held, held_grad, row_lse, row_delta, k_at, v_at, begin + key, keys, end, channel, factor,
+            True, WIDTH, PRECISION,
         )  # fmt: skip
-        k_at += BLOCK_N * k_row
-        v_at += BLOCK_N * v_row
+        k_at += BLOCK_N * _UNIT * k_row
+        v_at += BLOCK_N * _UNIT * v_row
     total *= softmax_scale
     tl.store(
-        grad_q + wide * grad_q_row + line, total.to(grad_q.dtype.element_ty), mask=inside[:, None] & (line < width)
+        grad_q + wide * grad_q_row + line, total.to(grad_q.dtype.element_ty), mask=inside[:, None] & (line < WIDTH)
     )
 
 
 @triton.jit
 def _pass_queries(
-    total_k, total_v, k, v, q_at, grad_at, lse, delta, query, queries, offset, begin, channel, width, factor,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    total_k, total_v, k, v, q_at, grad_at, lse, delta, query, queries, offset, begin, channel, factor,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys (but for the factor) and values with a tile of queries more."""
     line = channel[None, :]
     inside = query < queries
-    q = _take(q_at, query[:, None], queries, line, width, True, WHOLE)
-    grad = _take(grad_at, query[:, None], queries, line, width, True, WHOLE)
-    row_lse = tl.load(lse + query, mask=inside, other=float("inf")) * _LOG2_E  # no weight beyond the last query
+    q = _take(q_at, query[:, None], queries, line, True, WIDTH)
+    grad = _take(grad_at, query[:, None], queries, line, True, WIDTH)
+    row_lse = tl.load(lse + query, mask=inside, other=float("inf"))  # no weight beyond the last query
+    row_lse = _in_base(row_lse, PRECISION)
     row_delta = tl.load(delta + query, mask=inside, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    weights = tl.exp2(scores * factor - row_lse[None, :])
+    weights = _exponential(scores, factor, row_lse[None, :], PRECISION)
     if MASKED:
         weights = tl.where(begin[:, None] <= (query + offset)[None, :], weights, 0.0)
     total_v = _dot(weights.to(grad.dtype), grad, total_v, PRECISION)
@@ -369,9 +402,9 @@ def _pass_queries(
     return total_k, total_v
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "rows", "group", "scales", "prefix"])
+@triton.jit(do_not_specialize=_SCALARS)
 def attention_backward_keys_kernel(
-    grad,  # [batch, heads, queries, width], strides grad_batch, grad_head, grad_row, 1
+    grad,  # [batch, heads, queries, width], strides grad_batch, grad_head, grad_row in units, 1
     q,  # like grad
     k,  # [batch, heads / share, keys, width]
     v,  # like k
@@ -382,7 +415,6 @@ def attention_backward_keys_kernel(
     grad_v,  # like k; written
     queries,
     keys,
-    width,
     heads,
     share,
     rows,  # batch * heads / share
@@ -408,7 +440,7 @@ def attention_backward_keys_kernel(
     grad_v_batch,
     grad_v_head,
     grad_v_row,
-    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -418,49 +450,49 @@ def attention_backward_keys_kernel(
     rank, row = _place(tl.cdiv(keys, BLOCK_N), rows, group)
     groups = heads // share
     batch, head = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    grad_k += batch * grad_k_batch + head * grad_k_head
-    grad_v += batch * grad_v_batch + head * grad_v_head
+    k += (batch * k_batch + head * k_head) * _UNIT
+    v += (batch * v_batch + head * v_head) * _UNIT
+    grad_k += (batch * grad_k_batch + head * grad_k_head) * _UNIT
+    grad_v += (batch * grad_v_batch + head * grad_v_head) * _UNIT
 
     key = rank * BLOCK_N + tl.arange(0, BLOCK_N)
-    wide = key.to(tl.int64)[:, None]
+    wide = key.to(tl.int64)[:, None] * _UNIT
     channel = tl.arange(0, BLOCK_D)
     line = channel[None, :]
-    held_k = _take(k + wide * k_row + line, key[:, None], keys, line, width, True, WHOLE)
-    held_v = _take(v + wide * v_row + line, key[:, None], keys, line, width, True, WHOLE)
+    held_k = _take(k + wide * k_row + line, key[:, None], keys, line, True, WIDTH)
+    held_v = _take(v + wide * v_row + line, key[:, None], keys, line, True, WIDTH)
     begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
     offset = keys - queries  # position of the first query
     first = tl.maximum(tl.min(begin, 0) - offset, 0)
     whole = tl.maximum(tl.max(begin, 0) - offset, 0)  # from here on every query sees every key of the tile
     crossed = tl.minimum(first + tl.cdiv(whole - first, BLOCK_M) * BLOCK_M, queries)
 
-    factor = softmax_scale * _LOG2_E
+    factor = _in_base(softmax_scale, PRECISION)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     ahead = tl.arange(0, BLOCK_M)
-    for sharer in range(0, share):
+    for sharer in range(share):
         query_head = head * share + sharer
         row_at = (batch * heads + query_head) * queries
-        q_at = q + batch * q_batch + query_head * q_head
-        grad_at = grad + batch * grad_batch + query_head * grad_head
+        q_at = q + (batch * q_batch + query_head * q_head) * _UNIT
+        grad_at = grad + (batch * grad_batch + query_head * grad_head) * _UNIT
         for at in range(crossed, queries, BLOCK_M):
             query = at + ahead
-            far = query.to(tl.int64)[:, None]
+            far = query.to(tl.int64)[:, None] * _UNIT
             total_k, total_v = _pass_queries(
                 total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
-                lse + row_at, delta + row_at, query, queries, offset, begin, channel, width, factor,
-                False, WHOLE, PRECISION,
+                lse + row_at, delta + row_at, query, queries, offset, begin, channel, factor,
+                False, WIDTH, PRECISION,
             )  # fmt: skip
         for at in range(first, crossed, BLOCK_M):
             query = at + ahead
-            far = query.to(tl.int64)[:, None]
+            far = query.to(tl.int64)[:, None] * _UNIT
             total_k, total_v = _pass_queries(
                 total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
-                lse + row_at, delta + row_at, query, queries, offset, begin, channel, width, factor,
-                True, WHOLE, PRECISION,
+                lse + row_at, delta + row_at, query, queries, offset, begin, channel, factor,
+                True, WIDTH, PRECISION,
             )  # fmt: skip
-    inside = (key < keys)[:, None] & (line < width)
+    inside = (key < keys)[:, None] & (line < WIDTH)
     total_k *= softmax_scale
     tl.store(grad_k + wide * grad_k_row + line, total_k.to(grad_k.dtype.element_ty), mask=inside)
     tl.store(grad_v + wide * grad_v_row + line, total_v.to(grad_v.dtype.element_ty), mask=inside)
@@ -482,6 +514,20 @@ def _group(rows: int, bytes_a_row: int) -> int:
     return min(rows, max(16, NEAR_BYTES // bytes_a_row))
 
 
+def aligned(x: torch.Tensor) -> bool:
+    """Whether the kernels can read a tensor (B, H, L, D) in place."""
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(step % UNIT == 0 or size == 1 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+    )
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Of batch, heads and rows, in units; of a dimension of one, where any would do, perhaps rounded."""
+    return [step // UNIT for step in x.stride()[:3]]
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
@@ -500,7 +546,7 @@ def attention_forward(
     """Fills out and lse.
 
     Args:
-        q: (B, H, Lq, D); k, v: (B, G, L, D), Lq at most L; last dimension contiguous, other strides any.
+        q: (B, H, Lq, D); k, v: (B, G, L, D), Lq at most L; `aligned`.
         lengths: (S,) int32 or int64, of the scales, contiguous.
         prefix: tokens before the first scale.
         softmax_scale: factor on the scores, not negative.
@@ -514,22 +560,22 @@ def attention_forward(
     tile = forward_tile(width, q.element_size(), capability)
     block = _block(width)
     attention_forward_kernel[(triton.cdiv(queries, tile.held) * rows,)](
-        q, k, v, lengths, out, lse, queries, keys, width, heads, heads // k.shape[1],
+        q, k, v, lengths, out, lse, queries, keys, heads, heads // k.shape[1],
         rows, _group(rows, 2 * keys * width * k.element_size()), lengths.shape[0], prefix,
-        softmax_scale * 1.4426950408889634,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        WHOLE=width == block, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=block,
+        softmax_scale,
+        *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+        WIDTH=width, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def attention_backward(
     grad: torch.Tensor,
-    grad_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     lse: torch.Tensor,
     lengths: torch.Tensor,
     prefix: int,
@@ -543,7 +589,7 @@ def attention_backward(
     """Fills grad_q, grad_k and grad_v.
 
     Args:
-        grad: gradient of out, like q, last dimension contiguous.
+        grad: gradient of out, like q, `aligned`.
         grad_lse: of lse, like lse, or None.
         q, k, v, out, lse, lengths, prefix, softmax_scale, capability: as `attention_forward` had and left them.
         delta: workspace like lse.
@@ -552,22 +598,22 @@ def attention_backward(
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
     share, size, block = heads // groups, q.element_size(), _block(width)
-    shape = {"WHOLE": width == block, "PRECISION": _precision(q.dtype), "BLOCK_D": block}
+    shape = {"WIDTH": width, "PRECISION": _precision(q.dtype), "BLOCK_D": block}
     rows = batch * heads
     tile = query_tile(width, size, capability)
     attention_backward_queries_kernel[(triton.cdiv(queries, tile.held) * rows,)](
-        grad, grad_lse, q, k, v, out, lse, lengths, delta, grad_q, queries, keys, width, heads, share,
+        grad, grad_lse, q, k, v, out, lse, lengths, delta, grad_q, queries, keys, heads, share,
         rows, _group(rows, 2 * keys * width * size), lengths.shape[0], prefix, softmax_scale,
-        *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
+        *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(grad_q),
         **shape, BLOCK_M=tile.held, BLOCK_N=tile.passed, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     rows = batch * groups
     tile = key_tile(width, size, capability)
     attention_backward_keys_kernel[(triton.cdiv(keys, tile.held) * rows,)](
-        grad, q, k, v, lse, lengths, delta, grad_k, grad_v, queries, keys, width, heads, share,
+        grad, q, k, v, lse, lengths, delta, grad_k, grad_v, queries, keys, heads, share,
         rows, _group(rows, 2 * share * queries * width * size), lengths.shape[0], prefix, softmax_scale,
-        *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_k.stride()[:3],
-        *grad_v.stride()[:3],
+        *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(grad_k),
+        *_strides(grad_v),
         **shape, BLOCK_M=tile.passed, BLOCK_N=tile.held, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -589,7 +635,7 @@ def _cases() -> list[tuple]:
             for tile in sorted({tile_of(width, size, 80), tile_of(width, size, 90)}, key=str):
                 shape = (tile.passed, tile.held) if keys_held else (tile.held, tile.passed)
                 constants = {
-                    "WHOLE": width == _block(width),
+                    "WIDTH": width,
                     "PRECISION": "tf32x3" if size == 4 else "tf32",
                     "BLOCK_M": shape[0],
                     "BLOCK_N": shape[1],
@@ -606,13 +652,8 @@ def _cases() -> list[tuple]:
                     elif name == "lengths":
                         signature[name] = "*i32"
                     else:
-                        signature[name] = "fp32" if name in ("factor", "softmax_scale") else "i32"
-                divisible = [
-                    name
-                    for name, kind in signature.items()
-                    if kind[0] == "*" or name == "width" or name.endswith(("_batch", "_head", "_row"))
-                ]
-                divisors = dict.fromkeys(divisible, 16) if width % 16 == 0 else {}
+                        signature[name] = "fp32" if name == "softmax_scale" else "i32"
+                divisors = {name: 16 for name, kind in signature.items() if kind in (f"*{feature}", "*fp32")}
                 options = {"num_warps": tile.warps, "num_stages": tile.stages}
                 cases.append((kernel, signature, constants, options, divisors))
     return cases

@@ -121,13 +121,19 @@ def _attention_backward_eager(
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
 
 
+def _like(x: Tensor) -> Tensor:
+    """Like x and in its memory order, as far as that has channels innermost: where q comes transposed out of a
+    projection, the output goes transposed into the next."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale):
-    # In the memory order of q: where q comes transposed out of a projection, the output goes transposed into the next.
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=_accumulator(q.dtype))
+    return _like(q), q.new_empty(q.shape[:-1], dtype=_accumulator(q.dtype))
 
 
 def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _like(q), _like(k), _like(v)
 
 
 def _attention_setup(ctx, inputs, output):
@@ -169,9 +175,10 @@ def _attention_backward_unfit_triton(
     return _attention_unfit_triton(q, k, v, lengths, schedule, prefix, softmax_scale)
 
 
-def _packed(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the last dimension, which must be contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(*tensors: Tensor) -> list[Tensor]:
+    """The kernels take any strides of whole units of 8 elements, with a contiguous last dimension."""
+    aligned = _native.kernels("attention").aligned
+    return [x if aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _run_attention_triton(q, k, v, lengths, schedule, prefix, softmax_scale):
@@ -180,7 +187,7 @@ def _run_attention_triton(q, k, v, lengths, schedule, prefix, softmax_scale):
         return out, lse
     with torch.cuda.device_of(q):
         _native.kernels("attention").attention_forward(
-            _packed(q), _packed(k), _packed(v), _lengths_on(q.device, lengths, schedule), prefix, softmax_scale,
+            *_readable(q, k, v), _lengths_on(q.device, lengths, schedule), prefix, softmax_scale,
             _native.capability(q), out, lse,
         )  # fmt: skip
     return out, lse
@@ -197,8 +204,8 @@ def _run_attention_backward_triton(
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         _native.kernels("attention").attention_backward(
-            _packed(grad), None if grad_lse is None else grad_lse.contiguous(), _packed(q), _packed(k), _packed(v),
-            _packed(out), lse.contiguous(), _lengths_on(q.device, lengths, schedule), prefix, softmax_scale,
+            *_readable(grad, q, k, v, out), None if grad_lse is None else grad_lse.contiguous(), lse.contiguous(),
+            _lengths_on(q.device, lengths, schedule), prefix, softmax_scale,
             _native.capability(q), delta, *gradients,
         )  # fmt: skip
     return gradients
@@ -247,8 +254,9 @@ def block_causal_attention(
         q: (B, H, Lq, D), float32, bfloat16, float16 or float64, D a multiple of 8 from 32 to 128, Lq at most L. With
             Lq < L the queries are the last Lq tokens (generation over a cache of keys and values).
         k: (B, G, L, D) with H a multiple of G, dtype and device of q.
-        v: like k. The kernels read all three in place with any strides (slices of a fused projection, parts of a
-            preallocated cache), except that they copy one whose last dimension is not contiguous.
+        v: like k. The kernels read all three in place if the last dimension is contiguous and the others have strides
+            that are multiples of 8 (slices of a fused projection, parts of a preallocated cache), and copy one that is
+            laid out otherwise, or not aligned to 16 bytes.
         scale_lengths: how many tokens each scale has, 1 to 32 scales, zeros allowed: integers whose sum is L - prefix,
             or an int32 or int64 tensor (S,) of them on the device of q, which is read by the device alone.
         prefix: tokens in front that everybody sees.
@@ -257,8 +265,8 @@ def block_causal_attention(
         backend: "auto", "triton" or "eager".
 
     Returns:
-        (B, H, Lq, D) in q's dtype and memory order; with `return_lse` also lse (B, H, Lq), float32 (float64 for
-        float64), natural logarithm.
+        (B, H, Lq, D) in q's dtype and, if D is innermost there, memory order; with `return_lse` also lse (B, H, Lq),
+        float32 (float64 for float64), natural logarithm.
 
     Raises:
         TypeError: for an argument of another type or dtype.
