@@ -2,7 +2,7 @@
 
 The mask is the lengths of at most 32 scales. Each program adds them up itself, finds for every row of its tile where
 what it sees ends (or, for keys, where those who see them begin) and runs through whole tiles without a mask, then
-through the few that a boundary crosses. Scores live in registers, sums in float32; exponentials have base 2. Every sum
+through the few that a boundary crosses (the kernel of the keys masks all it runs through). Scores live in registers, sums in float32; exponentials have base 2. Every sum
 has one order, so runs are bit-equal.
 
 The backward is two kernels: one a query tile (dq, and delta = rowsum(dout out) - dlse on the way), one a key tile
@@ -39,7 +39,10 @@ _SCALARS = [
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program holds (`held` rows of queries, or of keys) and what it passes by at a time (`passed` rows)."""
+    """What a program holds (`held` rows of queries, or of keys) and what it passes by at a time (`passed` rows).
+
+    The largest that ptxas fits into registers without spills; not tuned on a GPU yet.
+    """
 
     held: int
     passed: int
@@ -50,28 +53,28 @@ class Tile:
 def forward_tile(width: int, itemsize: int, capability: int) -> Tile:
     """Tile of the forward kernel: queries held, keys passed."""
     if itemsize == 4:
-        return Tile(64, 32, 4, 2)
+        return Tile(32, 32, 8, 2)
     if width <= 64:
-        return Tile(128, 64, 4, 3)
+        return Tile(128, 64, 4, 3) if capability >= 90 else Tile(64, 64, 4, 3)
     return Tile(128, 64, 8, 3) if capability >= 90 else Tile(128, 32, 8, 3)
 
 
 def query_tile(width: int, itemsize: int, capability: int) -> Tile:
     """Tile of the backward kernel of the queries: queries held, keys passed."""
     if itemsize == 4:
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 2)
     if width <= 64:
         return Tile(128, 64, 8, 2)
-    return Tile(64, 64, 4, 2) if capability >= 90 else Tile(64, 32, 4, 2)
+    return Tile(128, 64, 8, 2) if capability >= 90 else Tile(64, 64, 8, 2)
 
 
 def key_tile(width: int, itemsize: int, capability: int) -> Tile:
     """Tile of the backward kernel of the keys: keys held, queries passed."""
     if itemsize == 4:
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 2)
     if width <= 64:
-        return Tile(128, 64, 8, 2)
-    return Tile(64, 64, 4, 2) if capability >= 90 else Tile(64, 32, 4, 2)
+        return Tile(128, 64, 8, 2) if capability >= 90 else Tile(128, 32, 8, 2)
+    return Tile(64, 64, 8, 2) if capability >= 90 else Tile(64, 32, 8, 2)
 
 
 # ---- where scales begin and end --------------------------------------------------------------------------------------
@@ -381,7 +384,7 @@ def attention_backward_queries_kernel(
 @triton.jit
 def _pass_queries(
     total_k, total_v, k, v, q_at, grad_at, lse, delta, query, queries, offset, begin, channel, factor,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys (but for the factor) and values with a tile of queries more."""
     line = channel[None, :]
@@ -393,8 +396,7 @@ def _pass_queries(
     row_delta = tl.load(delta + query, mask=inside, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     weights = _exponential(scores, factor, row_lse[None, :], PRECISION)
-    if MASKED:
-        weights = tl.where(begin[:, None] <= (query + offset)[None, :], weights, 0.0)
+    weights = tl.where(begin[:, None] <= (query + offset)[None, :], weights, 0.0)
     total_v = _dot(weights.to(grad.dtype), grad, total_v, PRECISION)
     grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     grad_scores = weights * (grad_weights - row_delta[None, :])
@@ -464,8 +466,6 @@ def attention_backward_keys_kernel(
     begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
     offset = keys - queries  # position of the first query
     first = tl.maximum(tl.min(begin, 0) - offset, 0)
-    whole = tl.maximum(tl.max(begin, 0) - offset, 0)  # from here on every query sees every key of the tile
-    crossed = tl.minimum(first + tl.cdiv(whole - first, BLOCK_M) * BLOCK_M, queries)
 
     factor = _in_base(softmax_scale, PRECISION)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -476,21 +476,14 @@ def attention_backward_keys_kernel(
         row_at = (batch * heads + query_head) * queries
         q_at = q + (batch * q_batch + query_head * q_head) * _UNIT
         grad_at = grad + (batch * grad_batch + query_head * grad_head) * _UNIT
-        for at in range(crossed, queries, BLOCK_M):
+        # One loop with the mask: a second one without it costs 20 to 100 registers, and those spill.
+        for at in range(first, queries, BLOCK_M):
             query = at + ahead
             far = query.to(tl.int64)[:, None] * _UNIT
             total_k, total_v = _pass_queries(
                 total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
                 lse + row_at, delta + row_at, query, queries, offset, begin, channel, factor,
-                False, WIDTH, PRECISION,
-            )  # fmt: skip
-        for at in range(first, crossed, BLOCK_M):
-            query = at + ahead
-            far = query.to(tl.int64)[:, None] * _UNIT
-            total_k, total_v = _pass_queries(
-                total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
-                lse + row_at, delta + row_at, query, queries, offset, begin, channel, factor,
-                True, WIDTH, PRECISION,
+                WIDTH, PRECISION,
             )  # fmt: skip
     inside = (key < keys)[:, None] & (line < WIDTH)
     total_k *= softmax_scale
@@ -619,43 +612,38 @@ def attention_backward(
 
 
 def _cases() -> list[tuple]:
-    """What to compile, as in `unifiedar.kernels.codes`: the models' head sizes, an odd one, float32, for both GPUs.
-
-    With divisors: strides as they come out of a fused projection.
-    """
+    """What to compile, as in `unifiedar.kernels.codes`: the models' head sizes, a narrow one, float32, each with the
+    tile of each kind of GPU. Divisors are what `aligned` guarantees."""
     cases: list[tuple] = []
     kernels = (
         (attention_forward_kernel, forward_tile, False),
         (attention_backward_queries_kernel, query_tile, False),
         (attention_backward_keys_kernel, key_tile, True),
     )
-    for width, feature in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (64, "fp16"), (40, "fp16"), (128, "fp32")):
+    tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
+    for width, feature in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (40, "fp16"), (64, "fp32"), (128, "fp32")):
         size = 4 if feature == "fp32" else 2
+        types = {
+            **dict.fromkeys(tensors, f"*{feature}"),
+            **dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32"),
+            "lengths": "*i32",
+            "softmax_scale": "fp32",
+        }
         for kernel, tile_of, keys_held in kernels:
-            for tile in sorted({tile_of(width, size, 80), tile_of(width, size, 90)}, key=str):
-                shape = (tile.passed, tile.held) if keys_held else (tile.held, tile.passed)
+            for arch in (80, 90):
+                tile = tile_of(width, size, arch)
                 constants = {
                     "WIDTH": width,
                     "PRECISION": "tf32x3" if size == 4 else "tf32",
-                    "BLOCK_M": shape[0],
-                    "BLOCK_N": shape[1],
+                    "BLOCK_M": tile.passed if keys_held else tile.held,
+                    "BLOCK_N": tile.held if keys_held else tile.passed,
                     "BLOCK_D": _block(width),
                 }
-                signature: dict[str, str] = {}
-                for name in kernel.arg_names:
-                    if name in constants:
-                        signature[name] = "constexpr"
-                    elif name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
-                        signature[name] = f"*{feature}"
-                    elif name in ("lse", "grad_lse", "delta"):
-                        signature[name] = "*fp32"
-                    elif name == "lengths":
-                        signature[name] = "*i32"
-                    else:
-                        signature[name] = "fp32" if name == "softmax_scale" else "i32"
-                divisors = {name: 16 for name, kind in signature.items() if kind in (f"*{feature}", "*fp32")}
+                names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+                signature = {**names, **dict.fromkeys(constants, "constexpr")}
+                divisors = {name: 16 for name in names if name in tensors}
                 options = {"num_warps": tile.warps, "num_stages": tile.stages}
-                cases.append((kernel, signature, constants, options, divisors))
+                cases.append((kernel, signature, constants, options, divisors, (arch,)))
     return cases
 
 

@@ -73,12 +73,20 @@ def _attention_eager(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], schedule: Tensor | None, prefix: int, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale)
+    if not lse.numel():
+        return out, lse
     with torch.autocast(q.device.type, enabled=False):
         scores = _scores(q, k, _lengths_on(q.device, lengths, schedule), prefix, softmax_scale)
         total = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - total[..., None]).to(q.dtype)
         out.copy_((weights @ v).view(q.shape))
     return out, lse.copy_(total.view(lse.shape))
+
+
+def _all_zero(gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    for gradient in gradients:
+        gradient.zero_()
+    return gradients
 
 
 def _attention_backward_eager(
@@ -94,6 +102,9 @@ def _attention_backward_eager(
     prefix: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale)
+    if not lse.numel():
+        return _all_zero(gradients)
     batch, groups = k.shape[:2]
     wide = _accumulator(q.dtype)
 
@@ -109,9 +120,6 @@ def _attention_backward_eager(
         weights = torch.exp(scores - rows(lse)[..., None])
         grad_weights = (rows(grad) @ v.mT).to(wide)
         grad_scores = (weights * (grad_weights - rows(delta)[..., None])).to(q.dtype)
-        gradients = _attention_backward_fake(
-            grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale
-        )
         gradients[0].copy_((grad_scores @ k * softmax_scale).view(q.shape))
         gradients[1].copy_(grad_scores.mT @ rows(q) * softmax_scale)
         gradients[2].copy_(weights.to(q.dtype).mT @ rows(grad))
@@ -198,9 +206,7 @@ def _run_attention_backward_triton(
 ):  # fmt: skip
     gradients = _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale)
     if not lse.numel():
-        for gradient in gradients:
-            gradient.zero_()
-        return gradients
+        return _all_zero(gradients)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         _native.kernels("attention").attention_backward(
