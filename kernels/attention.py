@@ -2,8 +2,8 @@
 
 The mask is the lengths of at most 32 scales. Each program adds them up itself, finds for every row of its tile where
 what it sees ends (or, for keys, where those who see them begin) and runs through whole tiles without a mask, then
-through the few that a boundary crosses (the kernel of the keys masks all it runs through). Scores live in registers, sums in float32; exponentials have base 2. Every sum
-has one order, so runs are bit-equal.
+through the few that a boundary crosses; the kernel of the keys masks all that it runs through. Scores live in
+registers, sums in float32. Every sum has one order, so runs are bit-equal.
 
 The backward is two kernels: one a query tile (dq, and delta = rowsum(dout out) - dlse on the way), one a key tile
 (dk and dv, over all query heads that share the key head). Each forms the scores again: 7 products where one kernel
@@ -62,19 +62,22 @@ def forward_tile(width: int, itemsize: int, capability: int) -> Tile:
 def query_tile(width: int, itemsize: int, capability: int) -> Tile:
     """Tile of the backward kernel of the queries: queries held, keys passed."""
     if itemsize == 4:
-        return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 2)
+        return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 1)
     if width <= 64:
         return Tile(128, 64, 8, 2)
     return Tile(128, 64, 8, 2) if capability >= 90 else Tile(64, 64, 8, 2)
 
 
 def key_tile(width: int, itemsize: int, capability: int) -> Tile:
-    """Tile of the backward kernel of the keys: keys held, queries passed."""
+    """Tile of the backward kernel of the keys: keys held, queries passed. Padded channels cost registers for masks."""
     if itemsize == 4:
         return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 2)
+    padded = width != _block(width)
     if width <= 64:
-        return Tile(128, 64, 8, 2) if capability >= 90 else Tile(128, 32, 8, 2)
-    return Tile(64, 64, 8, 2) if capability >= 90 else Tile(64, 32, 8, 2)
+        return Tile(128, 64, 8, 2) if capability >= 90 and not padded else Tile(128, 32, 8, 2)
+    if capability >= 90:
+        return Tile(64, 32, 8, 1) if padded else Tile(64, 64, 8, 2)
+    return Tile(64, 32, 8, 2)
 
 
 # ---- where scales begin and end --------------------------------------------------------------------------------------

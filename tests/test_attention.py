@@ -1,5 +1,6 @@
 """`block_causal_attention`: every backend against a float64 oracle, forward, lse and every gradient."""
 
+import functools
 import math
 import random
 
@@ -483,3 +484,124 @@ def test_lengths_are_copied_once():
         block_causal_attention(Q, K, K, [4, 6])
         block_causal_attention(Q, K, K, (4, 6))
     assert family._kept_lengths.cache_info().misses == 1
+
+
+# ---- on a GPU only ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@gpu_triton
+def test_sweep_of_schedules(room):
+    """Longer ones than an interpreter can, 200 a dtype."""
+    generator = random.Random(25)
+    for seed in range(200):
+        lengths = [generator.randrange(1 << generator.randrange(1, 9)) for _ in range(generator.randrange(1, 33))]
+        prefix = generator.choice((0, 0, generator.randrange(300)))
+        keys = sum(lengths) + prefix
+        if not keys:
+            lengths, keys = [1], 1
+        queries = generator.choice((keys, keys, generator.randrange(1, keys + 1)))
+        heads = generator.choice(((1, 1), (4, 2), (6, 1)))
+        width = generator.choice((64, 64, 96, 128, *range(32, 129, 8)))
+        check(room, tensors(room, seed, 2, *heads, queries, keys, width), lengths, prefix)
+
+
+@pytest.mark.gpu
+@gpu_triton
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_two_thousand_launches_are_equal(room, width):
+    q, k, v, grad, grad_lse = tensors(room, 26, 4, 4, 2, 680, 680, width)
+
+    def run():
+        out, lse = FORWARD(q, k, v, VAR_256, None, 0, 0.125, "triton")
+        return out, lse, *BACKWARD(grad, grad_lse, q, k, v, out, lse, VAR_256, None, 0, 0.125, "triton")
+
+    first = run()
+    differ = torch.zeros((), dtype=torch.int64, device=room[1])
+    for _ in range(2000):
+        for got, want in zip(run(), first, strict=True):
+            differ += (got != want).any()
+    assert differ.item() == 0
+
+
+@pytest.mark.gpu
+@gpu_triton
+def test_cuda_graph_with_a_schedule_that_changes(room):
+    *inputs, grad, grad_lse = tensors(room, 27, 2, 2, 2, 680, 680, 64)
+    schedule = torch.tensor(VAR_256, device=room[1])
+
+    def run(lengths):
+        out, lse = FORWARD(*inputs, *lengths, 0, 0.125, "triton")
+        return out, lse, *BACKWARD(grad, grad_lse, *inputs, out, lse, *lengths, 0, 0.125, "triton")
+
+    run(([], schedule))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(([], schedule))
+    for lengths in (VAR_256, [680], [1] * 9 + [671], [0, 5, 0, 100, 0, 200, 0, 0, 300, 75]):
+        schedule.copy_(torch.tensor(lengths))
+        graph.replay()
+        for got, want in zip(captured, run((lengths, None)), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@gpu_triton
+def test_cuda_graph_with_integers(room):
+    """Also those that no call had before."""
+    inputs = tensors(room, 28, 1, 2, 2, 100, 100, 64)[:3]
+    run = functools.partial(block_causal_attention, *inputs, backend="triton")
+    run([100])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run([100]), run([17, 28, 55])
+    graph.replay()
+    for got, lengths in zip(captured, ([100], [17, 28, 55]), strict=True):
+        assert torch.equal(got, run(lengths))
+
+
+@pytest.mark.gpu
+@gpu_triton
+@pytest.mark.parametrize("in_tensor", [False, True], ids=["integers", "tensor"])
+def test_no_host_sync(room, in_tensor):
+    *inputs, grad, _ = tensors(room, 29, 1, 2, 2, 100, 100, 64)
+    leaves = [x.requires_grad_() for x in inputs]
+    lengths = torch.tensor([20, 80], device=room[1]) if in_tensor else [20, 80]
+
+    def run():
+        out = block_causal_attention(*leaves, lengths, backend="triton")
+        torch.autograd.grad(out, leaves, grad)
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@gpu_triton
+def test_current_stream(room):
+    inputs = tensors(room, 30, 2, 2, 2, 680, 680, 64)[:3]
+    want = block_causal_attention(*inputs, VAR_256, backend="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late = [x * 1 for x in inputs]
+        got = block_causal_attention(*late, VAR_256, backend="triton")
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@gpu_triton
+@pytest.mark.parametrize(
+    ("lengths", "heads", "width"),
+    [(VAR_256, 16, 64), (VAR_512, 4, 64), (INFINITY[:7], 4, 96), (INFINITY, 1, 128)],
+    ids=["VAR-256", "VAR-512", "Infinity 0.06M", "Infinity"],
+)
+def test_published_sizes(room, lengths, heads, width):
+    keys = sum(lengths)
+    check(room, tensors(room, 31, 1, heads, heads, keys, keys, width), lengths)
