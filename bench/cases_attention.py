@@ -10,7 +10,6 @@ outgoing ones; lse written, and read again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -139,6 +138,10 @@ def _call(formula: Formula, inputs: Inputs, use: str) -> Callable[[], object]:
 
 def _by_heads(inputs: tuple[torch.Tensor, ...], lengths: list[int], use: str) -> list[torch.Tensor]:
     """The definition, a few heads at a time: it holds L x L scores of each."""
+
+    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return block_causal_attention(q, k, v, lengths, backend="eager")
+
     length = inputs[0].shape[2]
     step = max(1, 2**27 // length**2)
     parts = []
@@ -146,7 +149,6 @@ def _by_heads(inputs: tuple[torch.Tensor, ...], lengths: list[int], use: str) ->
         q, k, v, grad = (x[None] for x in rows)
         if use == "backward":
             q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-        eager = functools.partial(block_causal_attention, scale_lengths=lengths, backend="eager")
         parts.append([x.detach()[0] for x in tensors(_call(eager, (q, k, v, grad), use)())])
     return [torch.cat(part).view(inputs[0].shape) for part in zip(*parts, strict=True)]
 

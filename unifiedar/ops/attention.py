@@ -14,6 +14,7 @@ Next-scale attention in this form: Tian et al., "Visual Autoregressive Modeling"
 import functools
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -243,6 +244,30 @@ _block_causal_attention_backward = Op(
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
+@overload
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale_lengths: Sequence[int] | Tensor,
+    *,
+    prefix: int = 0,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale_lengths: Sequence[int] | Tensor,
+    *,
+    prefix: int = 0,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 def block_causal_attention(
     q: Tensor,
     k: Tensor,
