@@ -234,10 +234,12 @@ def test_reconstruct(model):
     assert rebuilt.shape == images.shape
     assert codes.shape == (2, 4, 4, 3)
     assert codes.dtype == torch.int64
+    assert torch.equal(model.encode(images), codes)
+    assert torch.equal(model.decode_codes(codes), rebuilt)
     assert torch.equal(model.decode_codes(codes.flatten(1, 2)), rebuilt)
 
 
-@pytest.mark.parametrize("method", ["reconstruct", "describe", "pool"])
+@pytest.mark.parametrize("method", ["encode", "reconstruct", "describe", "pool"])
 def test_pictures_are_checked(model, method):
     with pytest.raises(TypeError, match="images must be uint8"):
         getattr(model, method)(torch.zeros(1, 3, 16, 16))

@@ -471,7 +471,8 @@ class VILAU(nn.Module):
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes (N, L, D) int64 to pictures (N, 3, S, S) uint8 on the CPU."""
+        """Codes (N, L, D) or (N, h, w, D) int64 to pictures (N, 3, S, S) uint8 on the CPU."""
+        codes = codes.to(self.device).flatten(1, -2)
         images = self.tower.decode(self.tower.quantizer.embed(codes).to(self.dtype))
         return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 

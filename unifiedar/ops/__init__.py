@@ -9,6 +9,7 @@ the operators beneath; its `explain(...)` says which backends fit a call and why
 """
 
 from unifiedar.ops._op import BACKENDS, Backend, Op, registry
+from unifiedar.ops.attention import block_causal_attention
 from unifiedar.ops.codes import ResidualCodes, code_statistics, residual_lookup, residual_quantize
 from unifiedar.ops.sample import sample_codes
 
@@ -17,6 +18,7 @@ __all__ = [
     "Backend",
     "Op",
     "ResidualCodes",
+    "block_causal_attention",
     "code_statistics",
     "registry",
     "residual_lookup",
