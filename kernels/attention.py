@@ -60,7 +60,7 @@ def forward_tile(width: int, itemsize: int, capability: int) -> Tile:
     if itemsize == 4:
         return Tile(32, 32, 8, 2)
     if width <= 64:
-        return Tile(128, 64, 4, 3) if _roomy(capability) else Tile(64, 64, 4, 3)
+        return Tile(128, 64, 8, 3) if _roomy(capability) else Tile(64, 64, 4, 3)
     return Tile(128, 64, 8, 3) if _roomy(capability) else Tile(128, 32, 8, 3)
 
 

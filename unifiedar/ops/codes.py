@@ -366,10 +366,10 @@ def _run_statistics_cuda(residuals: Tensor, codes: Tensor, num_codes: int) -> tu
     counts, sums = _statistics_fake(residuals, codes, num_codes)
     if not codes.numel():
         return counts.zero_(), sums.zero_()
-    codes = codes.reshape(-1, 1)
+    codes = codes.reshape(-1, 1).contiguous()
     size = _lookup_backward_workspace(codes, num_codes, True, residuals.shape[-1])
     workspace = residuals.new_empty(size, dtype=torch.uint8)
-    _statistics_cuda(residuals.contiguous(), codes.contiguous(), workspace, counts, sums)
+    _statistics_cuda(residuals.contiguous(), codes, workspace, counts, sums)
     return counts, sums
 
 
