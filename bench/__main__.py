@@ -1,4 +1,4 @@
-"""`python -m bench`: list the cases, measure a family, write the scoreboard."""
+"""`python -m bench`: list the cases, measure a family, try tiles, write the scoreboard."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from bench import _results, _scoreboard
 from bench._case import Case, families, family_cases, run_family
+from bench.tune import KNOBS, tune
 
 
 class _Problem(Exception):
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "scoreboard":
             print(f"wrote {_scoreboard.write(arguments.results, arguments.docs)}")
             return 0
+        if arguments.command == "tune":
+            return _tune(arguments)
         return _measure(arguments)
     except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib) as problem:
         print(f"bench: {problem}", file=sys.stderr)
@@ -43,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     board = commands.add_parser("scoreboard", help="write docs/scoreboard.md from measured results")
     board.add_argument("--results", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
     board.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
+    turn = commands.add_parser("tune", help="try other tiles for the Triton kernels of a family, on a GPU")
+    turn.add_argument("family", choices=sorted(KNOBS))
+    turn.add_argument("--case", action="append", metavar="PATTERN", help="only cases of this name; repeatable")
+    turn.add_argument("--knob", action="append", metavar="NAME", help="only this function's tiles; repeatable")
+    turn.add_argument("--budget", type=float, default=0.5, metavar="SECONDS", help="samples a case; default 0.5")
     for family in families():
         measure = commands.add_parser(family, parents=[device], help=f"measure the family {family}")
         measure.add_argument(
@@ -70,10 +78,28 @@ def _list(device: torch.device) -> int:
     return 0
 
 
-def _measure(arguments: argparse.Namespace) -> int:
-    device = _device(arguments.device)
+def _check_budget(arguments: argparse.Namespace) -> None:
     if not arguments.budget > 0:
         raise _Problem(f"--budget must be positive, got {arguments.budget:g}")
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    _check_budget(arguments)
+    knobs = KNOBS[arguments.family]
+    known = [knob.function for knob in knobs]
+    for name in arguments.knob or ():
+        if name not in known:
+            raise _Problem(f"--knob {name}: the family {arguments.family} has {', '.join(known)}")
+    device = _device("cuda")
+    cases = _chosen(family_cases(arguments.family, device), arguments.case)
+    chosen = [knob for knob in knobs if knob.function in (arguments.knob or known)]
+    tune(chosen, cases, device, budget_s=arguments.budget, report=lambda line: print(line, flush=True))
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    _check_budget(arguments)
     cases = _chosen(family_cases(arguments.command, device), arguments.case)
     run = run_family(
         arguments.command,

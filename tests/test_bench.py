@@ -1,6 +1,7 @@
 """The bench: the timer, the schema of results, the scoreboard and the command."""
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import interpreter_skip
 
 ROOT = Path(__file__).resolve().parent.parent
 # At the end: an installed unifiedar goes before the checkout's.
@@ -19,6 +21,8 @@ from bench._case import Case, Variant, against, families, family_cases, run_fami
 from bench._pytest import CLOCK, run  # noqa: E402
 from bench._results import CaseResult, Environment, ResultsError, Run  # noqa: E402
 from bench._time import Timing, measure  # noqa: E402
+from bench.tune import KNOBS, tune  # noqa: E402
+from unifiedar.ops import residual_quantize  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -579,3 +583,50 @@ def test_pytest_skips_a_peer_that_fails_and_fails_on_ours(monkeypatch):
     broken = Variant("unifiedar", "ours", lambda inputs: lambda: inputs[0] + 2)
     with pytest.raises(ValueError, match="wrong result"):
         run(dataclasses.replace(_case(), variants=(broken,)), "unifiedar", None)
+
+
+def test_tune_tries_tiles_and_puts_the_table_back(monkeypatch):
+    """One case in the interpreter: a tile that serves, one that cannot be compiled, and the table as it was after."""
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    from unifiedar.kernels import codes_quantize
+
+    def triton_as(backend):
+        return lambda inputs: lambda: residual_quantize(*inputs, 2, backend=backend)
+
+    def make(seed, device):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(9, 8, generator=generator), torch.randn(20, 8, generator=generator)
+
+    def check(inputs):
+        codes = residual_quantize(*inputs, 2, backend="eager").codes
+
+        def same(variant, output):
+            if not torch.equal(output.codes, codes):
+                raise ValueError("other codes")
+
+        return same
+
+    case = Case(
+        name="small/quantize", shape={}, dtype=torch.float32, bytes=1, flops=1, make=make, check=check,
+        variants=[Variant("unifiedar triton", "backend", triton_as("triton"))], backend=lambda inputs: "triton",
+    )  # fmt: skip
+    other = dataclasses.replace(case, name="small/forward")
+    monkeypatch.setattr("bench.tune.measure", functools.partial(measure, rounds=(1, 1)))
+    used = codes_quantize.search_tile
+    knob = dataclasses.replace(KNOBS["codes"][0], tiles=((64, 64, 64, 4, 2, 4), (100, 64, 64, 4, 2, 4)))
+    lines = []
+    tune([knob], [other, case], torch.device("cpu"), budget_s=0.01, report=lines.append)
+    assert codes_quantize.search_tile is used
+    assert codes_quantize.plan(40, 20, 8, True, 90).tile == used(8, 90)
+    assert len(lines) == 3
+    assert all(line.startswith("small/quantize") for line in lines)
+    assert " ms" in lines[0]
+    assert " ms" in lines[1]
+    assert "Error" in lines[2]
+    assert sum(line.endswith("*") for line in lines) == 1
+
+
+def test_tune_refuses_what_it_does_not_know(capsys):
+    assert main(["tune", "codes", "--knob", "wheel"]) == 2
+    assert "the family codes has search_tile" in capsys.readouterr().err
