@@ -35,6 +35,7 @@ SUBTILE = 64  # codes that share one word: six bits name the best of them, the s
 EPSILON = 2.0**-15
 _SUBTILE = tl.constexpr(SUBTILE)
 _EPSILON = tl.constexpr(EPSILON)
+_TIE = tl.constexpr(2.0**-44)  # of a loss in float64: more than the roundings of a sum of 2,048 terms
 
 # Bytes of rows in work at a time, beside the codebook's float16 copy: with VILA-U's 33.6 MB this stays below 64 MB.
 ROW_BYTES = 29_500_000
@@ -55,19 +56,15 @@ class SearchTile:
 def search_tile(channels: int, capability: int) -> SearchTile:
     """Tile of the search.
 
-    Chosen by arithmetic, not yet by measurement. At the full rate of Hopper's matrix products a 128 x 128 tile asks L2
-    for 64 bytes a clock and multiprocessor, a 128 x 256 tile for 47, and L2 gives about 35 to 45. But of the larger one
-    only one block has room, and then the epilogue (seven instructions an element, most at half rate) and the product
-    wait for each other; up to 384 channels that costs more than L2 does, so there two blocks of 128 x 128 take turns.
-    A product in flight holds two stages: with four (197 KB) two more steps of it are on their way, with three one.
+    Two blocks of 128 x 128 on a multiprocessor take turns: the epilogue of one (seven instructions an element, most at
+    half rate) runs under the product of the other. A tile of 128 x 256 asks L2 for less but is alone on its
+    multiprocessor: measured on an H100 (`python -m bench tune codes`) it is 7 to 12 % slower at 1,024 channels too.
     Before Hopper operands go through registers, and 99 KB of shared memory have to do (sm_86, sm_89).
     """
     width = 16 if channels <= 16 else 32 if channels <= 32 else 64
     if capability < 90:
         return SearchTile(128, 128, min(width, 32), warps=8, stages=3, group=8)
-    if channels <= 384:
-        return SearchTile(128, 128, width, warps=4, stages=3, group=8)
-    return SearchTile(128, 256, width, warps=8, stages=4, group=8)
+    return SearchTile(128, 128, width, warps=4, stages=3, group=8)
 
 
 def bound(channels: int) -> tuple[float, float]:
@@ -286,17 +283,25 @@ def quantize_search_kernel(
 
 
 @triton.jit
-def _exact_loss(
-    residual, codebook, row, code, known, channels, book_entry, COSINE: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """In float64: squared distances of a row to some codes, or their negative cosine times |r|; inf where not known."""
+def _exact_loss(residual, entry, channel, inside, COSINE: tl.constexpr):
+    """In float64: squared distance of a row to one code, or its negative cosine times |r|."""
+    left = tl.load(residual + channel, mask=inside, other=0.0).to(tl.float64)
+    right = tl.load(entry + channel, mask=inside, other=0.0).to(tl.float64)
+    if COSINE:
+        return -tl.sum(left * right, axis=0) / tl.maximum(tl.sqrt(tl.sum(right * right, axis=0)), 1e-12)
+    return tl.sum((left - right) * (left - right), axis=0)
+
+
+@triton.jit
+def _exact_losses(residual, codebook, code, known, channels, book_entry, COSINE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`_exact_loss` of some codes; inf where not known."""
     total = tl.zeros([code.shape[0], BLOCK_C], tl.float64)
     square = tl.zeros([code.shape[0], BLOCK_C], tl.float64)
     entry = codebook + code.to(tl.int64)[:, None] * book_entry
     for begin in range(0, channels, BLOCK_C):
         channel = begin + tl.arange(0, BLOCK_C)
         inside = channel < channels
-        left = tl.load(residual + row * channels + channel, mask=inside, other=0.0).to(tl.float64)
+        left = tl.load(residual + channel, mask=inside, other=0.0).to(tl.float64)
         right = tl.load(entry + channel[None, :], mask=known[:, None] & inside[None, :], other=0.0).to(tl.float64)
         if COSINE:
             total -= left[None, :] * right
@@ -363,19 +368,30 @@ def quantize_finish_kernel(
     at = tl.where(alone | (scale == 0.0), BLOCK_T, at)
     least = tl.full([], float("inf"), tl.float64)
     while at < BLOCK_T:
-        # In the order of the codes, and only a smaller loss takes over: equal ones go to the lowest index.
+        # In the order of the codes, and only a loss that is smaller by more than rounding takes over: equal ones go to
+        # the lowest index, in whatever order they were added up.
         word_at = tl.sum(tl.where(subtile == at, word, 0), axis=0)
-        crowded = word_at & 1
-        begin = tl.minimum(at * _SUBTILE + (1 - crowded) * ((word_at >> 1) & (_SUBTILE - 1)), num_codes - 1)
-        end = tl.minimum(begin + 1 + crowded * (_SUBTILE - 1), num_codes)
-        while begin < end:
-            code = begin + tl.arange(0, PROBE_K)
-            loss = _exact_loss(residual, codebook, row, code, code < end, channels, book_entry, COSINE, PROBE_C)
-            smallest = tl.min(loss, axis=0)
-            first = tl.min(tl.where(loss == smallest, code, num_codes - 1), axis=0)
-            chosen = tl.where(smallest < least, first, chosen)
-            least = tl.minimum(smallest, least)
-            begin += PROBE_K
+        begin = at * _SUBTILE
+        if word_at & 1 == 0:
+            code = tl.minimum(begin + ((word_at >> 1) & (_SUBTILE - 1)), num_codes - 1)
+            entry = codebook + code.to(tl.int64) * book_entry
+            loss = _exact_loss(residual + row * channels, entry, channel, inside, COSINE)
+            smaller = loss + tl.abs(loss) * _TIE < least
+            chosen = tl.where(smaller, code, chosen)
+            least = tl.where(smaller, loss, least)
+        else:
+            end = tl.minimum(begin + _SUBTILE, num_codes)
+            while begin < end:
+                probe = begin + tl.arange(0, PROBE_K)
+                losses = _exact_losses(
+                    residual + row * channels, codebook, probe, probe < end, channels, book_entry, COSINE, PROBE_C
+                )
+                loss = tl.min(losses, axis=0)
+                first = tl.min(tl.where(losses == loss, probe, num_codes - 1), axis=0)
+                smaller = loss + tl.abs(loss) * _TIE < least
+                chosen = tl.where(smaller, first, chosen)
+                least = tl.where(smaller, loss, least)
+                begin += PROBE_K
         at = tl.min(tl.where(candidate & (subtile > at), subtile, BLOCK_T), axis=0)
     tl.store(codes + row * depth + level, chosen.to(tl.int64))
     if not LAST:
@@ -390,7 +406,7 @@ def quantize_finish_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-PROBE_CODES = 4  # of an exact comparison at a time; with 32 channels a warp that is four float64 sums a thread
+PROBE_CODES = 4  # of an exact comparison at a time; with 64 channels a warp that is 8 float64 sums a thread
 FINISH_REGISTERS = 96  # left alone, ptxas spills a few bytes of some variants to get down to 64
 
 
@@ -517,7 +533,7 @@ def residual_quantize(
                 num_codes, channels, padded, subtiles, table.stride(0), depth, d,
                 0 if codebook.ndim == 2 or last else d + 1, slope, floor,
                 COSINE=cosine, LAST=last, BLOCK_T=triton.next_power_of_2(subtiles), BLOCK_C=block_c,
-                PROBE_K=PROBE_CODES, PROBE_C=min(32 * warps, block_c), num_warps=warps, maxnreg=FINISH_REGISTERS,
+                PROBE_K=PROBE_CODES, PROBE_C=min(64 * warps, block_c), num_warps=warps, maxnreg=FINISH_REGISTERS,
             )  # fmt: skip
 
 
@@ -556,7 +572,7 @@ def _cases() -> list[tuple]:
         warps = _row_warps(max(block, 256))
         rows = {"num_warps": warps}
         finish = {**rows, "maxnreg": FINISH_REGISTERS}
-        probe = {"PROBE_K": PROBE_CODES, "PROBE_C": min(32 * warps, block), "BLOCK_T": 256, "BLOCK_C": block}
+        probe = {"PROBE_K": PROBE_CODES, "PROBE_C": min(64 * warps, block), "BLOCK_T": 256, "BLOCK_C": block}
         for cosine in (False, True):
             for divisible in (packed, ()) if channels == 1024 else (packed,) if channels > 128 else ((),):
                 blocks = {"BLOCK_K": max(1, 2048 // block), "BLOCK_C": block}

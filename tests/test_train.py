@@ -19,7 +19,7 @@ from unifiedar import train
 from unifiedar.models import VILAU
 from unifiedar.nn import ResidualQuantizer
 from unifiedar.train import tower, unified
-from unifiedar.train.batches import Pictures, augment, pad_ids, step_generator
+from unifiedar.train.batches import Pictures, augment, collage, pad_ids, step_generator
 from unifiedar.train.loop import Loop
 from unifiedar.train.unified import IGNORED, Sequences
 
@@ -235,6 +235,21 @@ def test_missing_data_is_one_line(data, tmp_path):
         run("tower", tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_collages_mix_pictures_of_one_style():
+    images = torch.arange(1.0, 7)[:, None, None, None].expand(6, 3, 16, 16)
+    styles = torch.tensor([0, 1, 0, 1, 0, 2])
+    chosen = torch.tensor([True, True, True, False, True, True])
+    first, again = (collage(images, styles, chosen, step_generator(0, 1, 0, CPU)) for _ in range(2))
+    assert torch.equal(first, again)
+    for i, picture in enumerate(first):
+        values = set(picture.unique().tolist()) - {i + 1.0}
+        assert len(values) == (i not in (3, 5)), "one other picture, if one is asked for and there is one"
+        assert all(styles[int(v) - 1] == styles[i] for v in values)
+        cells = picture.unfold(1, 4, 4).unfold(2, 4, 4)
+        assert torch.equal(cells.amin(dim=(0, 3, 4)), cells.amax(dim=(0, 3, 4))), "cells of 4 x 4"
+        assert 0.1 < (picture == i + 1).double().mean() < 0.9 or not values
+
+
 # ---- pieces
 
 
@@ -249,6 +264,12 @@ def test_sigmoid_loss_against_the_double_sum():
             z = float(images[i] @ texts[j]) * math.exp(1.3) - 2.0
             expected += math.log1p(math.exp(-z if positive[i, j] else z)) / 5
     assert float(tower.sigmoid_loss(images, texts, positive, scale, bias)) == pytest.approx(expected, rel=1e-5)
+    known = torch.ones(5, 7, dtype=torch.bool)
+    known[:, 4:] = False
+    part = tower.sigmoid_loss(images, texts[:4], positive[:, :4], scale, bias)
+    assert float(tower.sigmoid_loss(images, texts, positive, scale, bias, known)) == pytest.approx(
+        float(part), rel=1e-6
+    )
 
 
 def test_edge_loss_ignores_a_constant():
@@ -404,7 +425,7 @@ def test_quantizer_in_eval_mode_stays():
 
 def test_sequences_ask_for_the_second_modality_alone():
     model = small_model()
-    rows = Sequences(model, ["axe, noto style", ""], CPU)
+    rows = Sequences(model, ["axe, noto style", ""], ["axe"], ["noto"], False, CPU)
     text, places = model.token_ids("axe, noto style"), model.image_tokens
     start, end = model.special(-4), model.special(-3)
     drawn = [1, *text, start, *[0] * places, end, 2]
@@ -421,35 +442,52 @@ def test_sequences_ask_for_the_second_modality_alone():
     assert asked.nonzero()[0].item() == 2 + places
 
 
-def test_words_of_another_thing_ask_for_the_style_alone():
+def test_things_and_styles_are_asked_for_apart():
     model, styles = small_model(), ["noto", "twemoji"]
-    rows = Sequences(model, ["axe, noto style"], CPU, ["axe", "aerial tramway"], styles)
+    rows = Sequences(model, ["axe, noto style"], ["axe", "aerial tramway"], styles, True, CPU)
     seen = [1, model.special(-4), *[0] * model.image_tokens, model.special(-3)]
+
+    def wanted(targets):
+        at = (targets != IGNORED).nonzero().flatten().tolist()
+        assert at == list(range(at[0], at[0] + len(at)))
+        return at[0], targets[at].tolist()
+
     for i, concept in enumerate(("axe", "aerial tramway")):
         plain, both = model.token_ids(concept), [model.token_ids(f"{concept}, {style} style") for style in styles]
         for j, text in enumerate(both):
-            ids, targets = rows.style_ids[2 * i + j], rows.style_targets[2 * i + j]
+            ids = rows.style_ids[2 * i + j]
             assert ids[: len(seen) + len(text) + 1].tolist() == [*seen, *text, 2]
-            asked = [t for t in targets.tolist() if t != IGNORED]
-            assert asked == [*text[len(text) + 1 - len(asked) :], 2]
-            # Nothing of the name is asked for, and the first thing that is asked for tells the styles apart.
-            assert len(asked) <= len(text) + 1 - len(plain)
-            assert asked[0] != both[1 - j][len(text) + 1 - len(asked)]
-            assert targets[len(seen) + len(text) - len(asked)] == asked[0]
+            named_at, name = wanted(rows.name_targets[2 * i + j])
+            styled_at, style = wanted(rows.style_targets[2 * i + j])
+            # The two make up the caption, and what the style begins with tells the styles apart.
+            assert [*name, *style] == [*text, 2]
+            assert name[: len(plain)] == plain
+            assert style[0] != both[1 - j][len(name)]
+            assert named_at == len(seen) - 1
+            assert styled_at == named_at + len(name)
+            assert rows.name_ids[2 * i + j, : len(seen) + len(name)].tolist() == [*seen, *name]
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_swapped_words(data, tmp_path, monkeypatch, share):
+@pytest.mark.parametrize(("swap", "pasted"), [(0.0, 0.5), (1.0, 0.0), (1.0, 1.0)])
+def test_swapped_words_and_collages(data, tmp_path, monkeypatch, swap, pasted):
     """All the texts after pictures name another thing and ask for the picture's own style, or none of them."""
-    losses = losses_of("unified", data, tmp_path, monkeypatch, "--swap", share)
-    seen, hidden = [], losses.hidden
+    losses = losses_of("unified", data, tmp_path, monkeypatch, "--swap", swap, "--collage", pasted)
+    seen, hidden, chosen = [], losses.hidden, []
     monkeypatch.setattr(losses, "hidden", lambda ids, *rest: seen.append(ids) or hidden(ids, *rest))
+    monkeypatch.setattr(
+        unified, "collage", lambda x, styles, which, g: chosen.append(which) or collage(x, styles, which, g)
+    )
     losses(0, 0)
-    pictures, rows = losses.pictures, losses.sequences
+    rows = losses.sequences
     named = seen[0][len(seen[0]) // 2 :]
-    plain = {tuple(row) for row in rows.name_ids[: len(pictures)].tolist()}
-    decoys = {tuple(row) for row in rows.style_ids.tolist()}
-    assert all(tuple(row) in (decoys if share else plain) for row in named.tolist())
+    if swap:
+        assert all(tuple(row) in {tuple(row) for row in rows.style_ids.tolist()} for row in named.tolist())
+        assert chosen[0].all() if pasted else not chosen[0].any()
+    else:
+        whole = [losses.model.token_ids(text) for text in losses.pictures.captions]
+        start = 3 + losses.model.image_tokens
+        assert all(any(row[start : start + len(t) + 1] == [*t, 2] for t in whole) for row in named.tolist())
+        assert not chosen[0].any(), "only pictures whose thing is not asked for are pasted"
 
 
 def test_pictures_and_captions(data):

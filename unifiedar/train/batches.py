@@ -16,7 +16,7 @@ from torch import Tensor
 from unifiedar.data import emoji
 from unifiedar.tokenizer import TextTokenizer
 
-__all__ = ["Pictures", "augment", "pad_ids", "step_generator", "step_seed"]
+__all__ = ["Pictures", "augment", "collage", "pad_ids", "step_generator", "step_seed"]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -158,3 +158,26 @@ def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0, c
     kind = torch.rand(batch, 1, 1, 1, generator=generator, device=device)
     out = torch.where(kind < clean + (1 - clean) / 3, moved, coloured)
     return torch.where(kind < clean, images, torch.where(blot, colour, out))
+
+
+def collage(images: Tensor, styles: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures pasted together from two of the same style, about half of the cells of a 4 x 4 grid from either.
+
+    What is on them says nothing, so that their style has to be read off how they are drawn (CutMix, arXiv:1905.04899,
+    within a class).
+
+    Args:
+        images: (B, 3, S, S).
+        styles: (B,) int64.
+        chosen: (B,) bool; the others stay as they are, and so does the only picture of its style.
+        generator: on the images' device.
+
+    Returns:
+        (B, 3, S, S).
+    """
+    batch, device = len(images), images.device
+    score = torch.rand(batch, batch, generator=generator, device=device)
+    score.masked_fill_(styles[:, None] != styles, -2).fill_diagonal_(-1)
+    cells = torch.rand(batch, 1, 4, 4, generator=generator, device=device) < 0.5
+    other = F.interpolate((cells & chosen[:, None, None, None]).float(), images.shape[-2:]).bool()
+    return torch.where(other, images[score.argmax(dim=1)], images)

@@ -17,13 +17,15 @@ from torch import Tensor
 from unifiedar import tokenizer as tokenizers
 from unifiedar.models import VILAU
 from unifiedar.quality import Measure
-from unifiedar.train.batches import Pictures, augment, pad_ids, step_generator
+from unifiedar.train.batches import Pictures, augment, collage, pad_ids, step_generator
 from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["main", "sigmoid_loss"]
 
 
-def sigmoid_loss(images: Tensor, texts: Tensor, positive: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def sigmoid_loss(
+    images: Tensor, texts: Tensor, positive: Tensor, scale: Tensor, bias: Tensor, known: Tensor | None = None
+) -> Tensor:
     """Pairwise sigmoid loss (SigLIP, arXiv:2303.15343, algorithm 1) where a picture may have several right texts.
 
     Args:
@@ -31,12 +33,14 @@ def sigmoid_loss(images: Tensor, texts: Tensor, positive: Tensor, scale: Tensor,
         texts: (T, C) unit vectors.
         positive: (B, T) bool, which pairs belong together.
         scale, bias: (1,), log of the temperature's inverse and the offset.
+        known: (B, T) bool, which pairs count; all if absent.
 
     Returns:
         () sum over all pairs, divided by B.
     """
     logits = images @ texts.T * scale.exp() + bias
-    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / len(images)
+    losses = -F.logsigmoid(torch.where(positive, logits, -logits))
+    return (losses if known is None else losses * known).sum() / len(images)
 
 
 def edge_loss(images: Tensor, targets: Tensor) -> Tensor:
@@ -76,6 +80,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--edge", type=float, default=3.0, help="weight of the edge error in it")
     parser.add_argument("--commitment", type=float, default=0.25, help="weight of the commitment loss (default: 0.25)")
     parser.add_argument("--augmentation", type=float, default=1.0, help="strength of the augmentation (default: 1)")
+    parser.add_argument(
+        "--collage", type=float, default=0.25, help="share of pictures pasted from two of a style (default: 0.25)"
+    )
     return parser.parse_args(argv)
 
 
@@ -99,7 +106,9 @@ class _Losses:
         generator = step_generator(args.seed, step * args.accumulate + part, loop.rank, loop.device)
         size = args.batch // args.accumulate
         index = torch.randint(len(pictures), (size,), generator=generator, device=loop.device)
-        images = augment(pictures.floats(index), generator, args.augmentation)
+        concept, style = pictures.concepts[index], pictures.styles[index]
+        pasted = torch.rand(size, generator=generator, device=loop.device) < args.collage
+        images = collage(augment(pictures.floats(index), generator, args.augmentation), style, pasted, generator)
         # Half of the texts leave the style out: then the same thing drawn in another style is right as well.
         styled = torch.rand(size, generator=generator, device=loop.device) < 0.5
         ids = torch.where(styled[:, None], self.styled[index], self.plain[index])
@@ -111,13 +120,15 @@ class _Losses:
             with loop.autocast():
                 pooled = self.pool(quantized.features)
                 embedded = self.embed_text(torch.cat([ids, self.style_ids]))
-            concept, style = pictures.concepts[index], pictures.styles[index]
             same = concept[:, None] == _gather(concept)
             positive = same & (~_gather(styled.to(torch.int64)).bool() | (style[:, None] == _gather(style)))
             # And the styles alone: of a thing not drawn in a style, the texts above say that it never has that style.
             positive = torch.cat([positive, F.one_hot(style, len(self.style_ids)).bool()], dim=1)
             texts = torch.cat([_gather(embedded[:size]), embedded[size:]])
-            values["contrastive"] = sigmoid_loss(pooled, texts, positive, tower.logit_scale, tower.logit_bias)
+            # A collage has a style and no name.
+            known = torch.ones_like(positive)
+            known[:, : -len(self.style_ids)] = ~pasted[:, None]
+            values["contrastive"] = sigmoid_loss(pooled, texts, positive, tower.logit_scale, tower.logit_bias, known)
             loss = loss + args.contrastive * values["contrastive"]
         if args.reconstruction and step >= args.align * args.steps:
             with loop.autocast():
@@ -135,8 +146,9 @@ class _Losses:
 def main(argv: Sequence[str]) -> int:
     """`unifiedar train tower`: returns the exit code."""
     args = parse(argv)
-    if not 0 <= args.align <= 1:
-        raise fail(f"--align must be from 0 to 1, got {args.align}")
+    for name in ("align", "collage"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise fail(f"--{name} must be from 0 to 1, got {getattr(args, name)}")
     tokenizer_path = args.data / "tokenizer.json"
     device = torch.device("cpu")
 

@@ -3,9 +3,10 @@
 Two forms, [text, picture] and [picture, text], loss on the second modality alone: cross-entropy of the text tokens plus
 cross-entropy of the codes, both with weight 1. A tenth of the texts in front of pictures are empty, for guidance.
 
-Half of the texts after pictures name another thing and have their style asked for alone. Otherwise a model that knows
-its set by heart reads the style off the name, and gets just those pairs wrong that it never saw. (A remedy in the line
-of word dropout, Bowman et al., arXiv:1511.06349, section 3.1, which hides the words where this contradicts them.)
+Half of the texts after pictures are asked for what the thing is, the others for its style: these name another thing,
+and half of their pictures are collages of two. Otherwise a model that knows its set by heart reads the style off the
+name, and gets just those pairs wrong that it never saw. (A remedy in the line of word dropout, Bowman et al.,
+arXiv:1511.06349, section 3.1, which hides the words where this contradicts them.)
 """
 
 import argparse
@@ -23,7 +24,7 @@ from unifiedar.data.emoji import caption
 from unifiedar.models import VILAU
 from unifiedar.models.vilau import BOS, EOS, IM_END, IM_START
 from unifiedar.quality import Measure
-from unifiedar.train.batches import Pictures, augment, step_generator
+from unifiedar.train.batches import Pictures, augment, collage, step_generator
 from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["Sequences", "main"]
@@ -34,32 +35,34 @@ UNSTYLED = 0.1
 
 
 class Sequences:
-    """Token rows of both forms for every caption, built once; a batch is an index into them.
+    """Token rows of both forms, built once; a batch is an index into them.
 
     Every row is `length` tokens long, the picture's places hold 0, and `targets[i]` is what state i must predict
     (IGNORED where nothing is asked).
 
     Args:
         model: with its tokenizer.
-        captions: texts of the rows `draw_*` and `name_*`.
+        captions: texts of the rows `draw_*`.
+        concepts, styles: row c * len(styles) + s of `name_*` and `style_*` is concept c in style s.
+        apart: ask for the concept in `name_*` and for the style in `style_*`: the style is what follows the tokens that
+            all styles of a concept share. Otherwise `name_*` asks for all of the caption.
         device: of the rows.
-        concepts, styles: row c * len(styles) + s of `style_*` names concept c in style s, and asks for the style alone:
-            for what follows the tokens that all styles of a concept share.
     """
 
     def __init__(
         self,
         model: VILAU,
         captions: Sequence[str],
+        concepts: Sequence[str],
+        styles: Sequence[str],
+        apart: bool,
         device: torch.device,
-        concepts: Sequence[str] = (),
-        styles: Sequence[str] = (),
     ):
         texts = [model.token_ids(text) for text in captions]
-        decoys = [[model.token_ids(caption(concept, style)) for style in styles] for concept in concepts]
+        things = [[model.token_ids(caption(concept, style)) for style in styles] for concept in concepts]
         start, end = model.special(IM_START), model.special(IM_END)
         picture = [0] * model.image_tokens
-        self.length = max(len(t) for group in (texts, *decoys) for t in group) + model.image_tokens + 4
+        self.length = max(len(t) for group in (texts, *things) for t in group) + model.image_tokens + 4
 
         def rows(parts: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
             ids = torch.zeros(len(parts), self.length, dtype=torch.int64)
@@ -75,11 +78,11 @@ class Sequences:
         self.draw_ids, self.draw_targets = rows(drawn)
         self.draw_begin = torch.tensor([len(t) + 2 for t in texts], device=device)
         seen = [BOS, start, *picture, end]
-        self.name_ids, self.name_targets = rows([(seen, [*t, EOS]) for t in texts])
-        self.name_begin = torch.full_like(self.draw_begin, 2)
-        shared = [len([*takewhile(lambda at: len(set(at)) == 1, zip(*group, strict=False))]) for group in decoys]
-        asked = [([*seen, *t[:n]], [*t[n:], EOS]) for group, n in zip(decoys, shared, strict=True) for t in group]
-        self.style_ids, self.style_targets = rows(asked)
+        shared = [len([*takewhile(lambda at: len(set(at)) == 1, zip(*group, strict=False))]) for group in things]
+        cut = [(t, n) for group, n in zip(things, shared, strict=True) for t in group]
+        self.name_ids, self.name_targets = rows([(seen, t[:n] if apart else [*t, EOS]) for t, n in cut])
+        self.style_ids, self.style_targets = rows([([*seen, *t[:n]], [*t[n:], EOS]) for t, n in cut])
+        self.name_begin = 2
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -89,7 +92,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tower", type=Path, required=True, help="model folder of the first stage")
     parser.add_argument("--drop", type=float, default=0.1, help="share of empty texts before pictures (default: 0.1)")
     parser.add_argument(
-        "--swap", type=float, default=0.5, help="share of texts after pictures that name another thing (default: 0.5)"
+        "--swap", type=float, default=0.5, help="share of texts after pictures that name another thing and are asked "
+        "for the style, the others then only for the thing; 0: all name theirs and are asked for both (default: 0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--collage", type=float, default=0.5, help="share of pasted pictures among those of `--swap` (default: 0.5)"
     )
     parser.add_argument("--augmentation", type=float, default=1.0, help="strength, for pictures to name (default: 1)")
     return parser.parse_args(argv)
@@ -103,7 +110,8 @@ class _Losses:
         plain = [pictures.concept_names[i] for i in pictures.concepts.tolist()]
         # Row i: caption of picture i; row N + i: without the style; the last row: no text.
         things, styles = pictures.concept_names, pictures.style_names
-        self.sequences = Sequences(self.model, [*pictures.captions, *plain, ""], loop.device, things, styles)
+        captions = [*pictures.captions, *plain, ""]
+        self.sequences = Sequences(self.model, captions, things, styles, args.swap > 0, loop.device)
         self.encode = loop.compiled(self.model.tower.siglip_model.features)
         self.hidden, self.depth_logits = loop.compiled(self.model.forward), loop.compiled(self.model.depth_logits)
         self.text_logits = loop.compiled(self.model.llm.lm_head)
@@ -125,19 +133,21 @@ class _Losses:
         u = torch.rand(half, generator=generator, device=loop.device)
         text = torch.where(u < args.drop, 2 * count, torch.where(u < args.drop + UNSTYLED, draw + count, draw))
         codes = self.clean[draw]
+        swap = torch.rand(half, generator=generator, device=loop.device) < args.swap
+        pasted = swap & (torch.rand(half, generator=generator, device=loop.device) < args.collage)
+        concept, style = self.pictures.concepts[name], self.pictures.styles[name]
         with torch.no_grad():
             seen = augment(self.pictures.floats(name), generator, args.augmentation)
             with loop.autocast():
-                named = self.encode(seen)
+                named = self.encode(collage(seen, style, pasted, generator))
             named = model.tower.quantizer(named.float()).features
         features = torch.cat([model.tower.quantizer.embed(codes), named])
-        swap = torch.rand(half, 1, generator=generator, device=loop.device) < args.swap
-        thing = torch.randint(len(self.pictures.concept_names), (half,), generator=generator, device=loop.device)
-        decoy = thing * len(self.pictures.style_names) + self.pictures.styles[name]
-        ids = torch.cat([seq.draw_ids[text], torch.where(swap, seq.style_ids[decoy], seq.name_ids[name])])
-        asked = torch.where(swap, seq.style_targets[decoy], seq.name_targets[name])
+        other = torch.randint(len(self.pictures.concept_names), (half,), generator=generator, device=loop.device)
+        row = torch.where(swap, other, concept) * len(self.pictures.style_names) + style
+        ids = torch.cat([seq.draw_ids[text], torch.where(swap[:, None], seq.style_ids[row], seq.name_ids[row])])
+        asked = torch.where(swap[:, None], seq.style_targets[row], seq.name_targets[row])
         targets = torch.cat([seq.draw_targets[text], asked])
-        begin = torch.cat([seq.draw_begin[text], seq.name_begin[name]])
+        begin = F.pad(seq.draw_begin[text], (0, half), value=seq.name_begin)
         with loop.autocast():
             hidden = self.hidden(ids, features, begin)
             words = self.text_logits(hidden)
@@ -150,7 +160,7 @@ class _Losses:
 def main(argv: Sequence[str]) -> int:
     """`unifiedar train unified`: returns the exit code."""
     args = parse(argv)
-    for name in ("drop", "swap"):
+    for name in ("drop", "swap", "collage"):
         if not 0 <= getattr(args, name) <= 1:
             raise fail(f"--{name} must be from 0 to 1, got {getattr(args, name)}")
     if args.batch // max(1, args.accumulate) < 2:
