@@ -351,11 +351,11 @@ def block_causal_attention(
 
     Note:
         Differentiable once in q, k and v, through lse too. Softmax and sums are float32; the eager backend rounds
-        scores and weights to the dtype of q, as products in that dtype do, and holds them all (B H Lq L). The kernels (for
-        now on request alone: backend="cuda", backend="triton") hold none and are bit-equal between runs, forward and
-        backward; Triton's float32 products are three TF32 products each. Never under autocast. No host sync with a tensor; integers are
-        copied to the device at the first call with that schedule (in a CUDA graph, if that is captured). A new
-        schedule compiles nothing.
+        scores and weights to the dtype of q, as products in that dtype do, and holds them all (B H Lq L). The kernels
+        (for now on request alone: backend="cuda", backend="triton") hold none and are bit-equal between runs, forward
+        and backward; Triton's float32 products are three TF32 products each. Never under autocast. No host sync with a
+        tensor; integers are copied to the device at the first call with that schedule (in a CUDA graph, if that is
+        captured). A new schedule compiles nothing.
     """
     function = "block_causal_attention"
     for argument, value in (("q", q), ("k", k), ("v", v)):
