@@ -118,7 +118,7 @@ def _variants(lengths: list[int], use: str, small: bool) -> Sequence[Variant]:
 
     found = [variant(OURS, "ours", ours("auto"))]
     if not small:
-        found += [variant(f"{OURS} {name}", "backend", ours(name)) for name in ("triton", "eager")]
+        found += [variant(f"{OURS} {name}", "backend", ours(name)) for name in ("cuda", "triton", "eager")]
         found.append(variant("FlexAttention, Triton", "peer", lambda like: _flex(lengths, like)))
     found.append(variant("SDPA + mask", "peer", lambda like: _masked(lengths, like)))
     found.append(variant("SDPA, no mask", "yardstick", lambda like: F.scaled_dot_product_attention))

@@ -13,6 +13,7 @@
 
 #include <climits>
 
+#include "attention_sm90.h"
 #include "codes.h"
 
 // These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA
@@ -139,6 +140,51 @@ void code_statistics(const Tensor& residuals, const Tensor& codes, Tensor worksp
   STD_CUDA_CHECK(launch_code_statistics(args, dtype_of(residuals), current_stream(residuals)));
 }
 
+// A tensor (batch, heads, length, width) of 16-bit elements as the copy engine takes it.
+HeadsView heads_view(const Tensor& tensor) {
+  bool fits = tensor.dim() == 4 && tensor.element_size() == 2 && tensor.stride(3) == 1 &&
+              reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int i = 0; fits && i < 3; ++i) fits = tensor.size(i) == 1 || (tensor.stride(i) > 0 && tensor.stride(i) % 8 == 0);
+  STD_TORCH_CHECK(fits, "block_causal_attention_cuda: needs 16-bit tensors [batch, heads, length, width], aligned to 16 "
+                        "bytes, of strides that are multiples of 8 but for the last, 1");
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, Tensor out,
+                            Tensor lse, int64_t prefix, double softmax_scale, int64_t group, int64_t tile) {
+  AttentionArgs args{};
+  args.q = heads_view(q);
+  args.k = heads_view(k);
+  args.v = heads_view(v);
+  args.out = heads_view(out);
+  args.batch = int_of(q.size(0));
+  args.heads = int_of(q.size(1));
+  args.queries = int_of(q.size(2));
+  args.width = int_of(q.size(3));
+  args.keys = int_of(k.size(2));
+  args.prefix = int_of(prefix);
+  args.group = int_of(group);
+  args.scales = int_of(lengths.numel());
+  args.wide_lengths = lengths.scalar_type() == ScalarType::Long;
+  args.softmax_scale = static_cast<float>(softmax_scale);
+  const int64_t key_heads = k.size(1);
+  bool matches = q.numel() > 0 && k.numel() > 0 && args.heads % key_heads == 0 && args.queries <= args.keys &&
+                 args.group >= 1 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
+                 lse.numel() == int64_t(args.batch) * args.heads * args.queries && args.width % 8 == 0 &&
+                 args.width <= 128 && lengths.is_contiguous() && args.scales >= 1 && args.scales <= 32 &&
+                 (args.wide_lengths || lengths.scalar_type() == ScalarType::Int) &&
+                 k.size(0) == args.batch && k.size(3) == args.width;
+  for (int i = 0; i < 4; ++i) matches = matches && v.size(i) == k.size(i) && out.size(i) == q.size(i);
+  for (const Tensor* other : {&k, &v}) matches = matches && other->scalar_type() == q.scalar_type();
+  STD_TORCH_CHECK(matches && out.scalar_type() == q.scalar_type(),
+                  "block_causal_attention_cuda: sizes or dtypes do not match, or are not such as it takes");
+  args.share = args.heads / int_of(key_heads);
+  args.lengths = lengths.data_ptr();
+  args.lse = static_cast<float*>(lse.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  STD_CUDA_CHECK(launch_attention_forward(args, dtype_of(q), static_cast<AttentionTile>(tile), current_stream(q)));
+}
+
 }  // namespace
 }  // namespace unifiedar
 
@@ -146,6 +192,7 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_cuda", TORCH_BOX(&unifiedar::residual_lookup));
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
   m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
+  m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
   m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));
 }
 #endif  // USE_CUDA

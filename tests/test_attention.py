@@ -24,9 +24,21 @@ def chosen(accept):
     return pytest.mark.parametrize("room", [case for case in kernel_rooms() if accept(*case.values[0])], indirect=True)
 
 
-rooms = chosen(lambda backend, device, dtype: backend != "cuda")
+def served(backend, device, dtype):
+    """Whether a backend takes a dtype."""
+    return backend != "cuda" or dtype != torch.float32
+
+
+rooms = chosen(served)
+every_kernel = chosen(lambda *room: room[0] != "eager" and served(*room))
 triton_rooms = chosen(lambda backend, device, dtype: backend == "triton")
-gpu_triton = chosen(lambda backend, device, dtype: (backend, device) == ("triton", "cuda"))
+gpu_kernels = chosen(lambda *room: room[1] == "cuda" and room[0] != "eager" and served(*room))
+gpu_cuda = chosen(lambda *room: room[0] == "cuda" and served(*room))
+
+
+def backward_of(room):
+    """The backend of the gradients: the CUDA version has a forward alone."""
+    return "triton" if room[0] == "cuda" else room[0]
 
 
 def tensors(room, seed, batch, heads, groups, queries, keys, width, scale=1.0):
@@ -239,20 +251,20 @@ def test_lengths_in_a_tensor(room, dtype):
             assert torch.equal(one, other)
 
 
-@triton_rooms
+@every_kernel
 def test_lengths_that_do_not_add_up_stay_inside(room):
     """A GPU does not look: the last scale goes on to the end, and nothing outside is read or written."""
     q, k, v, grad, grad_lse = tensors(room, 14, 1, 1, 1, 40, 40, 32)
-    want = FORWARD(q, k, v, [10, 30], None, 0, 0.2, "triton")
+    want = FORWARD(q, k, v, [10, 30], None, 0, 0.2, room[0])
     for lengths in ([10, 2], [10, 300]):
         schedule = torch.tensor(lengths, device=room[1])
-        for backend in ("triton", "eager"):
+        for backend in (room[0], "eager"):
             for one, other in zip(FORWARD(q, k, v, [], schedule, 0, 0.2, backend), want, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=5e-3)
     for lengths in ([-5, 60, -40, 25], [-1, -1], [2**31 - 1, 5]):
         schedule = torch.tensor(lengths, device=room[1])
-        out, lse = FORWARD(q, k, v, [], schedule, 0, 0.2, "triton")
-        BACKWARD(grad, grad_lse, q, k, v, out, lse, [], schedule, 0, 0.2, "triton")
+        out, lse = FORWARD(q, k, v, [], schedule, 0, 0.2, room[0])
+        BACKWARD(grad, grad_lse, q, k, v, out, lse, [], schedule, 0, 0.2, backward_of(room))
 
 
 @rooms
@@ -310,7 +322,7 @@ def test_writes_what_it_should_and_nothing_else(room, width):
         ok()
 
 
-@triton_rooms
+@every_kernel
 def test_runs_are_bit_equal(room):
     values = tensors(room, 19, 2, 2, 1, 130, 130, 64)
     first, second = (check(room, values, [1, 4, 25, 100]) for _ in range(2))
@@ -494,8 +506,64 @@ def test_lengths_are_copied_once():
 # ---- on a GPU only ---------------------------------------------------------------------------------------------------
 
 
+def run_cuda(q, k, v, lengths, prefix=0, group=None, tile=family.CHOSEN):
+    """(out, lse) of the CUDA version with heads in groups of `group`, and a tile, in guarded buffers."""
+    (out, out_ok), (lse, lse_ok) = guarded(q.shape, q.dtype, "cuda"), guarded(q.shape[:3], torch.float32, "cuda")
+    schedule = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    rows = q.shape[0] * q.shape[1]
+    family._attention_cuda(q, k, v, schedule, out, lse, prefix, q.shape[3] ** -0.5, group or rows, tile)
+    out_ok(), lse_ok()
+    return out, lse
+
+
+def check_cuda(room, values, lengths, prefix=0, **where):
+    q, k, v = values[:3]
+    exact = oracle(q.double(), k.double(), v.double(), lengths, prefix, q.shape[3] ** -0.5)
+    eager = block_causal_attention(q, k, v, lengths, prefix=prefix, return_lse=True, backend="eager")
+    for triple in zip(run_cuda(q, k, v, lengths, prefix, **where), eager, exact, strict=True):
+        assert_as_good_as_eager(*triple)
+
+
 @pytest.mark.gpu
-@gpu_triton
+@gpu_cuda
+@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 2), (128, 2), (40, 0), (32, 1), (72, 2), (104, 2)])
+def test_one_product_of_the_matrix_units(room, width, tile):
+    """Every element of queries, keys and values has one place where it counts, so a wrong layout cannot hide.
+
+    With one-hot queries the scores are elements of the keys; with scores of 0 and one value at a time that is not 0
+    the output is its share.
+    """
+    _, device, dtype = room
+    length = 200
+    k = torch.randn(1, 1, length, width, generator=torch.Generator().manual_seed(31)).to(device, dtype)
+    v = torch.randn(1, 1, length, width, generator=torch.Generator().manual_seed(32)).to(device, dtype)
+    hot = torch.eye(width, device=device, dtype=dtype).repeat(-(-length // width), 1)[None, None, :length] * 8
+    check_cuda(room, (hot.contiguous(), k, v), [length], tile=tile)
+    for token in (0, 1, 7, 8, 15, 16, 63, 64, 111, 112, 127, 128, 143, 144, length - 1):
+        one = torch.zeros_like(v)
+        one[:, :, token] = v[:, :, token]
+        out, _ = run_cuda(torch.zeros_like(k), k, one, [length], tile=tile)
+        want = (v[:, :, token].double() / length)[:, :, None].expand_as(out)
+        torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-6, msg=f"token {token}")
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("tile", [0, 1])
+def test_every_tile(room, tile):
+    """One row more or less than so many tiles, and groups of heads of every size."""
+    for length in (1, 63, 64, 65, 111, 112, 113, 127, 129, 143, 144, 145, 191, 192, 193, 385, 680):
+        lengths = [length // 3, length - length // 3]
+        check_cuda(room, tensors(room, length, 2, 3, 3, length, length, 64), lengths, tile=tile)
+    values = tensors(room, 33, 5, 4, 2, 300, 680, 64)
+    want = run_cuda(*values[:3], VAR_256, tile=tile)
+    for group in (1, 3, 19, 20):
+        for one, other in zip(run_cuda(*values[:3], VAR_256, group=group, tile=tile), want, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@gpu_kernels
 def test_sweep_of_schedules(room):
     """Longer ones than an interpreter can, 200 a dtype."""
     generator = random.Random(25)
@@ -512,14 +580,14 @@ def test_sweep_of_schedules(room):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 @pytest.mark.parametrize("width", [64, 96, 128])
 def test_two_thousand_launches_are_equal(room, width):
     q, k, v, grad, grad_lse = tensors(room, 26, 4, 4, 2, 680, 680, width)
 
     def run():
-        out, lse = FORWARD(q, k, v, VAR_256, None, 0, 0.125, "triton")
-        return out, lse, *BACKWARD(grad, grad_lse, q, k, v, out, lse, VAR_256, None, 0, 0.125, "triton")
+        out, lse = FORWARD(q, k, v, VAR_256, None, 0, 0.125, room[0])
+        return out, lse, *BACKWARD(grad, grad_lse, q, k, v, out, lse, VAR_256, None, 0, 0.125, backward_of(room))
 
     first = run()
     differ = torch.zeros((), dtype=torch.int64, device=room[1])
@@ -530,14 +598,14 @@ def test_two_thousand_launches_are_equal(room, width):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 def test_cuda_graph_with_a_schedule_that_changes(room):
     *inputs, grad, grad_lse = tensors(room, 27, 2, 2, 2, 680, 680, 64)
     schedule = torch.tensor(VAR_256, device=room[1])
 
     def run(lengths):
-        out, lse = FORWARD(*inputs, *lengths, 0, 0.125, "triton")
-        return out, lse, *BACKWARD(grad, grad_lse, *inputs, out, lse, *lengths, 0, 0.125, "triton")
+        out, lse = FORWARD(*inputs, *lengths, 0, 0.125, room[0])
+        return out, lse, *BACKWARD(grad, grad_lse, *inputs, out, lse, *lengths, 0, 0.125, backward_of(room))
 
     run(([], schedule))
     graph = torch.cuda.CUDAGraph()
@@ -551,11 +619,11 @@ def test_cuda_graph_with_a_schedule_that_changes(room):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 def test_cuda_graph_with_integers(room):
     """Also those that no call had before."""
     inputs = tensors(room, 28, 1, 2, 2, 100, 100, 64)[:3]
-    run = functools.partial(block_causal_attention, *inputs, backend="triton")
+    run = functools.partial(block_causal_attention, *inputs, backend=room[0])
     run([100])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -566,7 +634,7 @@ def test_cuda_graph_with_integers(room):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 @pytest.mark.parametrize("in_tensor", [False, True], ids=["integers", "tensor"])
 def test_no_host_sync(room, in_tensor):
     *inputs, grad, _ = tensors(room, 29, 1, 2, 2, 100, 100, 64)
@@ -574,7 +642,7 @@ def test_no_host_sync(room, in_tensor):
     lengths = torch.tensor([20, 80], device=room[1]) if in_tensor else [20, 80]
 
     def run():
-        out = block_causal_attention(*leaves, lengths, backend="triton")
+        out = block_causal_attention(*leaves, lengths, backend=room[0])
         torch.autograd.grad(out, leaves, grad)
 
     run()
@@ -586,22 +654,22 @@ def test_no_host_sync(room, in_tensor):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 def test_current_stream(room):
     inputs = tensors(room, 30, 2, 2, 2, 680, 680, 64)[:3]
-    want = block_causal_attention(*inputs, VAR_256, backend="triton")
+    want = block_causal_attention(*inputs, VAR_256, backend=room[0])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         late = [x * 1 for x in inputs]
-        got = block_causal_attention(*late, VAR_256, backend="triton")
+        got = block_causal_attention(*late, VAR_256, backend=room[0])
     stream.synchronize()
     assert torch.equal(got, want)
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 @pytest.mark.parametrize(
     ("lengths", "heads", "width"),
     [(VAR_256, 16, 64), (VAR_512, 4, 64), (INFINITY[:7], 4, 96), (INFINITY, 1, 128)],

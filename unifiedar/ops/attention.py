@@ -158,24 +158,45 @@ def _attention_gradient(ctx, grad, grad_lse):
         return None, None, None, *nothing
     if grad is None:
         grad = torch.zeros_like(out)
+    backend = "triton" if ctx.backend == "cuda" else ctx.backend  # the forward alone has a CUDA version
     gradients = _block_causal_attention_backward(
-        grad, grad_lse, q, k, v, out, lse, ctx.lengths, schedule, ctx.prefix, ctx.softmax_scale, ctx.backend
+        grad, grad_lse, q, k, v, out, lse, ctx.lengths, schedule, ctx.prefix, ctx.softmax_scale, backend
     )
     return *gradients, *nothing
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
 
+_attention_cuda = _native.define(
+    "block_causal_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor(a!) out, Tensor(b!) lse, "
+    "int prefix, float softmax_scale, int group, int tile) -> ()"
+)
+NEAR_BYTES = 16 << 20  # of keys and values in use at a time, a third of an H100's L2
+CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes
+
+
+def _attention_unfit_cuda(q, k, v, lengths, schedule, prefix, softmax_scale) -> str | None:
+    reason = _native.cuda_unfit(q)
+    if reason is None and (found := _native.capability(q)) != 90:
+        return f"needs compute capability 9.0, got {found / 10}"
+    if reason is None and q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {str(q.dtype).removeprefix('torch.')}"
+    return reason or _sizes_unfit(q, k)
+
+
+def _sizes_unfit(q: Tensor, k: Tensor) -> str | None:
+    if q.shape[3] not in range(32, 129, 8):
+        return f"needs a head size that is a multiple of 8 from 32 to 128, got {q.shape[3]}"
+    if max(q.shape[2], k.shape[2]) >= 2**30:
+        return f"needs fewer than 2^30 tokens, got {max(q.shape[2], k.shape[2])}"
+    return None
+
 
 def _attention_unfit_triton(q, k, v, lengths, schedule, prefix, softmax_scale) -> str | None:
     reason = _native.triton_unfit(q)
     if reason is None and q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"needs float32, bfloat16 or float16, got {str(q.dtype).removeprefix('torch.')}"
-    if reason is None and q.shape[3] not in range(32, 129, 8):
-        return f"needs a head size that is a multiple of 8 from 32 to 128, got {q.shape[3]}"
-    if reason is None and max(q.shape[2], k.shape[2]) >= 2**30:
-        return f"needs fewer than 2^30 tokens, got {max(q.shape[2], k.shape[2])}"
-    return reason
+    return reason or _sizes_unfit(q, k)
 
 
 def _attention_backward_unfit_triton(
@@ -188,6 +209,25 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
     """The kernels take any strides of whole units of 8 elements, with a contiguous last dimension."""
     aligned = _native.kernels("attention").aligned
     return [x if aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _in_boxes(x: Tensor) -> Tensor:
+    """As the copy engine reads a tensor (B, H, L, D): as `_readable`, and no stride of 0."""
+    whole = all(size == 1 or (step > 0 and step % 8 == 0) for step, size in zip(x.stride()[:3], x.shape, strict=False))
+    if whole and x.stride(3) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _run_attention_cuda(q, k, v, lengths, schedule, prefix, softmax_scale):
+    out, lse = _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale)
+    if lse.numel():
+        near = max(16, NEAR_BYTES // (2 * k.shape[2] * k.shape[3] * k.element_size()))
+        _attention_cuda(
+            _in_boxes(q), _in_boxes(k), _in_boxes(v), _lengths_on(q.device, lengths, schedule), out, lse,
+            prefix, softmax_scale, min(q.shape[0] * q.shape[1], near), CHOSEN,
+        )  # fmt: skip
+    return out, lse
 
 
 def _run_attention_triton(q, k, v, lengths, schedule, prefix, softmax_scale):
@@ -225,7 +265,10 @@ _block_causal_attention = Op(
     "float softmax_scale) -> (Tensor, Tensor)",
     eager=_attention_eager,
     fake=_attention_fake,
-    backends=(Backend("triton", _run_attention_triton, _attention_unfit_triton, "not run on a GPU yet"),),
+    backends=(
+        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda, "not run on a GPU yet"),
+        Backend("triton", _run_attention_triton, _attention_unfit_triton, "not run on a GPU yet"),
+    ),
     setup_context=_attention_setup,
     backward=_attention_gradient,
 )
@@ -293,7 +336,8 @@ def block_causal_attention(
         prefix: tokens in front that everybody sees.
         softmax_scale: factor on the scores, at least 0; None is 1 / sqrt(D).
         return_lse: whether to return the logarithm of the sum of exponentials too.
-        backend: "auto", "triton" or "eager".
+        backend: "auto", "cuda" (compute capability 9.0, bfloat16 or float16; its gradients are Triton's), "triton" or
+            "eager".
 
     Returns:
         (B, H, Lq, D) in q's dtype and, if D is innermost there, memory order; with `return_lse` also lse (B, H, Lq),
@@ -307,11 +351,11 @@ def block_causal_attention(
 
     Note:
         Differentiable once in q, k and v, through lse too. Softmax and sums are float32; the eager backend rounds
-        scores and weights to the dtype of q, as products in that dtype do, and holds them all (B H Lq L). Triton's (for
-        now on request alone: backend="triton") holds none and is bit-equal between runs, forward and backward; its
-        float32 products are three TF32 products each. Never under autocast. No host sync with a tensor; integers are
-        copied to the device at the first call with that schedule (in a CUDA graph, if that is captured). A new
-        schedule compiles nothing.
+        scores and weights to the dtype of q, as products in that dtype do, and holds them all (B H Lq L). The kernels
+        (for now on request alone: backend="cuda", backend="triton") hold none and are bit-equal between runs, forward
+        and backward; Triton's float32 products are three TF32 products each. Never under autocast. No host sync with a
+        tensor; integers are copied to the device at the first call with that schedule (in a CUDA graph, if that is
+        captured). A new schedule compiles nothing.
     """
     function = "block_causal_attention"
     for argument, value in (("q", q), ("k", k), ("v", v)):

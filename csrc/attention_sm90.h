@@ -1,0 +1,41 @@
+// Launchers of the family `attention`, for compute capability 9.0: raw device pointers, sizes, strides and a stream. They
+// allocate nothing, never synchronise and return the launch's status.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "device/dtype.h"
+
+namespace unifiedar {
+
+// A tensor [batch, heads, length, width]: aligned to 16 bytes, strides in elements, multiples of 8, of the last dimension
+// 1. The stride of a dimension of one is not looked at; others must not be 0.
+struct HeadsView {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// Block-causal attention: unifiedar/ops/attention.py defines it.
+struct AttentionArgs {
+  HeadsView q;          // [batch, heads, queries, width]
+  HeadsView k, v;       // [batch, heads / share, keys, width]
+  HeadsView out;        // like q; written
+  float* lse;           // [batch, heads, queries], contiguous; written
+  const void* lengths;  // [scales] of int32, or int64 if `wide_lengths`: tokens of each scale, after the prefix
+  bool wide_lengths;
+  int batch, heads, share, queries, keys, width, scales, prefix;
+  int group;            // heads whose tiles are interleaved, so that long tiles of all go first
+  float softmax_scale;
+};
+
+// Tiles that the forward can be asked for; kChosen takes one by the sizes.
+enum class AttentionTile : int { kChosen = -1, kRows192Keys112 = 0, kRows128Keys144 = 1, kRows128Keys128 = 2 };
+
+// bfloat16 or float16, width a multiple of 8 up to 128, queries at most keys, both at least 1; on a device of another
+// compute capability than 9.0, with a width that a tile is not made for, or with sizes beyond 2^31 tiles:
+// cudaErrorNotSupported.
+cudaError_t launch_attention_forward(const AttentionArgs& args, DType dtype, AttentionTile tile, cudaStream_t stream);
+
+}  // namespace unifiedar
