@@ -197,7 +197,9 @@ def _agrees(got, values, mask):
 def test_rows_that_see_one_key(room):
     values = tensors(room, 8, 1, 2, 2, 40, 40, 32)
     out, lse, *_ = check(room, values, [1, 39])
-    assert torch.equal(out[:, :, 0], values[2][:, :, 0])
+    # On a GPU float32 is multiplied as two TF32 numbers, which hold 22 of its 24 bits.
+    split = room[0] == "triton" and room[1] == "cuda" and room[2] == torch.float32
+    torch.testing.assert_close(out[:, :, 0], values[2][:, :, 0], rtol=2**-21 if split else 0, atol=0)
     score = (values[0][:, :, 0].double() * values[1][:, :, 0].double()).sum(-1) / 32**0.5
     torch.testing.assert_close(lse[:, :, 0].double(), score, rtol=0, atol=5e-3 if room[0] == "eager" else 2e-5)
 
@@ -256,11 +258,12 @@ def test_lengths_that_do_not_add_up_stay_inside(room):
     """A GPU does not look: the last scale goes on to the end, and nothing outside is read or written."""
     q, k, v, grad, grad_lse = tensors(room, 14, 1, 1, 1, 40, 40, 32)
     want = FORWARD(q, k, v, [10, 30], None, 0, 0.2, room[0])
+    atol = 2e-2 if room[2] == torch.bfloat16 else 5e-3
     for lengths in ([10, 2], [10, 300]):
         schedule = torch.tensor(lengths, device=room[1])
         for backend in (room[0], "eager"):
             for one, other in zip(FORWARD(q, k, v, [], schedule, 0, 0.2, backend), want, strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=5e-3)
+                torch.testing.assert_close(one, other, rtol=0, atol=atol)
     for lengths in ([-5, 60, -40, 25], [-1, -1], [2**31 - 1, 5]):
         schedule = torch.tensor(lengths, device=room[1])
         out, lse = FORWARD(q, k, v, [], schedule, 0, 0.2, room[0])
