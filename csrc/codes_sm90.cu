@@ -15,13 +15,14 @@
 namespace unifiedar {
 namespace {
 
-constexpr int kThreads = 768;  // 80 registers each, one block a multiprocessor
+constexpr int kThreads = 640;  // 96 registers each, one block a multiprocessor
 constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kBlocks = 8;      // of a cluster: as many as every such GPU takes
-constexpr int kScan = 4;             // codes that a thread has in flight
+constexpr int kScan = 8;             // codes that a thread has in flight
+constexpr int kCounted = 2;          // neighbouring codebook rows whose counts a thread adds up at a time
 constexpr int kSegments = 2;         // codebook rows whose gradient a thread works on at a time
-constexpr int kShort = 8;            // entries of a row that is summed in packs of 16 bytes; longer ones in packs of 4
-constexpr int kTails = 8;            // entries of a long row that a thread works on at a time, if cumulative
+constexpr int kShort = 8;            // entries of a row that shares a warp with others
+constexpr int kMedium = 64;          // of one summed in packs of 16 bytes; longer ones in packs of 4, by more warps
 constexpr int kEntryBits = 15;       // of a listed entry's number in its block; the row in the cluster is above
 constexpr uint32_t kNone = ~0u;      // the key of an entry to be left out
 constexpr uint32_t kWarp = ~0u;      // all lanes
@@ -140,22 +141,27 @@ __device__ __forceinline__ bool is_long(const ClusterArgs& args, uint32_t begin,
 // begins and next, from the counts of all blocks; returns whether a row of the cluster is huge.
 __device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memory& memory, const Place& place) {
   uint32_t carry = 0;
-#pragma unroll
-  for (uint32_t b = 0; b < kBlocks; ++b) carry += *shared_of(memory.below, b);
   bool huge = false;
   uint32_t* sums = memory.sums;
-  for (uint32_t base = 0; base < place.rows; base += kThreads) {
-    const uint32_t row = base + place.thread;
-    uint32_t total = 0, before = 0;
-    if (row < place.rows) {
+  for (uint32_t base = 0; base < place.rows; base += kThreads * kCounted) {
+    const uint32_t row = base + place.thread * kCounted;
+    uint32_t total[kCounted] = {}, before[kCounted] = {}, below = 0;
 #pragma unroll
-      for (uint32_t b = 0; b < kBlocks; ++b) {
-        const uint32_t count = shared_of(memory.counts, b)[row];
-        total += count;
-        if (b < place.rank) before += count;
+    for (uint32_t b = 0; b < kBlocks; ++b) {
+      const uint32_t* const counts = shared_of(memory.counts, b);
+#pragma unroll
+      for (int s = 0; s < kCounted; ++s) {
+        const uint32_t count = row + s < place.rows ? counts[row + s] : 0;
+        total[s] += count;
+        if (b < place.rank) before[s] += count;
       }
+      if (base == 0) below += *shared_of(memory.below, b);
     }
-    uint32_t through = total;  // of the warp's rows up to this one
+    carry += below;
+    uint32_t own = 0;
+#pragma unroll
+    for (int s = 0; s < kCounted; ++s) own += total[s];
+    uint32_t through = own;  // of the warp's rows up to this thread's
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const uint32_t other = __shfl_up_sync(kWarp, through, step);
@@ -165,52 +171,69 @@ __device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memor
     __syncthreads();
     const uint32_t sum = place.lane < kWarps ? sums[place.lane] : 0;
     const uint32_t earlier = __reduce_add_sync(kWarp, place.lane < place.warp ? sum : 0);
-    const uint32_t begin = carry + earlier + through - total;
+    uint32_t begin = carry + earlier + through - own;
     carry += __reduce_add_sync(kWarp, sum);
     sums = sums == memory.sums ? memory.sums + kWarps : memory.sums;  // so that one barrier a turn will do
-    if (row < place.rows) {
-      memory.begins[row] = begin;
-      memory.next[row] = begin + before;
-      if (row == place.rows - 1) memory.begins[place.rows] = begin + total;
-      huge |= is_huge(args, begin, begin + total);
+#pragma unroll
+    for (int s = 0; s < kCounted; ++s) {
+      if (row + s >= place.rows) break;
+      memory.begins[row + s] = begin;
+      memory.next[row + s] = begin + before[s];
+      huge |= is_huge(args, begin, begin + total[s]);
+      begin += total[s];
+      if (row + s == place.rows - 1) memory.begins[place.rows] = begin;
     }
   }
   return __syncthreads_or(huge);
 }
 
-// Writes the block's entries where they belong in the order. One warp walks through the list: entries of a row keep
-// their order, and a list is short (an even choice leaves a block 256 of 32,768 entries).
+// Writes the block's entries where they belong in the order, a block of them at a time. Which entries of a warp are of
+// one row all warps find out together (it takes hundreds of clocks); then they take places one after another, so that
+// entries of a row keep their order.
 template <bool kCumulative>
 __device__ __forceinline__ void order_entries(const ClusterArgs& args, const Memory& memory, const Place& place,
                                               uint32_t listed) {
-  if (place.warp != 0) return;
-  for (uint32_t i = 0; i < listed; i += 32) {
-    const bool present = i + place.lane < listed;
-    const uint32_t item = present ? memory.list[i + place.lane] : kNone, row = item >> kEntryBits;
-    const uint32_t peers = __match_any_sync(kWarp, row);
+  for (uint32_t base = 0; base < listed; base += kThreads) {
+    const bool present = base + place.thread < listed;
+    const uint32_t item = present ? memory.list[base + place.thread] : kNone, row = item >> kEntryBits;
+    const uint32_t peers = __match_any_sync(kWarp, row), warps = min((listed - base + 31) / 32, uint32_t(kWarps));
     uint32_t to = 0;
+    for (uint32_t turn = 0; turn < warps; ++turn) {
+      if (turn == place.warp) {
+        if (present) to = memory.next[row] + __popc(peers & place.earlier);
+        __syncwarp();
+        if (present && (peers & place.earlier) == 0) memory.next[row] = to + __popc(peers);
+      }
+      __syncthreads();
+    }
     if (present) {
       const uint32_t entry = place.rank * args.span + (item & ((1u << kEntryBits) - 1));
-      to = memory.next[row] + __popc(peers & place.earlier);
       args.order[to] = kCumulative ? entry : entry / args.depth;
     }
-    __syncwarp();
-    if (present && (peers & place.earlier) == 0) memory.next[row] = to + __popc(peers);
-    __syncwarp();
   }
 }
 
-// The first row (or `rows`) that has a share of the cluster's cost, an entry or a row a unit, at or after `cost`.
-__device__ __forceinline__ uint32_t row_of_cost(const Memory& memory, uint32_t rows, uint32_t cost) {
-  uint32_t low = 0, high = rows;
-  while (low < high) {
-    const uint32_t middle = (low + high) / 2;
-    if (memory.begins[middle] - memory.begins[0] + middle < cost)
-      low = middle + 1;
-    else
-      high = middle;
+// A block's rows: [first, last) of the cluster's.
+struct Rows {
+  uint32_t first, last;
+};
+
+// The rows with the block's share of the cluster's cost, an entry or a row a unit.
+__device__ __forceinline__ Rows own_rows(const Memory& memory, const Place& place) {
+  const uint32_t cost = memory.begins[place.rows] - memory.begins[0] + place.rows;
+  uint32_t low[2] = {}, high[2] = {place.rows, place.rows};  // both searches at once, for their latency
+  while (low[0] < high[0] || low[1] < high[1]) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (low[s] == high[s]) continue;
+      const uint32_t middle = (low[s] + high[s]) / 2;
+      if (memory.begins[middle] - memory.begins[0] + middle < cost * (place.rank + s) / kBlocks)
+        low[s] = middle + 1;
+      else
+        high[s] = middle;
+    }
   }
-  return low;
+  return {low[0], low[1]};
 }
 
 // The row whose entries `at` is among.
@@ -234,9 +257,9 @@ struct Words : Entries<uint32_t> {
 // Copies the words of the block's rows to its shared memory, where each wait for one is a tenth as long, if they fit.
 // Only an uneven choice leaves a block more than it has listed room for.
 __device__ __forceinline__ Words own_words(const ClusterArgs& args, const Memory& memory, const Place& place,
-                                           uint32_t first, uint32_t last) {
+                                           const Rows& rows) {
   Words words{args, 0};
-  const uint32_t base = memory.begins[first], count = memory.begins[last] - base;
+  const uint32_t base = memory.begins[rows.first], count = memory.begins[rows.last] - base;
   if (count > args.span) return words;
   for (uint32_t i = place.thread; i < count; i += kThreads) memory.list[i] = args.words[base + i];
   __syncthreads();
@@ -250,7 +273,7 @@ __device__ __forceinline__ Words own_words(const ClusterArgs& args, const Memory
 template <typename T, int kVec, bool kCumulative>
 __device__ __forceinline__ void add_long(const Entries<uint32_t>& args, uint32_t begin, uint32_t end, int channel,
                                          uint32_t lane, float (&sum)[kVec]) {
-  constexpr int kFlight = kCumulative ? kTails : 32;
+  constexpr int kFlight = kCumulative ? 16 / kVec : kVec * sizeof(T) == 16 ? 8 : 32;
   const T* const grad = static_cast<const T*>(args.grad) + channel;
   const bool inside = channel < args.channels;
   for (uint32_t i = begin; i < end; i += kFlight) {
@@ -330,16 +353,17 @@ __device__ __forceinline__ void sum_parts(const ClusterArgs& args, const Memory&
   }
 }
 
-// The long rows among [first, last), of the cluster's.
+// The long rows among the block's with at most `most` entries, and more than `least`.
 template <typename T, typename Out, int kVec, bool kCumulative>
 __device__ __forceinline__ void sum_long_rows(const ClusterArgs& args, const Words& words, const Memory& memory,
-                                              const Place& place, uint32_t first, uint32_t last) {
+                                              const Place& place, const Rows& rows, uint32_t least, uint32_t most) {
   const uint32_t slices = (args.channels + 32 * kVec - 1) / (32 * kVec);
   Turns turns{slices, place.warp};
-  for (uint32_t base = first; base < last; base += 32) {
-    const uint32_t own = base + place.lane;
-    const uint32_t own_begin = memory.begins[min(own, last)], own_end = memory.begins[min(own + 1, last)];
-    uint32_t left = __ballot_sync(kWarp, is_long(args, own_begin, own_end));  // beyond `last` they are equal
+  for (uint32_t base = rows.first; base < rows.last; base += 32) {
+    const uint32_t own = base + place.lane;  // beyond the last, beginning and end are equal
+    const uint32_t own_begin = memory.begins[min(own, rows.last)], own_end = memory.begins[min(own + 1, rows.last)];
+    const uint32_t count = own_end - own_begin;
+    uint32_t left = __ballot_sync(kWarp, count > least && count <= most && is_long(args, own_begin, own_end));
     for (; left != 0; left &= left - 1) {
       const uint32_t row = base + __ffs(left) - 1;
       const uint32_t begin = memory.begins[row], end = memory.begins[row + 1];
@@ -376,7 +400,8 @@ __device__ __forceinline__ void sum_long_rows(const ClusterArgs& args, const Wor
 // The other rows, kSegments neighbouring ones at a time, with as many lanes as a row has packs.
 template <typename T, typename Out, int kVec, bool kCumulative>
 __device__ __forceinline__ void sum_short_rows(const ClusterArgs& args, const Words& words, const Memory& memory,
-                                               const Place& place, uint32_t first, uint32_t last) {
+                                               const Place& place, const Rows& rows) {
+  const uint32_t first = rows.first, last = rows.last;
   const uint32_t width = args.width, slices = (args.channels + width * kVec - 1) / (width * kVec);
   const uint32_t items = (last - first + kSegments - 1) / kSegments * slices;
   const uint32_t group = place.thread / width, lane = place.thread - group * width;
@@ -421,9 +446,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_
   cluster_sync();
   const bool huge = find_begins(args, memory, place);
   order_entries<kCumulative>(args, memory, place, listed);
-  const uint32_t cost = memory.begins[place.rows] - memory.begins[0] + place.rows;
-  const uint32_t first = row_of_cost(memory, place.rows, cost * place.rank / kBlocks);
-  const uint32_t last = row_of_cost(memory, place.rows, cost * (place.rank + 1) / kBlocks);
+  const Rows rows = own_rows(memory, place);
   // From here on nobody looks at another block's shared memory, so that a block may end before the others.
   cluster_sync();
   if (huge) {
@@ -431,12 +454,13 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_
     cluster_sync();
   }
   if (args.counts != nullptr) {
-    for (uint32_t row = first + place.thread; row < last; row += kThreads)
+    for (uint32_t row = rows.first + place.thread; row < rows.last; row += kThreads)
       args.counts[place.low + row] = memory.begins[row + 1] - memory.begins[row];
   }
-  const Words words = own_words(args, memory, place, first, last);
-  sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, first, last);
-  sum_short_rows<T, Out, kVec, kCumulative>(args, words, memory, place, first, last);
+  const Words words = own_words(args, memory, place, rows);
+  sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, rows, kMedium, ~0u);
+  sum_long_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows, 0, kMedium);
+  sum_short_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows);
 }
 
 template <typename T, typename Out, int kVec, bool kCumulative>
