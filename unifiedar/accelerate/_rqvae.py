@@ -9,13 +9,25 @@ embed_code_with_depth, which returns the rows of all depths, is no sum and stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unifiedar.accelerate._swap import Adapter, Swap, class_of, facts, original, overridden, rehearse
+from unifiedar.accelerate._swap import (
+    FLOATS,
+    Adapter,
+    Swap,
+    class_of,
+    facts,
+    original,
+    overridden,
+    pack,
+    rehearse,
+    side_by_side,
+    unpack,
+)
 from unifiedar.nn.codes import Movement, search, soft_codes
 from unifiedar.ops import residual_lookup
 
@@ -25,7 +37,6 @@ _CLASS, _BOOK_CLASS, _FILE = "RQBottleneck", "VQEmbedding", "quantizations"
 _EMBEDDINGS = ("embed_code", "embed_partial_code")
 _SEARCHES = ("quantize", "get_soft_codes")
 _BOOK_SEARCHES = ("forward", "find_nearest_embedding")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _matches(module: nn.Module) -> bool:
@@ -75,7 +86,7 @@ def _codebooks_why_not(module: Any) -> str | None:
         return f"its codebooks' weights are of the tensor class {type(first.data).__name__}"
     if first.is_meta:
         return "its codebooks are on the meta device: load the weights first"
-    if first.dtype not in _FLOATS:
+    if first.dtype not in FLOATS:
         return f"its codebooks are {str(first.dtype).removeprefix('torch.')}"
     if len({weight.shape for weight in weights}) > 1:
         sizes = ", ".join(str(len(weight) - 1) for weight in weights)
@@ -156,42 +167,13 @@ def _swap(module: Any) -> Swap:
             text += f"; {' and '.join(searches)} left alone: {reason}"
     swap = Swap(text, methods, {"differentiable": _differentiable(module)})
     if not _shared(module):
-        _pack([book.weight for book in module.codebooks])
+        pack([book.weight for book in module.codebooks])
     return swap
 
 
 def _undo(module: Any) -> None:
-    weights = [book.weight for book in module.codebooks]
-    if not _shared(module) and _packed(weights):
-        for weight in weights:
-            weight.data = weight.data.clone()
-
-
-def _packed(weights: list[Tensor]) -> bool:
-    """Whether weights lie one behind the other in one storage."""
-    first = weights[0]
-    step = first.numel() * first.element_size()
-    end = first.data_ptr() + len(weights) * step
-    storage = first.untyped_storage()
-    return end <= storage.data_ptr() + storage.nbytes() and all(
-        weight.data_ptr() == first.data_ptr() + d * step and weight.is_contiguous() for d, weight in enumerate(weights)
-    )
-
-
-def _pack(weights: list[Tensor]) -> None:
-    """Move parameters into one storage, one behind the other; they stay the same parameters with the same values.
-
-    Takes their memory once more while it runs and nothing afterwards.
-    """
-    first = weights[0]
-    if all(weight.data_ptr() == first.data_ptr() for weight in weights):
-        return  # one memory already, and so it must stay
-    # A parameter outside inference mode cannot take a tensor made inside.
-    with torch.inference_mode(False), torch.no_grad():
-        storage = torch.empty((len(weights), *first.shape), dtype=first.dtype, device=first.device)
-        for place, weight in zip(storage, weights, strict=True):
-            place.copy_(weight)
-            weight.data = place
+    if not _shared(module):
+        unpack([book.weight for book in module.codebooks])
 
 
 def _table(module: Any, depth: slice, with_gradient: bool) -> Tensor:
@@ -201,13 +183,8 @@ def _table(module: Any, depth: slice, with_gradient: bool) -> Tensor:
     weights = [book.weight for book in module.codebooks]
     if with_gradient:
         return torch.stack(weights[depth])
-    first = weights[0]
-    if all(weight.data_ptr() == first.data_ptr() for weight in weights):
-        return first
-    if not _packed(weights):  # .to(), .half() and the like gave each weight memory of its own
-        _pack(weights)
-    rows, channels = first.shape
-    return first.detach().as_strided((len(weights), rows, channels), (rows * channels, channels, 1))[depth]
+    table = side_by_side(weights)
+    return table if table.ndim == 2 else table[depth]
 
 
 def _sum(module: Any, codes: Tensor, depth: slice) -> Tensor:
@@ -259,14 +236,14 @@ def _search_why_not(module: Any) -> str | None:
     return (
         overridden(module, published, (*_SEARCHES, "to_code_shape"))
         or next((reason for book in module.codebooks if (reason := _book_why_not(book))), None)
-        or rehearse(module, _searching_swap, _prepare, _play)
+        or rehearse(module, _searching_swap, _small(module.codebooks), _prepare, _play)
     )
 
 
 def _searching_swap(module: Any) -> Swap:
     """What a rehearsal puts on a copy: the searches alone."""
     if not _shared(module):
-        _pack([book.weight for book in module.codebooks])
+        pack([book.weight for book in module.codebooks])
     return Swap("", _searches(module), {"differentiable": False})
 
 
@@ -286,10 +263,27 @@ def _book_why_not(book: Any) -> str | None:
     return None
 
 
+_REHEARSED = 64
+"""As many codes are enough for a rehearsal."""
+
+
+def _small(books: Iterable[Any]) -> dict[Tensor, Tensor]:
+    """The first rows of the tensors of codebooks that have more, and the padding."""
+    found: dict[Tensor, Tensor] = {}
+    for book in books:
+        if book.n_embed > _REHEARSED:
+            found[book.weight] = torch.cat([book.weight.detach()[:_REHEARSED], book.weight.detach()[-1:]])
+            found[book.cluster_size_ema] = book.cluster_size_ema[:_REHEARSED]
+            found[book.embed_ema] = book.embed_ema[:_REHEARSED]
+    return found
+
+
 @torch.no_grad()
 def _prepare(module: Any) -> None:
     """Gives codebooks rows apart from each other and averages, some of them about to die."""
     for book in dict.fromkeys(module.codebooks) if hasattr(module, "codebooks") else [module]:
+        book.n_embed = book.padding_idx = len(book.cluster_size_ema)
+        book.num_embeddings = book.n_embed + 1
         book.weight[:-1].normal_()
         book.cluster_size_ema.uniform_(0.5, 3)
         book.embed_ema.copy_(book.weight[:-1] * book.cluster_size_ema[:, None])
@@ -341,7 +335,7 @@ def _search_unusual(books: list[Any], x: Any) -> bool:
     weight = books[0].weight
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[-1] != weight.shape[-1] or x.device != weight.device:
         return True
-    if not x.numel() or x.dtype not in _FLOATS:
+    if not x.numel() or x.dtype not in FLOATS:
         return True
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return True
@@ -413,9 +407,9 @@ def _own_book_why_not(module: Any) -> str | None:
         return reason
     if module.weight.is_meta:
         return "its weight is on the meta device: load the weights first"
-    if module.weight.dtype not in _FLOATS or type(module.weight.data) is not Tensor:
+    if module.weight.dtype not in FLOATS or type(module.weight.data) is not Tensor:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')} of {type(module.weight.data).__name__}"
-    return rehearse(module, _book_swap, _prepare, _book_play)
+    return rehearse(module, _book_swap, _small([module]), _prepare, _book_play)
 
 
 def _book_swap(module: Any) -> Swap:

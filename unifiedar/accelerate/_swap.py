@@ -16,7 +16,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "Swap", "class_of", "facts", "original", "overridden", "put", "record", "rehearse", "take_off"]
+__all__ = [
+    "FLOATS",
+    "Adapter",
+    "Swap",
+    "class_of",
+    "facts",
+    "is_ours",
+    "original",
+    "overridden",
+    "pack",
+    "packed",
+    "put",
+    "record",
+    "rehearse",
+    "side_by_side",
+    "take_off",
+    "unpack",
+]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What our ops take."""
 
 _RECORD = "_unifiedar_swap"
 
@@ -103,6 +123,56 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
     return types.MethodType(getattr(type(module), name), module)
 
 
+# ---- tables side by side ---------------------------------------------------------------------------------------------
+
+
+def packed(tables: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie one behind the other in one storage."""
+    first = tables[0]
+    step = first.numel() * first.element_size()
+    end = first.data_ptr() + len(tables) * step
+    storage = first.untyped_storage()
+    return end <= storage.data_ptr() + storage.nbytes() and all(
+        table.data_ptr() == first.data_ptr() + d * step and table.is_contiguous() for d, table in enumerate(tables)
+    )
+
+
+def pack(tables: Sequence[Tensor]) -> None:
+    """Move parameters or buffers of one shape into one storage, one behind the other, with the same values.
+
+    They stay the same tensors. Takes their memory once more while it runs and nothing afterwards.
+    """
+    first = tables[0]
+    if all(table.data_ptr() == first.data_ptr() for table in tables):
+        return  # one memory already, and so it must stay
+    # A parameter outside inference mode cannot take a tensor made inside.
+    with torch.inference_mode(False), torch.no_grad():
+        storage = torch.empty((len(tables), *first.shape), dtype=first.dtype, device=first.device)
+        for place, table in zip(storage, tables, strict=True):
+            place.copy_(table)
+            table.data = place
+
+
+def unpack(tables: Sequence[Tensor]) -> None:
+    """Give tensors that `pack` moved memory of their own again."""
+    if packed(tables):
+        for table in tables:
+            table.data = table.data.clone()
+
+
+def side_by_side(tables: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, (D, ...), without a copy: packed first if need be; one (...) if they are one memory.
+
+    `.to()`, `.half()` and the like give each tensor memory of its own, so this is asked for on every call.
+    """
+    first = tables[0]
+    if all(table.data_ptr() == first.data_ptr() for table in tables):
+        return first.detach()
+    if not packed(tables):
+        pack(tables)
+    return first.detach().as_strided((len(tables), *first.shape), (first.numel(), *first.stride()))
+
+
 # ---- what an adapter asks of a module --------------------------------------------------------------------------------
 
 
@@ -125,17 +195,19 @@ def overridden(module: nn.Module, published: type, names: Sequence[str]) -> str 
 def rehearse(
     module: nn.Module,
     swap: Callable[[Any], Swap],
+    substitutes: Mapping[Tensor, Tensor],
     prepare: Callable[[Any], None],
     play: Callable[[Any, bool], Iterator[tuple[str, Any]]],
 ) -> str | None:
     """Run the published methods on one copy of a module and ours on another: None if they agree, else where not.
 
-    Copies are float32; results must agree to its rounding. Where an exact tie of two codes falls the other way, all
+    Copies are float32; results must agree to its rounding. Where a near tie of two codes falls the other way, all
     that follows differs, so that three draws are tried.
 
     Args:
         module: it is left as it is, and so are the random generators.
         swap: as an adapter's.
+        substitutes: small tensors that the copies have instead of large ones.
         prepare: gives a copy state worth testing; runs with the same random numbers on both copies.
         play: yields what each step is and what came out of it: tensors, in tuples and lists if there are several. Is
             told whether training steps may be played: not where a process group would wait for the other ranks.
@@ -151,7 +223,8 @@ def rehearse(
             with torch.random.fork_rng(devices):
                 for swapped in (False, True):
                     try:
-                        twin = copy.deepcopy(module).float()
+                        twin = copy.deepcopy(module, {id(one): _as(one, small) for one, small in substitutes.items()})
+                        twin.float()
                         torch.manual_seed(attempt)
                         prepare(twin)
                         if swapped:
@@ -166,6 +239,12 @@ def rehearse(
             if reason is None:
                 return None
         return reason
+
+
+def _as(tensor: Tensor, small: Tensor) -> Tensor:
+    """A copy of `small`, a parameter if `tensor` is one."""
+    small = small.detach().clone()
+    return nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
