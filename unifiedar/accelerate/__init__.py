@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from unifiedar.accelerate import _rqvae, _swap
+from unifiedar.accelerate import _rqvae, _swap, _vector_quantize_pytorch
 from unifiedar.accelerate._swap import Adapter, Swap
 
 __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "restore"]
 
-ADAPTERS: tuple[Adapter, ...] = (*_rqvae.ADAPTERS,)
+ADAPTERS: tuple[Adapter, ...] = (*_rqvae.ADAPTERS, *_vector_quantize_pytorch.ADAPTERS)
 """Every adapter; the first that matches a module decides."""
 
 
