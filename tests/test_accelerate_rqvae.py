@@ -177,6 +177,17 @@ def make(cls, *, latent_shape=(4, 4, 8), code_shape=(4, 4, 3), n_embed=24, dtype
     return cls(latent_shape, code_shape, n_embed, **options).to(dtype)
 
 
+def lived(module):
+    """Averages as after some training: some codes live on, some are about to die.
+
+    Where all die at once they come back in pairs, equal but for rounding, and any of a pair may be chosen.
+    """
+    for book in dict.fromkeys(module.codebooks):
+        book.cluster_size_ema.uniform_(0.5, 3)
+        book.embed_ema.copy_(book.weight[:-1] * book.cluster_size_ema[:, None])
+    return module
+
+
 def features(module, seed, batch=3, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((batch, *module.latent_shape), generator=generator, dtype=dtype)
@@ -225,10 +236,7 @@ def test_eval_equals_the_published_one(bottleneck, layout, dtype):
 def test_training_equals_the_published_one(bottleneck, layout, restart, n_embed):
     """24 codes for 48 vectors, and 200: more codes than vectors, so that those drawn for restarts are tiled."""
     module = make(bottleneck, n_embed=n_embed, decay=0.8, restart_unused_codes=restart, **layout).train()
-    for book in module.codebooks:  # some codes live on, some are about to die
-        book.cluster_size_ema.uniform_(0.5, 3)
-        book.embed_ema.copy_(book.weight[:-1] * book.cluster_size_ema[:, None])
-    ours = swapped(module)
+    ours = swapped(lived(module))
     for step in range(5):
         results = []
         for one in (module, ours):
@@ -300,6 +308,21 @@ def test_autocast_searches_exactly(bottleneck):
     torch.testing.assert_close(got[2], wanted[2])
     torch.testing.assert_close(got[0], wanted[0])
     assert_same_state(ours, plain)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shared", [True, False])
+def test_it_compiles_whole_as_the_published_one_does(bottleneck, shared, training, fresh_compiler):
+    module = lived(make(bottleneck, shared_codebook=shared)).train(training)
+    ours = swapped(module)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for step in range(2):
+        results = []
+        for one in (module, compiled):
+            torch.manual_seed(step)
+            results.append(one(torch.randn(3, 4, 4, 8)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert_same_state(ours, module)
 
 
 def test_state_optimizer_and_restore(bottleneck):

@@ -348,7 +348,7 @@ def _search_unusual(books: list[Any], x: Any) -> bool:
     return (
         len(alike) > 1
         or any(one.dtype not in (torch.float32, torch.float64) or one.dtype != weight.dtype for one in tensors)
-        or len({one.data_ptr() for one in tensors}) < len(tensors)
+        or (not torch.compiler.is_compiling() and len({one.data_ptr() for one in tensors}) < len(tensors))
     )
 
 

@@ -163,8 +163,11 @@ def unpack(tables: Sequence[Tensor]) -> None:
 def side_by_side(tables: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as one, (D, ...), without a copy: packed first if need be; one (...) if they are one memory.
 
-    `.to()`, `.half()` and the like give each tensor memory of its own, so this is asked for on every call.
+    `.to()`, `.half()` and the like give each tensor memory of its own, so this is asked for on every call. Under
+    torch.compile, which knows no addresses, it is a copy.
     """
+    if torch.compiler.is_compiling():
+        return torch.stack([table.detach() for table in tables])
     first = tables[0]
     if all(table.data_ptr() == first.data_ptr() for table in tables):
         return first.detach()
@@ -231,7 +234,7 @@ def rehearse(
                             put(twin, "rehearsal", swap(twin))
                         results.append([(name, list(_flat(value))) for name, value in play(twin, alone)])
                     except Exception as error:  # foreign code may fail in any way; the report says how
-                        return f"it fails when tried on a copy: {type(error).__name__}: {error}"
+                        return f"it fails when tried on a copy: {type(error).__name__}: {' '.join(str(error).split())}"
                     results[-1] += [(f"its {name} afterwards", [value]) for name, value in _state(twin)]
                     where = devices[0] if devices else "cpu"
                     results[-1].append(("its use of random numbers", [torch.rand((), device=where)]))

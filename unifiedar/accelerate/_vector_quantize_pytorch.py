@@ -87,7 +87,7 @@ _VQ_NEEDED = (
 )  # fmt: skip
 _BOOK_NEEDED = (
     "embed", "embed_avg", "cluster_size", "initted", "decay", "ema_update", "manual_ema_update", "update_ema",
-    "has_dead_code_replacement", "expire_codes_", "all_reduce_fn", "use_cosine_sim", "transform_input", "gumbel_sample",
+    "expire_codes_", "all_reduce_fn", "use_cosine_sim", "transform_input", "gumbel_sample",
     "learnable_codebook",
 )  # fmt: skip
 
@@ -150,7 +150,8 @@ def _vq_embed_why_not(book: Any) -> str | None:
 def _vq_swap(module: Any) -> Swap:
     cosine = ", cosine" if module._codebook.use_cosine_sim else ""
     text = f"forward by residual_quantize (one depth{cosine}), training by code_statistics"
-    return Swap(text, {"forward": vector_quantize}, {"arguments": _signature(module)})
+    samples = tuple(inspect.signature(module._codebook.expire_codes_).parameters)
+    return Swap(text, {"forward": vector_quantize}, {"arguments": _signature(module), "samples": samples})
 
 
 _VQ_KNOWN = {
@@ -215,7 +216,10 @@ def vector_quantize(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     rows = torch.stack([one.quantized for one in found]) if tables > 1 else found[0].quantized
     quantized = rows.view(x.shape).to(dtype)
     if self.training and not call.get("freeze_codebook", self.freeze_codebook):
-        _vq_move(book, flat, codes, mask, call.get("ema_update", book.ema_update))
+        # In older versions (1.27) masked vectors may take the place of dead codes too.
+        kept = {"seq_mask": mask.reshape(1, -1)} if mask is not None and "seq_mask" in facts(self)["samples"] else {}
+        if _vq_move(book, flat, codes, mask, call.get("ema_update", book.ema_update)):
+            book.expire_codes_(flat, **kept)
 
     commitment = loss = self.zero
     if self.training:
@@ -252,14 +256,18 @@ def vector_quantize(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _vq_move(book: Any, vectors: Tensor, codes: Tensor, mask: Tensor | None, ema_update: bool) -> None:
-    """One step of a codebook's averages, by vectors (tables, N, C) and codes (tables, N), where mask (b, n) is True."""
-    if not ema_update and not book.has_dead_code_replacement:
-        return
+def _vq_move(book: Any, vectors: Tensor, codes: Tensor, mask: Tensor | None, ema_update: bool) -> bool:
+    """One step of a codebook's averages, by vectors (tables, N, C) and codes (tables, N), where mask (b, n) is True.
+
+    Returns:
+        Whether there was one: without averages and dead codes there is none.
+    """
+    # In older versions (1.27) codes die only where averages move the codebook.
+    if not ema_update and not getattr(book, "has_dead_code_replacement", False):
+        return False
     tables, size, channels = book.embed.shape
     if mask is not None:
-        mask = mask.reshape(1, -1)
-        codes = codes.where(mask, -1)
+        codes = codes.where(mask.reshape(1, -1), -1)
     elif tables > 1:
         codes = codes + size * torch.arange(tables, device=codes.device)[:, None]
     counts, sums = code_statistics(vectors.flatten(0, 1), codes.flatten(), tables * size)
@@ -270,7 +278,7 @@ def _vq_move(book: Any, vectors: Tensor, codes: Tensor, mask: Tensor | None, ema
     book.embed_avg.lerp_(sums, 1 - book.decay)
     if ema_update and not book.manual_ema_update:
         book.update_ema()
-    book.expire_codes_(vectors, seq_mask=mask)
+    return True
 
 
 def _rotate(x: Tensor, quantized: Tensor) -> Tensor:
@@ -297,8 +305,7 @@ def _commitment(chosen: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
 
 _RVQ_NEEDED = (
     "layers", "project_in", "project_out", "num_quantizers", "shared_codebook", "uniform_codebook_size",
-    "return_zeros_for_masked_padding", "get_codes_from_indices", "get_output_from_indices", "quantize_dropout",
-    "has_projections",
+    "get_codes_from_indices", "get_output_from_indices", "quantize_dropout", "has_projections",
 )  # fmt: skip
 
 
@@ -362,6 +369,11 @@ def _rvq_table(module: Any) -> Tensor:
     return side_by_side(_embeds(module)).squeeze(-3)
 
 
+def _masks_output(module: Any) -> bool:
+    """Whether masked rows are zero behind the projection too: before 1.32 the layers' zeros are projected."""
+    return bool(getattr(module, "return_zeros_for_masked_padding", False))
+
+
 _RVQ_KNOWN = {"x", "mask", "return_all_codes", "sample_codebook_temp", "freeze_codebook"}
 
 
@@ -379,7 +391,7 @@ def _rvq_unusual(module: Any, call: dict[str, Any]) -> bool:
     if mask is not None:
         if x.ndim != 3 or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             return True
-        if not module.return_zeros_for_masked_padding and module.has_projections:
+        if module.has_projections and not _masks_output(module):
             return True
     return not _initted(module, books)
 
@@ -396,7 +408,7 @@ def residual_vq(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     quantized = self.project_out(quantized)
     if mask is not None:
         codes = codes.where(mask.unsqueeze(-1), -1)
-        rest = torch.zeros_like(quantized) if self.return_zeros_for_masked_padding else source
+        rest = torch.zeros_like(quantized) if self.layers[0].return_zeros_for_masked_padding else source
         quantized = torch.where(mask.unsqueeze(-1), quantized, rest)
     losses = torch.stack([layer.zero for layer in self.layers])
     if call.get("return_all_codes"):
@@ -447,6 +459,7 @@ def _vq_prepare(module: Any) -> None:
 
 
 def _rvq_prepare(module: Any) -> None:
+    module.eval_beam_size = None  # beams are the published forward's
     for layer in module.layers:
         _vq_prepare(layer)
 
@@ -484,7 +497,7 @@ def _rvq_play(module: Any, training: bool) -> Iterator[tuple[str, Any]]:
     module.eval()
     codes = None
     for call in ({}, {"mask": mask}, {"return_all_codes": True}):
-        if "mask" in call and not module.return_zeros_for_masked_padding and module.has_projections:
+        if "mask" in call and module.has_projections and not _masks_output(module):
             continue
         out = module(torch.randn((2, 6, dim), device=device), **call)
         yield "its forward", out
