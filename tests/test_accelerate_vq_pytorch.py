@@ -258,6 +258,38 @@ def test_all_depths_are_searched_at_once(monkeypatch):
             seen.clear()
 
 
+@pytest.mark.parametrize("option", ["plain", "shared", "cosine", "dead codes"])
+def test_on_every_device(option, device):
+    """At a size that the kernels cut into tiles; float32's own rounding may decide a code in thousands otherwise."""
+    modules = pair(ResidualVQ, dim=64, codebook_size=500, num_quantizers=4, **RESIDUAL[option])
+    x = torch.randn(4, 250, 64).to(device)
+    mask = (torch.arange(250) < torch.tensor([250, 100, 7, 30])[:, None]).to(device)
+    for mode in (False, True):
+        for arguments in ({}, {"mask": mask}):
+            results = []
+            for module in modules:
+                torch.manual_seed(0)
+                results.append(module.to(device).train(mode)(x.clone().requires_grad_(mode), **arguments))
+            (wanted, codes, losses), (got, own, own_losses) = results
+            same = (codes == own).all(-1)
+            assert same.float().mean() > 0.99
+            assert_equal(got[same], wanted[same], 1e-4)
+            assert_equal(own_losses, losses, 1e-3)
+    for key, value in modules[0].state_dict().items():
+        close = torch.isclose(modules[1].state_dict()[key], value, rtol=1e-3, atol=1e-4)
+        assert close.float().mean() > 0.97, key
+
+
+def test_made_in_inference_mode():
+    with torch.inference_mode():
+        module, ours = pair(ResidualVQ, num_quantizers=2)
+        x = torch.randn(3, 10, 8)
+        assert_equal(ours.eval()(x), module.eval()(x))
+    assert_equal(ours(torch.ones(1, 2, 8)), module(torch.ones(1, 2, 8)))
+    assert len(restore(ours)) == 3
+    assert_equal(ours(torch.ones(1, 2, 8)), module(torch.ones(1, 2, 8)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("cls", [VectorQuantize, ResidualVQ])
 def test_other_dtypes(cls, dtype):

@@ -145,8 +145,8 @@ def pack(tables: Sequence[Tensor]) -> None:
     first = tables[0]
     if all(table.data_ptr() == first.data_ptr() for table in tables):
         return  # one memory already, and so it must stay
-    # A parameter outside inference mode cannot take a tensor made inside.
-    with torch.inference_mode(False), torch.no_grad():
+    # A tensor made in inference mode cannot take one made outside, nor the other way round.
+    with torch.inference_mode(first.is_inference()), torch.no_grad():
         storage = torch.empty((len(tables), *first.shape), dtype=first.dtype, device=first.device)
         for place, table in zip(storage, tables, strict=True):
             place.copy_(table)
@@ -156,8 +156,9 @@ def pack(tables: Sequence[Tensor]) -> None:
 def unpack(tables: Sequence[Tensor]) -> None:
     """Give tensors that `pack` moved memory of their own again."""
     if packed(tables):
-        for table in tables:
-            table.data = table.data.clone()
+        with torch.inference_mode(tables[0].is_inference()):
+            for table in tables:
+                table.data = table.data.clone()
 
 
 def side_by_side(tables: Sequence[Tensor]) -> Tensor:
