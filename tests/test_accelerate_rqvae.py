@@ -343,6 +343,10 @@ def test_autocast_searches_exactly(bottleneck):
     torch.testing.assert_close(got[2], wanted[2])
     torch.testing.assert_close(got[0], wanted[0])
     assert_same_state(ours, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # features as a layer before leaves them
+        wanted, got = (one.eval().quantize(x.bfloat16()) for one in (plain, ours))
+    assert [one.dtype for one in got[0]] == [one.dtype for one in wanted[0]] == [torch.bfloat16] * 3
+    assert (got[1] == wanted[1]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -462,7 +466,7 @@ def _rank(rank, folder, name):
 @pytest.mark.parametrize("name", ["stand-in", "published"])
 def test_two_ranks_move_together(tmp_path, name):
     _package(name)
-    mp.start_processes(_rank, args=(str(tmp_path), name), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, args=(str(tmp_path), name), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 

@@ -208,6 +208,10 @@ def lookup(module, codes):
     return module.get_output_from_indices(codes)
 
 
+def rows(module, codes):
+    return module.get_codes_from_indices(codes)
+
+
 @pytest.mark.parametrize("option", RESIDUAL)
 @pytest.mark.parametrize("cls", [ResidualVQ, GroupedResidualVQ])
 def test_residual_vq(option, cls, monkeypatch):
@@ -227,11 +231,16 @@ def test_residual_vq(option, cls, monkeypatch):
     wanted, got = both(modules, lambda m: m(torch.randn(3, 8)) if cls is ResidualVQ else m(torch.randn(3, 1, 8)))
     assert_equal(got, wanted)
     codes = module(torch.randn(3, 10, 8))[1]
-    assert_equal(lookup(ours, codes), lookup(module, codes))
+    spread = codes.unflatten(-2, (5, 2))
+    for one in (codes, spread):
+        assert_equal(lookup(ours, one), lookup(module, one))
+        assert_equal(rows(ours, one), rows(module, one))
     if option.get("quantize_dropout") and cls is ResidualVQ:
-        assert_equal(lookup(ours, codes[..., :2]), lookup(module, codes[..., :2]))
-        codes[..., 3] = -1
-        assert_equal(lookup(ours, codes), lookup(module, codes))
+        dropped = codes.clone()
+        dropped[..., 3] = -1
+        for one in (codes[..., :2], dropped):
+            assert_equal(lookup(ours, one), lookup(module, one))
+            assert_equal(rows(ours, one), rows(module, one))
     with monkeypatch.context() as patched:
         forbid_published(patched)
         ours(torch.randn(3, 10, 8))
@@ -553,6 +562,11 @@ def test_a_rehearsal_finds_what_differs(name, monkeypatch):
     assert "differs from what we compute" in report.refused[0].text
 
 
+def test_accelerate_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert accelerate(rvq()(), verbose=False).refused == []
+
+
 def test_the_random_generator_is_left_as_it_was():
     module, generator = rich(vq(threshold_ema_dead_code=2)()), torch.get_rng_state()
     state = copy.deepcopy(module.state_dict())
@@ -585,6 +599,6 @@ def _rank(rank, folder):
 
 
 def test_two_ranks_move_together(tmp_path):
-    mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first if "embed" in key)

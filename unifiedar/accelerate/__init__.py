@@ -74,7 +74,8 @@ def accelerate(module: nn.Module, *, verbose: bool = True) -> Report:
     """Swap the parts of a reference model that we do faster, in place, and report what was swapped and what was not.
 
     Every submodule is looked at once. Weights are shared and keep their names; outputs equal the reference's within
-    twice its own rounding error. Calling it again swaps only what is new.
+    twice its own rounding error. Codes are the nearest to float32's residual; a reference that searches or subtracts in
+    half precision, as under autocast, may round to others. Calling it again swaps only what is new.
 
     Args:
         module: a model with its weights loaded, or any part of one.

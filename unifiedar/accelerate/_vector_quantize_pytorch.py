@@ -416,17 +416,34 @@ def residual_vq(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return quantized, codes, losses
 
 
+def _given(module: Any, indices: Any) -> int:
+    """How many depths codes have that our lookups take, or 0."""
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim < 2:
+        return 0
+    given, depth = indices.shape[-1], len(module.layers)
+    # Fewer codes than depths are an error without quantize_dropout.
+    return given if given == depth or (given < depth and module.quantize_dropout) else 0
+
+
 def get_output_from_indices(self: Any, indices: Tensor) -> Tensor:
     """ResidualVQ.get_output_from_indices: codes (b, ..., q), -1 for none, to features (b, ..., dim)."""
-    depth = len(self.layers)
-    given = (
-        indices.shape[-1] if isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.ndim > 1 else 0
-    )
-    # Fewer codes than depths are an error without quantize_dropout.
-    if not (given == depth or (0 < given < depth and self.quantize_dropout)):
+    given = _given(self, indices)
+    if not given:
         return original(self, "get_output_from_indices")(indices)
     table = _rvq_table(self)
     return self.project_out(residual_lookup(indices, table if table.ndim == 2 else table[:given]))
+
+
+def get_codes_from_indices(self: Any, indices: Tensor) -> Tensor:
+    """ResidualVQ.get_codes_from_indices: codes (b, ..., q), -1 for none, to their rows (depth, b, ..., dim)."""
+    given = _given(self, indices)
+    if not given:
+        return original(self, "get_codes_from_indices")(indices)
+    table = _rvq_table(self)
+    rows = table.new_zeros((len(self.layers), *indices.shape[:-1], table.shape[-1]))
+    for d in range(given):
+        rows[d] = residual_lookup(indices[..., d : d + 1], table if table.ndim == 2 else table[d])
+    return rows
 
 
 # ---- rehearsals ------------------------------------------------------------------------------------------------------
@@ -503,6 +520,7 @@ def _rvq_play(module: Any, training: bool) -> Iterator[tuple[str, Any]]:
         yield "its forward", out
         codes = out[1]
     yield "its get_output_from_indices", module.get_output_from_indices(codes)
+    yield "its get_codes_from_indices", module.get_codes_from_indices(codes)
 
 
 ADAPTERS: tuple[Adapter, ...] = (
