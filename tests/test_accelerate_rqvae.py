@@ -286,6 +286,20 @@ def test_on_every_device(bottleneck, shared, device):
         assert close.float().mean() > 0.98, key
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_does_not_wait_for_the_gpu(bottleneck, shared, training):
+    ours = swapped(make(bottleneck, shared_codebook=shared).cuda().train(training))
+    x = features(ours, 1).cuda()
+    ours(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_training_a_codebook_alone(bottleneck, shared):
     module = make(bottleneck, shared_codebook=shared).codebooks[0].train()

@@ -289,6 +289,21 @@ def test_on_every_device(option, device):
         assert close.float().mean() > 0.97, key
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ["plain", "shared", "cosine"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_does_not_wait_for_the_gpu(option, training):
+    """The published one asks the GPU in every layer whether its codebook is filled."""
+    ours = pair(ResidualVQ, num_quantizers=3, **RESIDUAL[option])[1].cuda().train(training)
+    x = torch.randn(3, 10, 8, device="cuda", requires_grad=training)
+    ours(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_made_in_inference_mode():
     with torch.inference_mode():
         module, ours = pair(ResidualVQ, num_quantizers=2)
