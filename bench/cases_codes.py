@@ -12,8 +12,8 @@ C channels, D times, at the rate of half-precision products.
 Least traffic: vectors and codes read once, sums and counts written.
 
 vector-quantize-pytorch's `ResidualVQ`, where it is installed, as published and after `unifiedar.accelerate`:
-`residual-vq/<model>` in eval mode, `residual-vq/<model>-train` a training forward, which moves the codebook. The floor is
-that of `quantize`.
+`residual-vq/<model>` in eval mode, `residual-vq/<model>-train` a training forward, which moves the codebook. The floor
+is that of `quantize`.
 """
 
 from __future__ import annotations
