@@ -531,6 +531,19 @@ def test_residual_quantizer_loads_the_keys_and_answers_the_same(bottleneck, shar
     assert_same_state(module, published)
 
 
+def test_different_tables_are_not_loaded_into_a_shared_one():
+    own = ResidualQuantizer(8, 4, 3, shared=False)
+    shared = ResidualQuantizer(8, 4, 3)
+    with pytest.raises(RuntimeError, match="the depths' tables differ"):
+        nn.Sequential(shared).load_state_dict(nn.Sequential(own).state_dict())
+    state = own.state_dict()
+    equal = {key: state[key.replace(".2.", ".0.").replace(".1.", ".0.")].clone() for key in state}
+    shared.load_state_dict(equal, strict=True)
+    own.load_state_dict(equal, strict=True)
+    assert torch.equal(shared.table, own.table[1])
+    copy.deepcopy(shared).load_state_dict(shared.state_dict())
+
+
 def test_dead_codes_stay_without_restarts():
     module = ResidualQuantizer(8, 4, 2, restart=False, decay=0.5).train()
     table, size = module.table.clone(), module.codebooks[0].cluster_size_ema

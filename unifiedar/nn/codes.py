@@ -227,11 +227,28 @@ def commitment_loss(x: Tensor, sums: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x - partial.detach()).square().mean() for partial in sums]).mean()
 
 
+def _require_equal_copies(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+    errors: list[str],
+) -> None:  # fmt: skip
+    """A state that lists other tables at other depths must not end up in a shared one, the last of them in all."""
+    quantizer = cast(ResidualQuantizer, module)
+    keys = [f"{prefix}codebooks.{d}.weight" for d in range(quantizer.depth)]
+    tables = [state[key] for key in keys if key in state]
+    for table in tables[1:] if quantizer.shared else ():
+        if table.data_ptr() != tables[0].data_ptr() and not torch.equal(table, tables[0]):
+            errors.append(
+                f"{prefix}codebooks: the depths' tables differ, but one is shared by all (shared must be False)"
+            )
+            return
+
+
 class ResidualQuantizer(nn.Module):
     """Quantizes each vector as a sum of D code vectors, each the nearest to what the ones before left over.
 
     In training mode a forward also moves the codebook, by the vectors of all ranks of the default process group; dead
-    codes are restarted from vectors of the batch.
+    codes are restarted from vectors of the batch. Loading a state whose depths have different tables into a shared
+    one is an error.
 
     Args:
         num_codes: K, codes per table.
@@ -268,6 +285,7 @@ class ResidualQuantizer(nn.Module):
         self.codebooks = nn.ModuleList([first, *rest])
         self.shared, self.depth, self.num_codes, self.dim, self.decay = shared, depth, num_codes, dim, decay
         self.update, self.restart = update, restart
+        self.register_load_state_dict_pre_hook(_require_equal_copies)
 
     @property
     def _books(self) -> list[Codebook]:
