@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unifiedar.ops import _checks
-from unifiedar.ops._op import Op
+from unifiedar.ops import _checks, _native
+from unifiedar.ops._op import Backend, Op
 from unifiedar.ops.codes import _accumulator
 
 __all__ = [
@@ -366,22 +366,186 @@ def _transposed(grad: Tensor, size: Triple) -> Tensor:
     return torch.ops.aten.upsample_trilinear3d_backward(grad.contiguous(), list(grad.shape[2:]), shape, False)
 
 
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+_UNTRIED = "not run on a GPU yet"
+
+
+def _unfit_rows(tensor: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why no kernel can run on rows of a tensor, with features of a dtype."""
+    reason = _native.triton_unfit(tensor)
+    if reason is None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if reason is None and dtype == torch.bfloat16 and not tensor.is_cuda:
+        return "needs another dtype on the CPU: Triton's interpreter computes wrongly in bfloat16"
+    return reason
+
+
+def _pack_unfit_triton(bits: Tensor) -> str | None:
+    return _unfit_rows(bits)
+
+
+def _unpack_unfit_triton(packed: Tensor, dim: int) -> str | None:
+    return _unfit_rows(packed)
+
+
+def _lookup_unfit_triton(bits: Tensor, dim: int, spherical: bool, dtype: torch.dtype) -> str | None:
+    return _unfit_rows(bits, dtype)
+
+
+def _quantize_unfit_triton(x, spherical, packed, inv_temperature) -> str | None:
+    return _unfit_rows(x, x.dtype)
+
+
+def _quantize_backward_unfit_triton(x, grad, grad_sums, spherical, inv_temperature) -> str | None:
+    return _unfit_rows(x, x.dtype)
+
+
+def _unfit_planes(schedule: Sequence[int]) -> str | None:
+    frames = max(schedule[::3])
+    if frames > 1:
+        return f"needs scales of one frame, got {frames}"
+    pixels = max(h * w for _, h, w in _triples(schedule))
+    return f"needs fewer than 2^30 pixels, got {pixels}" if pixels >= 2**30 else None
+
+
+def _pyramid_unfit_triton(features, flips, schedule, spherical, inputs, residuals) -> str | None:
+    return _unfit_rows(features, features.dtype) or _unfit_planes(schedule)
+
+
+def _sum_unfit_triton(tokens, start, schedule, begin, end, spherical, inputs) -> str | None:
+    dtype = tokens.dtype if tokens.is_floating_point() else torch.float32
+    wide = dtype if start is None else torch.promote_types(dtype, start.dtype)
+    return _unfit_rows(tokens, wide) or _unfit_planes(schedule)
+
+
+def _run_pack_triton(bits: Tensor) -> Tensor:
+    out = _pack_fake(bits)
+    if out.numel():
+        with torch.cuda.device_of(bits):
+            _native.kernels("codes_bitwise").bitwise_pack(bits.reshape(-1, bits.shape[-1]).contiguous(), out.view(-1))
+    return out
+
+
+def _spread(bits: Tensor, dim: int, magnitude: float, out: Tensor) -> Tensor:
+    """Fills labels or codes from words (dim > 0) or labels."""
+    if out.numel():
+        flat = bits.reshape(-1) if dim else bits.reshape(-1, bits.shape[-1])
+        with torch.cuda.device_of(bits):
+            _native.kernels("codes_bitwise").bitwise_lookup(flat.contiguous(), magnitude, out.view(-1, out.shape[-1]))
+    return out
+
+
+def _run_unpack_triton(packed: Tensor, dim: int) -> Tensor:
+    return _spread(packed, dim, 1.0, _unpack_fake(packed, dim))
+
+
+def _run_lookup_triton(bits: Tensor, dim: int, spherical: bool, dtype: torch.dtype) -> Tensor:
+    out = _lookup_fake(bits, dim, spherical, dtype)
+    return _spread(bits, dim, _magnitude(out.shape[-1], spherical, torch.float32), out)
+
+
+def _run_quantize_triton(x, spherical, packed, inv_temperature):
+    out = bits, quantized, sums = _quantize_fake(x, spherical, packed, inv_temperature)
+    if not x.numel():
+        sums.zero_()
+        return out
+    dim, kernels = x.shape[-1], _native.kernels("codes_bitwise")
+    rows = x.reshape(-1, dim).contiguous()
+    parts, sharpness = None, 0.0
+    if inv_temperature is not None:
+        parts = sums.new_empty((kernels.losses_parts(rows.shape[0], dim), dim + 2))
+        sharpness = _sharpness(dim, spherical, inv_temperature, torch.float32)
+    with torch.cuda.device_of(x):
+        kernels.bitwise_quantize(
+            rows, _magnitude(dim, spherical, torch.float32), sharpness, spherical,
+            bits.view(-1) if packed else bits.view(-1, dim), quantized.view(-1, dim), parts,
+        )  # fmt: skip
+        if parts is not None:
+            torch.sum(parts, 0, out=sums)
+    return out
+
+
+def _run_quantize_backward_triton(x, grad, grad_sums, spherical, inv_temperature):
+    out = _quantize_backward_fake(x, grad, grad_sums, spherical, inv_temperature)
+    if not x.numel():
+        return out
+    dim, sharpness = x.shape[-1], 0.0
+    if inv_temperature is not None:
+        sharpness = _sharpness(dim, spherical, inv_temperature, torch.float32)
+    with torch.cuda.device_of(x):
+        _native.kernels("codes_bitwise").bitwise_quantize_backward(
+            x.reshape(-1, dim).contiguous(), None if grad is None else grad.reshape(-1, dim).contiguous(),
+            None if grad_sums is None else grad_sums.contiguous(), _magnitude(dim, spherical, torch.float32),
+            sharpness, spherical, out.view(-1, dim),
+        )  # fmt: skip
+    return out
+
+
+def _sizes_on(device: torch.device, scales: Sequence[Triple]) -> Tensor:
+    """Heights and widths (S, 2) of scales of one frame."""
+    return _native.integers_on(device, tuple(size for _, h, w in scales for size in (h, w))).view(-1, 2)
+
+
+def _run_pyramid_triton(features, flips, schedule, spherical, inputs, residuals):
+    out = bits, total, following, left = _pyramid_fake(features, flips, schedule, spherical, inputs, residuals)
+    if not bits.numel():
+        return out
+    scales = _triples(schedule)
+    with torch.cuda.device_of(features):
+        _native.kernels("codes_bitwise").bitwise_pyramid(
+            features.squeeze(2).contiguous(), None, None, None if flips is None else flips.contiguous(),
+            _sizes_on(features.device, scales), len(scales), _magnitude(features.shape[1], spherical, torch.float32),
+            inputs, torch.empty((2, *total.shape), dtype=total.dtype, device=total.device),
+            bits, total.squeeze(2), following, left if residuals else None,
+        )  # fmt: skip
+    return out
+
+
+def _run_sum_triton(tokens, start, schedule, begin, end, spherical, inputs):
+    out = total, following = _sum_fake(tokens, start, schedule, begin, end, spherical, inputs)
+    if not total.numel():
+        return out
+    # The kernel takes the size of the sum from its output, and only the scales that it is to add.
+    scales = _triples(schedule)[begin : end + 1]
+    with torch.cuda.device_of(tokens):
+        _native.kernels("codes_bitwise").bitwise_pyramid(
+            None, tokens.contiguous(), None if start is None else start.squeeze(2).contiguous(), None,
+            _sizes_on(tokens.device, scales), end - begin, _magnitude(tokens.shape[2], spherical, torch.float32),
+            "trilinear" if inputs else "", torch.empty((2, *total.shape), dtype=total.dtype, device=total.device),
+            None, total.squeeze(2), following, None,
+        )  # fmt: skip
+    return out
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
-_bitwise_pack = Op("bitwise_pack(Tensor bits) -> Tensor", eager=_pack_eager, fake=_pack_fake)
+_bitwise_pack = Op(
+    "bitwise_pack(Tensor bits) -> Tensor",
+    eager=_pack_eager,
+    fake=_pack_fake,
+    backends=(Backend("triton", _run_pack_triton, _pack_unfit_triton, _UNTRIED),),
+)
 
-_bitwise_unpack = Op("bitwise_unpack(Tensor packed, SymInt dim) -> Tensor", eager=_unpack_eager, fake=_unpack_fake)
+_bitwise_unpack = Op(
+    "bitwise_unpack(Tensor packed, SymInt dim) -> Tensor",
+    eager=_unpack_eager,
+    fake=_unpack_fake,
+    backends=(Backend("triton", _run_unpack_triton, _unpack_unfit_triton, _UNTRIED),),
+)
 
 _bitwise_lookup = Op(
     "bitwise_lookup(Tensor bits, SymInt dim, bool spherical, ScalarType dtype) -> Tensor",
     eager=_lookup_eager,
     fake=_lookup_fake,
+    backends=(Backend("triton", _run_lookup_triton, _lookup_unfit_triton, _UNTRIED),),
 )
 
 _bitwise_quantize = Op(
     "bitwise_quantize(Tensor x, bool spherical, bool packed, float? inv_temperature) -> (Tensor, Tensor, Tensor)",
     eager=_quantize_eager,
     fake=_quantize_fake,
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton, _UNTRIED),),
     setup_context=_quantize_setup,
     backward=_quantize_gradient,
 )
@@ -391,6 +555,7 @@ _bitwise_quantize_backward = Op(
     "-> Tensor",
     eager=_quantize_backward_eager,
     fake=_quantize_backward_fake,
+    backends=(Backend("triton", _run_quantize_backward_triton, _quantize_backward_unfit_triton, _UNTRIED),),
 )
 
 _bitwise_pyramid = Op(
@@ -398,6 +563,7 @@ _bitwise_pyramid = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     eager=_pyramid_eager,
     fake=_pyramid_fake,
+    backends=(Backend("triton", _run_pyramid_triton, _pyramid_unfit_triton, _UNTRIED),),
     setup_context=_pyramid_setup,
     backward=_pyramid_gradient,
 )
@@ -407,6 +573,7 @@ _bitwise_sum = Op(
     "bool inputs) -> (Tensor, Tensor)",
     eager=_sum_eager,
     fake=_sum_fake,
+    backends=(Backend("triton", _run_sum_triton, _sum_unfit_triton, _UNTRIED),),
     setup_context=_sum_setup,
     backward=_sum_gradient,
 )
