@@ -15,13 +15,18 @@ import triton.language as tl
 __all__ = ["COMPILE_CASES", "bitwise_lookup", "bitwise_pack", "bitwise_pyramid", "bitwise_quantize", "losses_parts"]
 
 _WARPS = 4
-_PLANE = 2048  # pixels of a plane at a time
 _PLANE_WARPS = 16
 
 
 def _rows(dim: int) -> int:
     """Tokens of a program: 16 elements a thread."""
     return 32 * _WARPS * 16 // triton.next_power_of_2(dim)
+
+
+def _pixels(planes: int) -> int:
+    """Pixels of a plane at a time: many where a program has a multiprocessor to itself, which leaves room for none
+    beside it (125 registers a thread on sm_90); else few, so that three fit (40)."""
+    return 2048 if planes <= 132 else 512
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -474,9 +479,9 @@ def bitwise_pyramid(
         TRILINEAR=inputs == "trilinear",
         AREA=inputs == "area",
         RESIDUALS=out_residuals is not None,
-        BLOCK=_PLANE,
+        BLOCK=_pixels(batch * dim),
         num_warps=_PLANE_WARPS,
-        num_stages=1,
+        num_stages=1,  # what a scale writes the next one reads: nothing may be loaded ahead
     )
 
 
@@ -524,8 +529,13 @@ def _cases() -> list[tuple]:
                 TRILINEAR=mode == "trilinear",
                 AREA=mode == "area",
                 RESIDUALS=quantize,
-                BLOCK=_PLANE,
+                BLOCK=_pixels(32),
             )
+        flags = dict.fromkeys(("RESUME", "FLIP", "AREA", "RESIDUALS"), False)
+        flags |= dict.fromkeys(("QUANTIZE", "TRILINEAR"), True)
+        tokens = {**types, "tokens": "*u8"}
+        # One pixel a thread at a time, so no packs.
+        add(bitwise_pyramid_kernel, tokens, _PLANE_WARPS, packed=False, stages=1, BLOCK=_pixels(256), **flags)
     blocks = {"BLOCK_N": _rows(32), "BLOCK_D": 32}
     add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, _WARPS, **blocks)
     for flag, labels, out in ((True, "*i64", "*u8"), (False, "*u8", "*fp32"), (True, "*i64", "*bf16")):
