@@ -256,7 +256,7 @@ def bitwise_pyramid_kernel(
     start,  # [batch, dim, height, width] float32, if RESUME: what the first scale's codes are added to
     flips,  # [batch, length, dim] bool, if FLIP
     schedule,  # [scales or one more, 2] int32: height and width of each scale, and of the one that follows
-    workspace,  # [2, batch * dim, height * width] float32
+    workspace,  # [2, batch * dim, room] float32
     out_bits,  # [batch, length, dim] uint8, if QUANTIZE
     out_total,  # [batch, dim, height, width] float32
     out_inputs,  # [batch, inputs, dim] float32: of every scale in the schedule but the first, if TRILINEAR or AREA
@@ -267,6 +267,7 @@ def bitwise_pyramid_kernel(
     inputs,
     scales,
     known,  # scales in the schedule
+    room,  # at least h * w and h * width of every scale
     height,
     width,
     magnitude,
@@ -286,8 +287,8 @@ def bitwise_pyramid_kernel(
     features += plane * pixels
     start += plane * pixels
     total = out_total + plane * pixels
-    pooled = workspace + plane * pixels
-    codes = workspace + (planes + plane) * pixels
+    pooled = workspace + plane * room
+    codes = workspace + (planes + plane) * room
     token = batch * length * dim + channel
     follow = out_inputs + batch * inputs * dim + channel
     for s in range(scales):
@@ -470,6 +471,7 @@ def bitwise_pyramid(
         out_inputs.shape[1],
         scales,
         schedule.shape[0],
+        workspace.shape[2],
         height,
         width,
         magnitude,
@@ -495,7 +497,7 @@ def _cases() -> list[tuple]:
 
     def add(kernel, types: dict[str, str], warps: int, packed: bool = True, stages: int = 3, **constants) -> None:
         names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        wide = [name for name, kind in names.items() if kind[0] == "*" or name in ("dim", "height", "width")]
+        wide = [name for name, kind in names.items() if kind[0] == "*" or name in ("dim", "room", "height", "width")]
         signature = {**names, **dict.fromkeys(constants, "constexpr")}
         options = {"num_warps": warps, "num_stages": stages}
         for divisors in (dict.fromkeys(wide, 16), {}) if packed else ({},):
@@ -533,15 +535,22 @@ def _cases() -> list[tuple]:
             )
         flags = dict.fromkeys(("RESUME", "FLIP", "AREA", "RESIDUALS"), False)
         flags |= dict.fromkeys(("QUANTIZE", "TRILINEAR"), True)
-        tokens = {**types, "tokens": "*u8"}
         # One pixel a thread at a time, so no packs.
-        add(bitwise_pyramid_kernel, tokens, _PLANE_WARPS, packed=False, stages=1, BLOCK=_pixels(256), **flags)
+        add(
+            bitwise_pyramid_kernel,
+            {**types, "tokens": "*u8"},
+            _PLANE_WARPS,
+            packed=False,
+            stages=1,
+            BLOCK=_pixels(256),
+            **flags,
+        )
     blocks = {"BLOCK_N": _rows(32), "BLOCK_D": 32}
     add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, _WARPS, **blocks)
     for flag, labels, out in ((True, "*i64", "*u8"), (False, "*u8", "*fp32"), (True, "*i64", "*bf16")):
         # Words are loaded one a row, so no pack is.
-        types = {**floats, "bits": labels, "out": out}
-        add(bitwise_lookup_kernel, types, _WARPS, packed=not flag, PACKED=flag, **blocks)
+        words = {**floats, "bits": labels, "out": out}
+        add(bitwise_lookup_kernel, words, _WARPS, packed=not flag, PACKED=flag, **blocks)
     return cases
 
 

@@ -111,15 +111,15 @@ def _places(dim: int, device: torch.device) -> Tensor:
 
 
 def _pack_eager(bits: Tensor) -> Tensor:
-    return ((bits != 0).long() << _places(bits.shape[-1], bits.device)).sum(-1)
+    return ((bits.contiguous() != 0).long() << _places(bits.shape[-1], bits.device)).sum(-1)
 
 
 def _unpack_eager(packed: Tensor, dim: int) -> Tensor:
-    return (packed.unsqueeze(-1) >> _places(dim, packed.device) & 1).to(torch.uint8)
+    return (packed.contiguous().unsqueeze(-1) >> _places(dim, packed.device) & 1).to(torch.uint8)
 
 
 def _lookup_eager(bits: Tensor, dim: int, spherical: bool, dtype: torch.dtype) -> Tensor:
-    labels = _unpack_eager(bits, dim) if dim else bits
+    labels = _unpack_eager(bits, dim) if dim else bits.contiguous()
     return _signed(labels, _magnitude(labels.shape[-1], spherical, _accumulator(dtype)), dtype)
 
 
@@ -130,7 +130,7 @@ def _unit(x: Tensor, spherical: bool) -> Tensor:
 def _quantize_eager(
     x: Tensor, spherical: bool, packed: bool, inv_temperature: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dim, dtype = x.shape[-1], _accumulator(x.dtype)
+    dim, dtype, x = x.shape[-1], _accumulator(x.dtype), x.contiguous()
     _, _, sums = _quantize_fake(x, spherical, packed, inv_temperature)
     labels = (x > 0).to(torch.uint8)
     codes = _signed(labels, _magnitude(dim, spherical, dtype), dtype)
@@ -145,14 +145,14 @@ def _quantize_eager(
         sums[:dim] = torch.sigmoid(logit).sum(0) / tokens
         sums[dim] = entropy.sum() / tokens
         sums[dim + 1] = far.sum() / tokens
-    return _pack_eager(labels) if packed else labels, codes.to(x.dtype), sums
+    return codes.to(x.dtype), _pack_eager(labels) if packed else labels, sums
 
 
 def _quantize_backward_eager(
     x: Tensor, grad: Tensor | None, grad_sums: Tensor | None, spherical: bool, inv_temperature: float | None
 ) -> Tensor:
     dim, dtype = x.shape[-1], _accumulator(x.dtype)
-    rows = x.reshape(-1, dim).to(dtype)
+    rows = x.contiguous().view(-1, dim).to(dtype)
     unit = _unit(rows, spherical)
     g = torch.zeros_like(rows) if grad is None else grad.reshape(-1, dim).to(dtype)
     if grad_sums is not None and inv_temperature is not None:
@@ -199,7 +199,7 @@ def _pyramid_eager(
     features: Tensor, flips: Tensor | None, schedule: Sequence[int], spherical: bool, inputs: str, residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _pyramid_fake(features, flips, schedule, spherical, inputs, residuals)
-    bits, total, following, left = out
+    total, bits, following, left = out
     scales, dtype = _triples(schedule), total.dtype
     if not bits.numel():
         return out
@@ -250,6 +250,46 @@ def _sum_eager(
     return out
 
 
+def _pyramid_backward_eager(grad: Tensor, schedule: Sequence[int]) -> Tensor:
+    """The residuals are linear in the features: what is subtracted is a constant, as in the reference."""
+    out, end = _pyramid_backward_fake(grad, schedule).zero_(), 0
+    for scale in _triples(schedule):
+        begin, end = end, end + _count([scale])
+        part = _as_map(grad[:, begin:end], scale)
+        if scale != tuple(out.shape[2:]) and out.numel():
+            part = torch.ops.aten._adaptive_avg_pool3d_backward(part, out)
+        out += part
+    return out
+
+
+def _sum_backward_eager(
+    grad: Tensor, grad_inputs: Tensor, schedule: Sequence[int], begin: int, end: int, inputs: bool, tokens: bool
+) -> tuple[Tensor, Tensor]:
+    """The transpose of the sum, scale by scale from the last: a scale's codes reach all later sums and inputs."""
+    out, total = _sum_backward_fake(grad, grad_inputs, schedule, begin, end, inputs, tokens)
+    scales = _triples(schedule)
+    at, row = out.shape[1], grad_inputs.shape[1]
+    total.copy_(grad)
+    for s in reversed(range(begin, end)):
+        if inputs and s + 1 < len(scales):
+            rows = _count([scales[s + 1]])
+            total += _resize_backward(_as_map(grad_inputs[:, row - rows : row], scales[s + 1]), scales[-1])
+            row -= rows
+        if tokens:
+            rows = _count([scales[s]])
+            out[:, at - rows : at] = _as_tokens(_resize_backward(total, scales[s]))
+            at -= rows
+    return out, total
+
+
+def _resize_backward(grad: Tensor, size: Triple) -> Tensor:
+    """The gradient of a trilinear resize of maps of `size`, given that of its result."""
+    if tuple(grad.shape[2:]) == size or not grad.numel():
+        return grad.reshape(*grad.shape[:2], *size)
+    shape = [*grad.shape[:2], *size]
+    return torch.ops.aten.upsample_trilinear3d_backward(grad, list(grad.shape[2:]), shape, False)
+
+
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
 
 
@@ -268,7 +308,7 @@ def _lookup_fake(bits: Tensor, dim: int, spherical: bool, dtype: torch.dtype) ->
 def _quantize_fake(x, spherical, packed, inv_temperature):
     bits = x.new_empty(x.shape[:-1], dtype=torch.int64) if packed else x.new_empty(x.shape, dtype=torch.uint8)
     sums = 0 if inv_temperature is None else x.shape[-1] + 2
-    return bits, x.new_empty(x.shape), x.new_empty((sums,), dtype=_accumulator(x.dtype))
+    return x.new_empty(x.shape), bits, x.new_empty((sums,), dtype=_accumulator(x.dtype))
 
 
 def _quantize_backward_fake(x, grad, grad_sums, spherical, inv_temperature):
@@ -279,8 +319,8 @@ def _pyramid_fake(features, flips, schedule, spherical, inputs, residuals):
     scales, (batch, dim) = _triples(schedule), features.shape[:2]
     length, dtype = _count(scales), _accumulator(features.dtype)
     return (
-        features.new_empty((batch, length, dim), dtype=torch.uint8),
         features.new_empty((batch, dim, *scales[-1]), dtype=dtype),
+        features.new_empty((batch, length, dim), dtype=torch.uint8),
         features.new_empty((batch, length - _count(scales[:1]) if inputs else 0, dim), dtype=dtype),
         features.new_empty((batch, length if residuals else 0, dim), dtype=dtype),
     )
@@ -298,13 +338,22 @@ def _sum_fake(tokens, start, schedule, begin, end, spherical, inputs):
     )
 
 
+def _pyramid_backward_fake(grad, schedule):
+    return grad.new_empty((grad.shape[0], grad.shape[2], *_triples(schedule)[-1]))
+
+
+def _sum_backward_fake(grad, grad_inputs, schedule, begin, end, inputs, tokens):
+    rows = _count(_triples(schedule)[begin:end]) if tokens else 0
+    return grad.new_empty((grad.shape[0], rows, grad.shape[1])), grad.new_empty(grad.shape)
+
+
 def _quantize_setup(ctx, inputs, output):
     x, ctx.spherical, _, ctx.inv_temperature = inputs
     ctx.save_for_backward(x)
     ctx.set_materialize_grads(False)
 
 
-def _quantize_gradient(ctx, grad_bits, grad, grad_sums):
+def _quantize_gradient(ctx, grad, grad_bits, grad_sums):
     (x,) = ctx.saved_tensors
     if ctx.inv_temperature is None:
         grad_sums = None
@@ -316,24 +365,15 @@ def _quantize_gradient(ctx, grad_bits, grad, grad_sums):
 
 def _pyramid_setup(ctx, inputs, output):
     features, _, ctx.schedule, _, _, _ = inputs
-    ctx.shape, ctx.dtype = features.shape, features.dtype
+    ctx.dtype = features.dtype
     ctx.mark_non_differentiable(*output[:3])
     ctx.set_materialize_grads(False)
 
 
-def _pyramid_gradient(ctx, grad_bits, grad_quantized, grad_inputs, grad):
-    """The residuals are linear in the features: what is subtracted is a constant, as in the reference."""
+def _pyramid_gradient(ctx, grad_quantized, grad_bits, grad_inputs, grad):
     if grad is None or not grad.shape[1]:
         return (None,) * 6
-    total, end = grad.new_zeros(ctx.shape), 0
-    for scale in _triples(ctx.schedule):
-        begin, end = end, end + _count([scale])
-        part = _as_map(grad[:, begin:end], scale)
-        if tuple(total.shape[2:]) == scale:
-            total = total + part
-        else:
-            total = total + torch.ops.aten._adaptive_avg_pool3d_backward(part.contiguous(), total)
-    return total.to(ctx.dtype), None, None, None, None, None
+    return _bitwise_pyramid_backward(grad, ctx.schedule, "auto").to(ctx.dtype), None, None, None, None, None
 
 
 def _sum_setup(ctx, inputs, output):
@@ -344,26 +384,11 @@ def _sum_setup(ctx, inputs, output):
 
 
 def _sum_gradient(ctx, grad_total, grad_inputs):
-    """The transpose of the sum, scale by scale from the last: a scale's codes reach all later sums and inputs."""
-    scales = _triples(ctx.schedule)
-    total, parts, end = grad_total, [], grad_inputs.shape[1]
-    for s in reversed(range(ctx.begin, ctx.end)):
-        if ctx.inputs and s + 1 < len(scales):
-            begin = end - _count([scales[s + 1]])
-            total = total + _transposed(_as_map(grad_inputs[:, begin:end], scales[s + 1]), scales[-1])
-            end = begin
-        if ctx.differentiable:
-            parts.append(_as_tokens(_transposed(total, scales[s])))
-    tokens = torch.cat(parts[::-1], 1).to(ctx.dtype) if parts else None
-    return tokens, total if ctx.start else None, None, None, None, None, None
-
-
-def _transposed(grad: Tensor, size: Triple) -> Tensor:
-    """The gradient of a trilinear resize from `size`, given that of its result."""
-    if tuple(grad.shape[2:]) == size:
-        return grad
-    shape = [*grad.shape[:2], *size]
-    return torch.ops.aten.upsample_trilinear3d_backward(grad.contiguous(), list(grad.shape[2:]), shape, False)
+    tokens, start = _bitwise_sum_backward(
+        grad_total, grad_inputs, ctx.schedule, ctx.begin, ctx.end, ctx.inputs, ctx.differentiable, "auto"
+    )
+    tokens = tokens.to(ctx.dtype) if ctx.differentiable else None
+    return tokens, start if ctx.start else None, None, None, None, None, None
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -446,7 +471,7 @@ def _run_lookup_triton(bits: Tensor, dim: int, spherical: bool, dtype: torch.dty
 
 
 def _run_quantize_triton(x, spherical, packed, inv_temperature):
-    out = bits, quantized, sums = _quantize_fake(x, spherical, packed, inv_temperature)
+    out = quantized, bits, sums = _quantize_fake(x, spherical, packed, inv_temperature)
     if not x.numel():
         sums.zero_()
         return out
@@ -487,8 +512,15 @@ def _sizes_on(device: torch.device, scales: Sequence[Triple]) -> Tensor:
     return _native.integers_on(device, tuple(size for _, h, w in scales for size in (h, w))).view(-1, 2)
 
 
+def _workspace(total: Tensor, scales: Sequence[Triple]) -> Tensor:
+    """Room for a plane's pooled rows and its codes, at any scale: a scale may be larger than the map."""
+    width = total.shape[-1]
+    room = max(h * max(w, width) for _, h, w in scales)
+    return torch.empty((2, total.shape[0] * total.shape[1], room), dtype=torch.float32, device=total.device)
+
+
 def _run_pyramid_triton(features, flips, schedule, spherical, inputs, residuals):
-    out = bits, total, following, left = _pyramid_fake(features, flips, schedule, spherical, inputs, residuals)
+    out = total, bits, following, left = _pyramid_fake(features, flips, schedule, spherical, inputs, residuals)
     if not bits.numel():
         return out
     scales = _triples(schedule)
@@ -496,8 +528,7 @@ def _run_pyramid_triton(features, flips, schedule, spherical, inputs, residuals)
         _native.kernels("codes_bitwise").bitwise_pyramid(
             features.squeeze(2).contiguous(), None, None, None if flips is None else flips.contiguous(),
             _sizes_on(features.device, scales), len(scales), _magnitude(features.shape[1], spherical, torch.float32),
-            inputs, torch.empty((2, *total.shape), dtype=total.dtype, device=total.device),
-            bits, total.squeeze(2), following, left if residuals else None,
+            inputs, _workspace(total, scales), bits, total.squeeze(2), following, left if residuals else None,
         )  # fmt: skip
     return out
 
@@ -512,7 +543,7 @@ def _run_sum_triton(tokens, start, schedule, begin, end, spherical, inputs):
         _native.kernels("codes_bitwise").bitwise_pyramid(
             None, tokens.contiguous(), None if start is None else start.squeeze(2).contiguous(), None,
             _sizes_on(tokens.device, scales), end - begin, _magnitude(tokens.shape[2], spherical, torch.float32),
-            "trilinear" if inputs else "", torch.empty((2, *total.shape), dtype=total.dtype, device=total.device),
+            "trilinear" if inputs else "", _workspace(total, scales),
             None, total.squeeze(2), following, None,
         )  # fmt: skip
     return out
@@ -576,6 +607,19 @@ _bitwise_sum = Op(
     backends=(Backend("triton", _run_sum_triton, _sum_unfit_triton, _UNTRIED),),
     setup_context=_sum_setup,
     backward=_sum_gradient,
+)
+
+_bitwise_pyramid_backward = Op(
+    "bitwise_pyramid_backward(Tensor grad, SymInt[] schedule) -> Tensor",
+    eager=_pyramid_backward_eager,
+    fake=_pyramid_backward_fake,
+)
+
+_bitwise_sum_backward = Op(
+    "bitwise_sum_backward(Tensor grad, Tensor grad_inputs, SymInt[] schedule, SymInt begin, SymInt end, bool inputs, "
+    "bool tokens) -> (Tensor, Tensor)",
+    eager=_sum_backward_eager,
+    fake=_sum_backward_fake,
 )
 
 
@@ -654,7 +698,7 @@ def bitwise_quantize(
             if inv_temperature <= 0:
                 raise ValueError(f"{function}: inv_temperature must be positive, got {inv_temperature}")
             inv_temperature = float(inv_temperature)
-        bits, quantized, sums = _bitwise_quantize(features, bool(spherical), bool(packed), inv_temperature, backend)
+        quantized, bits, sums = _bitwise_quantize(features, bool(spherical), bool(packed), inv_temperature, backend)
         losses = None if inv_temperature is None else _losses(sums)
         return BitwiseCodes(bits, quantized, losses=losses)
 
@@ -681,7 +725,7 @@ def bitwise_quantize(
         if tuple(flips.shape) != shape:
             raise ValueError(f"{function}: flips must be {shape}, (B, L, d), got {tuple(flips.shape)}")
         _checks.check_same_device(function, "flips", flips, "features", features)
-    bits, quantized, following, rest = _bitwise_pyramid(
+    quantized, bits, following, rest = _bitwise_pyramid(
         maps, flips, schedule, bool(spherical), inputs or "", bool(residuals), backend
     )
     return BitwiseCodes(
