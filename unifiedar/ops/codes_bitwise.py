@@ -181,8 +181,8 @@ def _count(scales: Sequence[Triple]) -> int:
 
 
 def _as_map(tokens: Tensor, scale: Triple) -> Tensor:
-    """(B, n, d) -> (B, d, t, h, w)."""
-    return tokens.mT.contiguous().view(tokens.shape[0], tokens.shape[2], *scale)
+    """(B, n, d) -> (B, d, t, h, w), channels last in memory whoever calls: torch resizes other layouts another way."""
+    return tokens.contiguous().mT.unflatten(2, scale)
 
 
 def _as_tokens(maps: Tensor) -> Tensor:
