@@ -8,6 +8,8 @@ each other goes through global memory of its own.
 Everything is float32. Rows and offsets of planes are 64-bit.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,10 @@ def _rows(dim: int) -> int:
     return 32 * _WARPS * 16 // triton.next_power_of_2(dim)
 
 
-def _pixels(planes: int) -> int:
-    """Pixels of a plane at a time: many where a program has a multiprocessor to itself, which leaves room for none
-    beside it (125 registers a thread on sm_90); else few, so that three fit (40)."""
-    return 2048 if planes <= 132 else 512
+def _block(width: int) -> dict[str, Any]:
+    """The tile of a plane that is worked on at a time: a pixel a thread, as the small scales have no more."""
+    across = min(max(triton.next_power_of_2(width), 16), 128)
+    return {"BLOCK_H": 32 * _PLANE_WARPS // across, "BLOCK_W": across}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -189,43 +191,65 @@ def bitwise_lookup_kernel(
 
 
 @triton.jit
-def _pool_rows(features, total, pooled, present, h, height, width, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(top, left, rows, columns, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Row numbers (BLOCK_H, 1), column numbers (1, BLOCK_W) and which are inside a grid [rows, columns]."""
+    y = top + tl.arange(0, BLOCK_H)[:, None]
+    x = left + tl.arange(0, BLOCK_W)[None, :]
+    return y, x, (y < rows) & (x < columns)
+
+
+@triton.jit
+def _window(place, extent, size):
+    """Where windows on a side of `size` begin and end on a side of `extent`: the floor and the ceiling."""
+    return place * extent // size, ((place + 1) * extent + size - 1) // size
+
+
+@triton.jit
+def _pool_rows(
+    features,
+    total,
+    pooled,
+    present,
+    h,
+    height,
+    width,
+    RESIDUAL: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Fills pooled [h, width] with sums over windows of rows of a plane: of features less total (where `present`), or
-    of total. Window i of h covers [floor(i height / h), ceil((i + 1) height / h))."""
+    of total."""
     reach = (height + h - 1) // h + 1
-    for begin in range(0, h * width, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        i, column = index // width, index % width
-        low = i * height // h
-        high = ((i + 1) * height + h - 1) // h
-        inside = index < h * width
-        value = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, reach, 4):
-            for offset in tl.static_range(4):
-                y = low + first + offset
-                here = inside & (y < high)
-                at = y * width + column
-                if RESIDUAL:
-                    one = tl.load(features + at, mask=here, other=0.0).to(tl.float32)
-                    value += one - tl.load(total + at, mask=here & present, other=0.0)
-                else:
-                    value += tl.load(total + at, mask=here, other=0.0)
-        tl.store(pooled + index, value, mask=inside)
+    for top in range(0, h, BLOCK_H):
+        for left in range(0, width, BLOCK_W):
+            i, x, inside = _tile(top, left, h, width, BLOCK_H, BLOCK_W)
+            low, high = _window(i, height, h)
+            value = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+            for first in range(0, reach, 4):
+                for offset in tl.static_range(4):
+                    y = low + first + offset
+                    here = inside & (y < high)
+                    at = y * width + x
+                    if RESIDUAL:
+                        one = tl.load(features + at, mask=here, other=0.0).to(tl.float32)
+                        value += one - tl.load(total + at, mask=here & present, other=0.0)
+                    else:
+                        value += tl.load(total + at, mask=here, other=0.0)
+            tl.store(pooled + i * width + x, value, mask=inside)
 
 
 @triton.jit
 def _pool_columns(pooled, i, j, inside, h, w, height, width):
     """Means over windows (i, j) of h x w, from sums over windows of rows."""
     reach = (width + w - 1) // w + 1
-    low = j * width // w
-    high = ((j + 1) * width + w - 1) // w
-    value = tl.zeros(i.shape, tl.float32)
+    low, high = _window(j, width, w)
+    above, below = _window(i, height, h)
+    value = tl.zeros(inside.shape, tl.float32)
     for first in range(0, reach, 4):
         for offset in tl.static_range(4):
             x = low + first + offset
             value += tl.load(pooled + i * width + x, mask=inside & (x < high), other=0.0)
-    rows = ((i + 1) * height + h - 1) // h - i * height // h
-    return value / ((high - low) * rows).to(tl.float32)
+    return value / ((high - low) * (below - above)).to(tl.float32)
 
 
 @triton.jit
@@ -277,7 +301,8 @@ def bitwise_pyramid_kernel(
     TRILINEAR: tl.constexpr,
     AREA: tl.constexpr,
     RESIDUALS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Grid: planes. Barriers part what the threads write into the plane's memory from where others read it."""
     plane = tl.program_id(0).to(tl.int64)
@@ -296,37 +321,38 @@ def bitwise_pyramid_kernel(
         w = tl.load(schedule + 2 * s + 1)
         # The scale's bits, and their codes where the whole program can see them.
         if QUANTIZE:
-            _pool_rows(features, total, pooled, s > 0, h, height, width, True, BLOCK)
+            _pool_rows(features, total, pooled, s > 0, h, height, width, True, BLOCK_H, BLOCK_W)
             tl.debug_barrier()
-        for begin in range(0, h * w, BLOCK):
-            index = begin + tl.arange(0, BLOCK)
-            inside = index < h * w
-            at = token + index.to(tl.int64) * dim
-            if QUANTIZE:
-                rest = _pool_columns(pooled, index // w, index % w, inside, h, w, height, width)
-                bit = rest > 0
-                tl.store(out_bits + at, bit.to(tl.uint8), mask=inside)
-                if RESIDUALS:
-                    tl.store(out_residuals + at, rest, mask=inside)
-                if FLIP:
-                    bit = bit ^ (tl.load(flips + at, mask=inside, other=0) != 0)
-                code = tl.where(bit, magnitude, -magnitude)
-            else:
-                code = tl.load(tokens + at, mask=inside, other=0)
-                if tokens.dtype.element_ty == tl.uint8:
-                    code = tl.where(code != 0, magnitude, -magnitude)
-            tl.store(codes + index, code, mask=inside)
+        for top in range(0, h, BLOCK_H):
+            for left in range(0, w, BLOCK_W):
+                i, j, inside = _tile(top, left, h, w, BLOCK_H, BLOCK_W)
+                at = token + (i * w + j).to(tl.int64) * dim
+                if QUANTIZE:
+                    rest = _pool_columns(pooled, i, j, inside, h, w, height, width)
+                    bit = rest > 0
+                    tl.store(out_bits + at, bit.to(tl.uint8), mask=inside)
+                    if RESIDUALS:
+                        tl.store(out_residuals + at, rest, mask=inside)
+                    if FLIP:
+                        bit = bit ^ (tl.load(flips + at, mask=inside, other=0) != 0)
+                    code = tl.where(bit, magnitude, -magnitude)
+                else:
+                    code = tl.load(tokens + at, mask=inside, other=0)
+                    if tokens.dtype.element_ty == tl.uint8:
+                        code = tl.where(code != 0, magnitude, -magnitude)
+                tl.store(codes + i * w + j, code, mask=inside)
         token += (h * w).to(tl.int64) * dim
         tl.debug_barrier()
         # The codes, resized to the plane, added to the running sum.
-        for begin in range(0, pixels, BLOCK):
-            index = begin + tl.arange(0, BLOCK)
-            inside = index < pixels
-            value = _resize(codes, index // width, index % width, inside, h, w, height, width)
-            if RESUME:
-                value += tl.load(start + index, mask=inside & (s == 0), other=0.0)
-            value += tl.load(total + index, mask=inside & (s > 0), other=0.0)
-            tl.store(total + index, value, mask=inside)
+        for top in range(0, height, BLOCK_H):
+            for left in range(0, width, BLOCK_W):
+                y, x, inside = _tile(top, left, height, width, BLOCK_H, BLOCK_W)
+                index = y * width + x
+                value = _resize(codes, y, x, inside, h, w, height, width)
+                if RESUME:
+                    value += tl.load(start + index, mask=inside & (s == 0), other=0.0)
+                value += tl.load(total + index, mask=inside & (s > 0), other=0.0)
+                tl.store(total + index, value, mask=inside)
         tl.debug_barrier()
         # The next scale's input: the sum, resized to it.
         if TRILINEAR or AREA:  # noqa: SIM102 - the first is known when this is compiled
@@ -334,17 +360,16 @@ def bitwise_pyramid_kernel(
                 to_h = tl.load(schedule + 2 * s + 2)
                 to_w = tl.load(schedule + 2 * s + 3)
                 if AREA:
-                    _pool_rows(features, total, pooled, True, to_h, height, width, False, BLOCK)
+                    _pool_rows(features, total, pooled, True, to_h, height, width, False, BLOCK_H, BLOCK_W)
                     tl.debug_barrier()
-                for begin in range(0, to_h * to_w, BLOCK):
-                    index = begin + tl.arange(0, BLOCK)
-                    inside = index < to_h * to_w
-                    i, j = index // to_w, index % to_w
-                    if AREA:
-                        value = _pool_columns(pooled, i, j, inside, to_h, to_w, height, width)
-                    else:
-                        value = _resize(total, i, j, inside, height, width, to_h, to_w)
-                    tl.store(follow + index.to(tl.int64) * dim, value, mask=inside)
+                for top in range(0, to_h, BLOCK_H):
+                    for left in range(0, to_w, BLOCK_W):
+                        i, j, inside = _tile(top, left, to_h, to_w, BLOCK_H, BLOCK_W)
+                        if AREA:
+                            value = _pool_columns(pooled, i, j, inside, to_h, to_w, height, width)
+                        else:
+                            value = _resize(total, i, j, inside, height, width, to_h, to_w)
+                        tl.store(follow + (i * to_w + j).to(tl.int64) * dim, value, mask=inside)
                 follow += (to_h * to_w).to(tl.int64) * dim
                 if AREA:
                     tl.debug_barrier()
@@ -481,7 +506,7 @@ def bitwise_pyramid(
         TRILINEAR=inputs == "trilinear",
         AREA=inputs == "area",
         RESIDUALS=out_residuals is not None,
-        BLOCK=_pixels(batch * dim),
+        **_block(width),
         num_warps=_PLANE_WARPS,
         num_stages=1,  # what a scale writes the next one reads: nothing may be loaded ahead
     )
@@ -495,7 +520,7 @@ def _cases() -> list[tuple]:
     """
     cases: list[tuple] = []
 
-    def add(kernel, types: dict[str, str], warps: int, packed: bool = True, stages: int = 3, **constants) -> None:
+    def add(kernel, types: dict[str, str], warps: int, packed: bool = True, stages: int = 3, **constants: Any) -> None:
         names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
         wide = [name for name, kind in names.items() if kind[0] == "*" or name in ("dim", "room", "height", "width")]
         signature = {**names, **dict.fromkeys(constants, "constexpr")}
@@ -524,6 +549,7 @@ def _cases() -> list[tuple]:
                 bitwise_pyramid_kernel,
                 {**types, "tokens": tokens},
                 _PLANE_WARPS,
+                packed=False,  # a pixel a thread
                 stages=1,
                 QUANTIZE=quantize,
                 RESUME=resume,
@@ -531,20 +557,8 @@ def _cases() -> list[tuple]:
                 TRILINEAR=mode == "trilinear",
                 AREA=mode == "area",
                 RESIDUALS=quantize,
-                BLOCK=_pixels(32),
+                **_block(64),
             )
-        flags = dict.fromkeys(("RESUME", "FLIP", "AREA", "RESIDUALS"), False)
-        flags |= dict.fromkeys(("QUANTIZE", "TRILINEAR"), True)
-        # One pixel a thread at a time, so no packs.
-        add(
-            bitwise_pyramid_kernel,
-            {**types, "tokens": "*u8"},
-            _PLANE_WARPS,
-            packed=False,
-            stages=1,
-            BLOCK=_pixels(256),
-            **flags,
-        )
     blocks = {"BLOCK_N": _rows(32), "BLOCK_D": 32}
     add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, _WARPS, **blocks)
     for flag, labels, out in ((True, "*i64", "*u8"), (False, "*u8", "*fp32"), (True, "*i64", "*bf16")):
