@@ -204,23 +204,35 @@ def _published_cumulative(codes: torch.Tensor, codebook: torch.Tensor) -> torch.
     return _published_rows(codes, codebook).cumsum(-2)
 
 
-def _residual_vq() -> Callable[[Inputs], Callable[[], object]] | None:
-    """vector-quantize-pytorch's sum of codes, or None if it is not installed."""
+def _residual_vq_class() -> Any:
+    """vector-quantize-pytorch's ResidualVQ, or None if it is not installed."""
     try:
         from vector_quantize_pytorch import ResidualVQ
     except ImportError:
         return None
+    return ResidualVQ
+
+
+def _residual_vq_of(codebook: torch.Tensor, depth: int) -> Any:
+    """A ResidualVQ in eval mode with the given codebook, (K, C) or (D, K, C)."""
+    size, channels = codebook.shape[-2:]
+    shared = codebook.dim() == 2
+    module = _residual_vq_class()(dim=channels, num_quantizers=depth, codebook_size=size, shared_codebook=shared)
+    module = module.to(codebook.device, codebook.dtype).eval()
+    with torch.no_grad():
+        for d, layer in enumerate(module.layers):
+            layer._codebook.embed.copy_((codebook if shared else codebook[d])[None])
+    return module
+
+
+def _residual_vq() -> Callable[[Inputs], Callable[[], object]] | None:
+    """vector-quantize-pytorch's sum of codes, or None if it is not installed."""
+    if _residual_vq_class() is None:
+        return None
 
     def bind(inputs: Inputs) -> Callable[[], object]:
         codes, codebook, _ = inputs
-        (size, channels), depth = codebook.shape[-2:], codes.shape[-1]
-        shared = codebook.dim() == 2
-        module: Any = ResidualVQ(dim=channels, num_quantizers=depth, codebook_size=size, shared_codebook=shared)
-        module = module.to(codes.device, codebook.dtype).eval()
-        with torch.no_grad():
-            for d, layer in enumerate(module.layers):
-                layer._codebook.embed.copy_((codebook if shared else codebook[d])[None])
-        batch = codes[None]
+        module, batch = _residual_vq_of(codebook, codes.shape[-1]), codes[None]
 
         def call() -> torch.Tensor:
             with torch.no_grad():
@@ -261,6 +273,8 @@ def _search_case(model: Model, small: bool) -> Case:
         variants.append(variant("published code, TF32", "peer", _published_search_tf32))
     variants.append(variant("published code", "peer", _published_search))
     variants.append(variant("torch.cdist", "peer", _cdist_search))
+    if _residual_vq_class() is not None:
+        variants.append(Variant("vector-quantize-pytorch", "peer", _residual_vq_search(d)))
     return Case(
         name=f"{model.name}/quantize",
         shape={"N": n, "K": k, "C": c, "D": d},
@@ -340,6 +354,23 @@ def _published_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pa
 
 def _cdist_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
     return _search(x, codebook, depth, lambda residual, codebook: torch.cdist(residual, codebook).argmin(1))
+
+
+def _residual_vq_search(depth: int) -> Callable[[Pair], Callable[[], Pair]]:
+    """vector-quantize-pytorch's forward in eval mode: distances and one-hot rows as matrices, a layer at a time."""
+
+    def bind(inputs: Pair) -> Callable[[], Pair]:
+        x, codebook = inputs
+        module, batch = _residual_vq_of(codebook, depth), x[None]
+
+        def call() -> Pair:
+            with torch.no_grad():
+                quantized, codes, _ = module(batch)
+            return codes[0], quantized[0]
+
+        return call
+
+    return bind
 
 
 def _published_search_tf32(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
