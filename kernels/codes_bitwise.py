@@ -18,6 +18,7 @@ __all__ = ["COMPILE_CASES", "bitwise_lookup", "bitwise_pack", "bitwise_pyramid",
 
 _WARPS = 4
 _PLANE_WARPS = 16
+_PLANE_REGISTERS = 64  # two programs a multiprocessor; left alone, ptxas of Triton 3.6 goes for three and spills
 
 
 def _rows(dim: int) -> int:
@@ -508,6 +509,7 @@ def bitwise_pyramid(
         RESIDUALS=out_residuals is not None,
         **_block(width),
         num_warps=_PLANE_WARPS,
+        maxnreg=_PLANE_REGISTERS,
         num_stages=1,  # what a scale writes the next one reads: nothing may be loaded ahead
     )
 
@@ -519,12 +521,12 @@ def _cases() -> list[tuple]:
     element.
     """
     cases: list[tuple] = []
+    warps = {"num_warps": _WARPS}
 
-    def add(kernel, types: dict[str, str], warps: int, packed: bool = True, stages: int = 3, **constants: Any) -> None:
+    def add(kernel, types: dict[str, str], options: dict[str, int], packed: bool = True, **constants: Any) -> None:
         names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
         wide = [name for name, kind in names.items() if kind[0] == "*" or name in ("dim", "room", "height", "width")]
         signature = {**names, **dict.fromkeys(constants, "constexpr")}
-        options = {"num_warps": warps, "num_stages": stages}
         for divisors in (dict.fromkeys(wide, 16), {}) if packed else ({},):
             cases.append((kernel, signature, constants, options, divisors))
 
@@ -536,8 +538,8 @@ def _cases() -> list[tuple]:
         for flag in (False, True):
             bits = {**types, "out_bits": "*i64" if flag else "*u8"}
             shape = {"LOSSES": True, "SPHERICAL": flag, **blocks}
-            add(bitwise_quantize_kernel, bits, _WARPS, PACKED=flag, **shape)
-            add(bitwise_quantize_backward_kernel, types, _WARPS, CODES=flag, **shape)
+            add(bitwise_quantize_kernel, bits, warps, PACKED=flag, **shape)
+            add(bitwise_quantize_backward_kernel, types, warps, CODES=flag, **shape)
         types |= {"flips": "*i1", "schedule": "*i32", "workspace": "*fp32", "out_bits": "*u8"}
         for quantize, resume, tokens, mode in (
             (True, False, "*u8", "trilinear"),
@@ -548,9 +550,8 @@ def _cases() -> list[tuple]:
             add(
                 bitwise_pyramid_kernel,
                 {**types, "tokens": tokens},
-                _PLANE_WARPS,
+                {"num_warps": _PLANE_WARPS, "maxnreg": _PLANE_REGISTERS, "num_stages": 1},
                 packed=False,  # a pixel a thread
-                stages=1,
                 QUANTIZE=quantize,
                 RESUME=resume,
                 FLIP=quantize,
@@ -560,11 +561,11 @@ def _cases() -> list[tuple]:
                 **_block(64),
             )
     blocks = {"BLOCK_N": _rows(32), "BLOCK_D": 32}
-    add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, _WARPS, **blocks)
+    add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, warps, **blocks)
     for flag, labels, out in ((True, "*i64", "*u8"), (False, "*u8", "*fp32"), (True, "*i64", "*bf16")):
         # Words are loaded one a row, so no pack is.
         words = {**floats, "bits": labels, "out": out}
-        add(bitwise_lookup_kernel, words, _WARPS, packed=not flag, PACKED=flag, **blocks)
+        add(bitwise_lookup_kernel, words, warps, packed=not flag, PACKED=flag, **blocks)
     return cases
 
 
