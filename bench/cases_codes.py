@@ -11,7 +11,7 @@ C channels, D times, at the rate of half-precision products.
 `code_statistics` (`statistics`) in float32 as a training step calls it: the vectors of all depths at once.
 Least traffic: vectors and codes read once, sums and counts written.
 
-Bitwise quantization has a file of its own, `bench/codes_bitwise.py`.
+Bitwise quantization has a file of its own, `bench/_codes_bitwise.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import codes_bitwise
+from bench import _codes_bitwise
 from bench._case import OURS, Case, Check, Variant, against, tensors
 from unifiedar.ops import code_statistics, registry, residual_lookup, residual_quantize
 
@@ -85,7 +85,7 @@ def cases(device: torch.device) -> list[Case]:
         if model.tables == 1 and not model.name.endswith(("-large", "-step")):
             found.append(_statistics_case(model, small))
     found += [_search_case(model, small) for model in SEARCHES]
-    return found + codes_bitwise.cases(device)
+    return found + _codes_bitwise.cases(device)
 
 
 def _case(model: Model, use: str, small: bool) -> Case:

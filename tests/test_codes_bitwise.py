@@ -347,7 +347,7 @@ def check_pyramid(room, x, scales, flips=None, spherical=True, inputs="trilinear
     wrong = got.bits.bool() != (rest > 0)
     scale = x.detach().double().abs().max() + len(scales) if x.numel() else 0
     assert (rest[wrong].abs() <= 1e-6 * scale).all(), "a bit that is not a sign"
-    assert wrong.sum() <= 2
+    assert wrong.sum() <= 2 + wrong.numel() * 1e-6
     # What eager makes of the same path: the codes are given, so the bits cannot part from each other.
     used = got.bits if flips is None else (got.bits.bool() ^ flips).to(torch.uint8)
     same = torch.promote_types(x.dtype, torch.float32)

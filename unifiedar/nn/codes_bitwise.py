@@ -179,10 +179,11 @@ class BitwiseQuantizer(nn.Module):
         features, losses = found.quantized, torch.zeros(len(scales), device=x.device)
         if train or self.lfq.weighted:
             assert found.residuals is not None
-            codes, _, each = zip(
-                *(self.lfq.quantize(part) for part in self.split(found.residuals, scales)), strict=True
-            )
-            losses = torch.stack(each)
+            # Losses are means over a scale's tokens; without them all tokens are one.
+            tokens = self.split(found.residuals, scales) if self.lfq.weighted else [found.residuals]
+            codes, _, each = zip(*(self.lfq.quantize(part) for part in tokens), strict=True)
+            if self.lfq.weighted:
+                losses = torch.stack(each)
             if train:
                 features = bitwise_lookup(torch.cat(codes, 1), scales)
         norms: list[Tensor] = []
