@@ -418,8 +418,6 @@ def test_frames(device, dtype):
     x = normal(2, 3, 3, 4, 5).to(device, dtype)
     got = check_pyramid(("eager", device, dtype), x, scales)
     assert torch.equal(bitwise_lookup(got.bits, scales), got.quantized)
-    reason = registry["bitwise_pyramid"].explain(x, None, [1, 1, 1, 3, 4, 5], True, "", False)["triton"]
-    assert "frame" in reason or device == "cpu"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -966,7 +964,8 @@ def test_cuda_graph(room, warm):
             bitwise_quantize(x, other, flips=flips[:, :45], inputs="trilinear", residuals=True, backend=backend)
             bits = torch.zeros(2, 4, 5, dtype=torch.uint8, device=device)
             next_bitwise_input(torch.zeros_like(x, dtype=torch.float32), bits, other, 1, backend=backend)
-            bitwise_quantize(x.float().flatten(2).mT, inv_temperature=2.0, packed=True, backend=backend)
+            rows = torch.zeros(flips.shape, device=device)  # as many rows: Triton compiles anew for some numbers
+            bitwise_quantize(rows, inv_temperature=2.0, packed=True, backend=backend)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
