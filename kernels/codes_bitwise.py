@@ -36,6 +36,14 @@ def _block(width: int) -> dict[str, Any]:
 
 
 @triton.jit
+def _block_of_rows(rows, dim, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program's rows and channels, where they are in memory and which exist."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = tl.arange(0, BLOCK_D)
+    return row, channel, row[:, None] * dim + channel[None, :], (row < rows)[:, None] & (channel < dim)[None, :]
+
+
+@triton.jit
 def _pack(bit, channel, dim):
     """The words of a tile of bits; channels from `dim` on must not be set."""
     place = tl.maximum(dim - 1 - channel, 0).to(tl.int64)
@@ -70,10 +78,7 @@ def bitwise_quantize_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: blocks of rows. out_parts are sums over the block's rows, times `share`."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (channel < dim)[None, :]
-    at = row[:, None] * dim + channel[None, :]
+    row, channel, at, inside = _block_of_rows(rows, dim, BLOCK_N, BLOCK_D)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     bit = value > 0
     code = tl.where(bit, magnitude, -magnitude)
@@ -116,10 +121,7 @@ def bitwise_quantize_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: blocks of rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (channel < dim)[None, :]
-    at = row[:, None] * dim + channel[None, :]
+    _row, channel, at, inside = _block_of_rows(rows, dim, BLOCK_N, BLOCK_D)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     unit, norm = _unit(value, SPHERICAL)
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -153,10 +155,8 @@ def bitwise_pack_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: blocks of rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (channel < dim)[None, :]
-    bit = tl.load(bits + row[:, None] * dim + channel[None, :], mask=inside, other=0) != 0
+    row, channel, at, inside = _block_of_rows(rows, dim, BLOCK_N, BLOCK_D)
+    bit = tl.load(bits + at, mask=inside, other=0) != 0
     tl.store(out + row, _pack(bit, channel, dim), mask=row < rows)
 
 
@@ -172,10 +172,7 @@ def bitwise_lookup_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: blocks of rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (channel < dim)[None, :]
-    at = row[:, None] * dim + channel[None, :]
+    row, channel, at, inside = _block_of_rows(rows, dim, BLOCK_N, BLOCK_D)
     if PACKED:
         word = tl.load(bits + row, mask=row < rows, other=0)
         place = tl.maximum(dim - 1 - channel, 0).to(tl.int64)
