@@ -479,6 +479,23 @@ def test_bits_to_sums_inputs_and_steps(room):
 
 
 @float32_rooms
+def test_several_steps_on_top_of_a_sum(room):
+    """The operator beneath takes any run of scales, and adds what it is given once."""
+    backend, device, _ = room
+    scales = [(1, 1), (2, 3), (4, 4), (5, 9)]
+    bits = (normal(2, 68, 3) > 0).to(torch.uint8).to(device)
+    start = normal(2, 3, 1, 5, 9).to(device)
+    schedule = [size for scale in scales for size in (1, *scale)]
+    total, follow = registry["bitwise_sum"](bits[:, 1:23], start, schedule, 1, 3, True, True, backend)
+    want, each = start.squeeze(2), []
+    for step, part in ((1, bits[:, 1:7]), (2, bits[:, 7:23])):
+        want, following = next_bitwise_input(want, part, scales, step, backend="eager")
+        each.append(following)
+    torch.testing.assert_close(total.squeeze(2), want)
+    torch.testing.assert_close(follow, torch.cat(each, 1))
+
+
+@float32_rooms
 def test_flips_are_errors_that_later_scales_answer(room):
     backend, device, _ = room
     scales = [(1, 1), (4, 4), (8, 8)]
