@@ -906,6 +906,10 @@ def test_drawn_flips_have_one_probability_a_scale():
     # 25,600 bits a scale: a share is within .6 hundredths (four deviations at .5) of the drawn one, a whole number.
     assert (hundredths - hundredths.round()).abs().mean() < 0.3
     assert flips.dtype == torch.bool
+    least = module.draw_flips(4, strength=0.01, generator=generator)
+    shares = torch.stack([part.float().mean() for part in split(least, module.scales)])
+    assert {round(100 * share) for share in shares.tolist()} == {0, 1}, "the strength itself is drawn, too"
+    assert not module.draw_flips(4, strength=0, generator=generator).any()
     with pytest.raises(ValueError, match="strength must be from 0 to 1, got 2"):
         module.draw_flips(1, strength=2)
 
