@@ -14,6 +14,8 @@ Least traffic: vectors and codes read once, sums and counts written.
 vector-quantize-pytorch's `ResidualVQ`, where it is installed, as published and after `unifiedar.accelerate`:
 `residual-vq/<model>` in eval mode, `residual-vq/<model>-train` a training forward, which moves the codebook. The floor
 is that of `quantize`.
+
+Bitwise quantization has a file of its own, `bench/_codes_bitwise.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench import _codes_bitwise
 from bench._case import OURS, Case, Check, Variant, against, tensors
 from unifiedar import accelerate
 from unifiedar.ops import code_statistics, registry, residual_lookup, residual_quantize
@@ -91,7 +94,7 @@ def cases(device: torch.device) -> list[Case]:
     found += [_search_case(model, small) for model in SEARCHES]
     if _residual_vq_class() is not None:
         found += [_module_case(model, training, small) for model in MODULES for training in (False, True)]
-    return found
+    return found + _codes_bitwise.cases(device)
 
 
 def _case(model: Model, use: str, small: bool) -> Case:

@@ -6,7 +6,7 @@ copied; state_dict, parameters and their names stay as they are. Before a module
 compared with ours, on its own weights or on a copy: what answers differently is left alone, with the reason in the
 report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`; `_swap` holds what they share.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`; `_swap` holds what they share.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from unifiedar.accelerate import _rqvae, _swap, _vector_quantize_pytorch
+from unifiedar.accelerate import _infinity, _rqvae, _swap, _vector_quantize_pytorch
 from unifiedar.accelerate._swap import Adapter, Swap
 
 __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "restore"]
 
-ADAPTERS: tuple[Adapter, ...] = (*_rqvae.ADAPTERS, *_vector_quantize_pytorch.ADAPTERS)
+ADAPTERS: tuple[Adapter, ...] = (
+    *_rqvae.ADAPTERS,
+    *_vector_quantize_pytorch.ADAPTERS,
+    *_infinity.ADAPTERS,
+)
 """Every adapter; the first that matches a module decides."""
 
 
