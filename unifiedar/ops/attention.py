@@ -266,8 +266,8 @@ _block_causal_attention = Op(
     eager=_attention_eager,
     fake=_attention_fake,
     backends=(
-        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda, "not run on a GPU yet"),
-        Backend("triton", _run_attention_triton, _attention_unfit_triton, "not run on a GPU yet"),
+        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda, "its repeats have not run on a GPU yet"),
+        Backend("triton", _run_attention_triton, _attention_unfit_triton),
     ),
     setup_context=_attention_setup,
     backward=_attention_gradient,
@@ -278,9 +278,7 @@ _block_causal_attention_backward = Op(
     "Tensor lse, SymInt[] lengths, Tensor? schedule, SymInt prefix, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     eager=_attention_backward_eager,
     fake=_attention_backward_fake,
-    backends=(
-        Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton, "not run on a GPU yet"),
-    ),
+    backends=(Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton),),
 )
 
 
