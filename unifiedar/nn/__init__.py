@@ -1,6 +1,14 @@
 """Modules: parameters, buffers and state around the ops; the arithmetic lives in `unifiedar.ops`."""
 
 from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
+from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer
 from unifiedar.nn.depth import DepthTransformer
 
-__all__ = ["Codebook", "DepthTransformer", "Quantized", "ResidualQuantizer"]
+__all__ = [
+    "Codebook",
+    "DepthTransformer",
+    "MultiScaleQuantized",
+    "MultiScaleQuantizer",
+    "Quantized",
+    "ResidualQuantizer",
+]

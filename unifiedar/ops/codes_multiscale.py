@@ -56,8 +56,19 @@ class Phi(NamedTuple):
 
     def indices(self, scales: int) -> tuple[int, ...]:
         """For each of `scales` scales which of the P convolutions serves it, ascending."""
-        _checks.check_integer("Phi.indices", "scales", scales, 1)
-        return _phi_indices(self.weight.shape[0], scales)
+        return self.indices_of(self.weight.shape[0], scales)
+
+    @staticmethod
+    def indices_of(count: int, scales: int) -> tuple[int, ...]:
+        """The same for `count` convolutions.
+
+        Raises:
+            TypeError: for an argument that is not an integer.
+            ValueError: for one below 1.
+        """
+        _checks.check_integer("Phi.indices_of", "count", count, 1)
+        _checks.check_integer("Phi.indices_of", "scales", scales, 1)
+        return _phi_indices(count, scales)
 
 
 @functools.lru_cache(maxsize=256)
