@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unifiedar.ops import _checks
-from unifiedar.ops._op import Op
+from unifiedar.ops import _checks, _native
+from unifiedar.ops._op import Backend, Op
 from unifiedar.ops.codes import _accumulator, _exact_matmul, _nearest, _require_codes, _residual_lookup_backward
 
 __all__ = ["Phi", "multiscale_inputs", "multiscale_lookup", "multiscale_quantize", "next_scale_input"]
@@ -311,6 +311,106 @@ def _lookup_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return None, table.to(codebook.dtype), grad_weight, grad_bias, None, None, None
 
 
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+_ON_REQUEST = "not run on a GPU yet"
+
+
+def _unfit_triton(*tensors: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors; the last two are the codebook and the convolutions' weight."""
+    for tensor in tensors:
+        reason = _native.triton_unfit(tensor)
+        if reason is None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
+            reason = f"needs float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
+        if reason is not None:
+            return reason
+    num_codes, channels = tensors[-2].shape
+    if channels > 32:
+        return f"needs at most 32 channels, got {channels}"
+    if num_codes > 2**18:
+        return f"needs at most 2^18 codes, got {num_codes}"
+    return None
+
+
+def _quantize_unfit_triton(features, codebook, weight, bias, ratio, scales, metric) -> str | None:
+    if metric != "l2":
+        return f"needs the metric 'l2', got {metric!r}"
+    return _unfit_triton(features, bias, codebook, weight)
+
+
+def _lookup_unfit_triton(codes, codebook, weight, bias, ratio, scales, what) -> str | None:
+    return _unfit_triton(codes, bias, codebook, weight)
+
+
+def _next_unfit_triton(features_hat, codes, codebook, weight, bias, ratio, scales, step) -> str | None:
+    return _unfit_triton(features_hat, codes, bias, codebook, weight)
+
+
+def _plan(weight: Tensor, scales: list[int]) -> tuple[int, ...]:
+    """Scales as the kernels take them: h, w and convolution of each."""
+    sizes = _pairs(scales)
+    indices = _phi_indices(weight.shape[0] or 1, len(sizes))
+    return tuple(value for (h, w), p in zip(sizes, indices, strict=True) for value in (h, w, p))
+
+
+def _taps(weight: Tensor, copy: bool) -> Tensor:
+    """(P, 9, C in, C out); copied so that neighbours in memory are output channels if many launches will read it."""
+    taps = weight.flatten(3).permute(0, 3, 2, 1)
+    return taps.contiguous() if copy else taps
+
+
+def _rows_together(table: Tensor) -> Tensor:
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
+def _run_quantize_triton(features, codebook, weight, bias, ratio, scales, metric) -> Tensor:
+    words = _quantize_fake(features, codebook, weight, bias, ratio, scales, metric)
+    if not words.numel():
+        return words
+    batch, channels, height, width = features.shape
+    rest = features.new_empty((batch, height * width, channels), dtype=torch.float32)
+    norms = rest.new_empty((2, codebook.shape[0]))
+    with torch.cuda.device_of(features):
+        mask = _native.kernels("codes_multiscale").multiscale_quantize(
+            features, _rows_together(codebook), _taps(weight, copy=True), bias.contiguous(), ratio,
+            _plan(weight, scales), rest, norms, words,
+        )  # fmt: skip
+    return words.bitwise_and_(mask)
+
+
+def _run_lookup_triton(codes, codebook, weight, bias, ratio, scales, what) -> Tensor:
+    _require_codes("multiscale_lookup", codes, codebook.shape[0])
+    out = _lookup_fake(codes, codebook, weight, bias, ratio, scales, what)
+    if not out.numel():
+        return out
+    plan = _plan(weight, scales)
+    steps, (height, width) = len(_held(codes, _pairs(scales))), plan[-3:-1]
+    maps = codebook.new_empty((steps, codes.shape[0], height * width, codebook.shape[1]), dtype=torch.float32)
+    with torch.cuda.device_of(codes):
+        _native.kernels("codes_multiscale").multiscale_lookup(
+            _rows_together(codes), _rows_together(codebook), _taps(weight, copy=True), bias.contiguous(), ratio,
+            plan, maps, out, what,
+        )  # fmt: skip
+    return out
+
+
+def _run_next_triton(features_hat, codes, codebook, weight, bias, ratio, scales, step) -> tuple[Tensor, Tensor]:
+    if codes.ndim == 2:
+        _require_codes("next_scale_input", codes, codebook.shape[0])
+        codes = _rows_together(codes)
+    out, following = _next_fake(features_hat, codes, codebook, weight, bias, ratio, scales, step)
+    if not out.numel():
+        return out, following
+    batch, channels, height, width = features_hat.shape
+    total = features_hat.new_empty((1, batch, height * width, channels), dtype=torch.float32)
+    with torch.cuda.device_of(features_hat):
+        _native.kernels("codes_multiscale").next_scale_input(
+            features_hat, codes, _rows_together(codebook), _taps(weight, copy=False), bias.contiguous(), ratio,
+            _plan(weight, scales), step, total, out, following,
+        )  # fmt: skip
+    return out, following
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _multiscale_quantize = Op(
@@ -318,6 +418,7 @@ _multiscale_quantize = Op(
     "str metric) -> Tensor",
     eager=_quantize_eager,
     fake=_quantize_fake,
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton, _ON_REQUEST),),
 )
 
 _multiscale_lookup = Op(
@@ -325,6 +426,7 @@ _multiscale_lookup = Op(
     "str what) -> Tensor",
     eager=_lookup_eager,
     fake=_lookup_fake,
+    backends=(Backend("triton", _run_lookup_triton, _lookup_unfit_triton, _ON_REQUEST),),
     setup_context=_lookup_setup,
     backward=_lookup_gradient,
 )
@@ -341,6 +443,7 @@ _next_scale_input = Op(
     "int[] scales, int step) -> (Tensor, Tensor)",
     eager=_next_eager,
     fake=_next_fake,
+    backends=(Backend("triton", _run_next_triton, _next_unfit_triton, _ON_REQUEST),),
 )
 
 
