@@ -395,9 +395,10 @@ def pyramid_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of pixels, pictures). Adds up from the first step on."""
-    picture = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Grid: (blocks of pixels of all pictures,). Adds up from the first step on."""
+    blocks = tl.cdiv(size, BLOCK_N)
+    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    pixel = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_C)
     present = (pixel < size)[:, None] & (channel < channels)[None, :]
     at = parts + (picture * size + pixel)[:, None] * channels + channel[None, :]
@@ -430,13 +431,14 @@ def pyramid_pool_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of the largest scale's rows, pictures, steps). Map `step` averaged to scale `first + step`."""
-    step = tl.program_id(2)
+    """Grid: (blocks of the largest scale's rows of all pictures, steps). Map `step` averaged to `first + step`."""
+    step = tl.program_id(1)
     h, w, offset, _ = _scale(first + step, SCALES)
     _, _, skipped, _ = _scale(first, SCALES)
-    picture = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if tl.program_id(0) * BLOCK_N < h * w:
+    picture = (tl.program_id(0) % batch).to(tl.int64)
+    begin = (tl.program_id(0) // batch) * BLOCK_N
+    row = begin + tl.arange(0, BLOCK_N)
+    if begin < h * w:
         at = maps + (step * batch + picture) * height * width * channels
         row_at = tl.minimum(row, h * w - 1)
         mean = _averages(at, row_at, h, w, height, width, channels, BLOCK_N, BLOCK_C)
@@ -491,7 +493,7 @@ def _launch_pool(maps: torch.Tensor, scales: tuple[int, ...], first: int, out: t
     height, width = scales[-3:-1]
     most = max(h * w for h, w in zip(scales[3 * first :: 3], scales[3 * first + 1 :: 3], strict=True))
     rows = min(16, triton.next_power_of_2(most))
-    pyramid_pool_kernel[(triton.cdiv(most, rows), batch, steps)](
+    pyramid_pool_kernel[(triton.cdiv(most, rows) * batch, steps)](
         maps, out, batch, height, width, channels, out.shape[1], first,
         SCALES=scales, BLOCK_N=rows, BLOCK_C=_channels(channels), num_warps=4,
     )  # fmt: skip
@@ -579,7 +581,7 @@ def multiscale_lookup(
     steps, batch, size, channels = maps.shape
     _launch_parts(codes, codebook, weight, bias, ratio, scales, 0, steps, maps)
     block = 1024 // _channels(channels)
-    pyramid_sum_kernel[(triton.cdiv(size, block), batch)](
+    pyramid_sum_kernel[(triton.cdiv(size, block) * batch,)](
         maps, out, batch, size, channels, steps,
         IN_PLACE=what == "inputs", CUMULATIVE=what == "cumulative",
         BLOCK_N=block, BLOCK_C=_channels(channels), num_warps=4,
