@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _PIXELS = tl.constexpr(32)  # of a map, in one step of an average
-REGISTERS = 255  # said to ptxas, which else spills a few bytes of small searches to get down to 64
+REGISTERS = 255  # said to ptxas, which else spills a few bytes of small kernels to get down to 32 or 64
 _PROBE = tl.constexpr(32)  # codes of one step of an exact comparison
 
 
@@ -495,7 +495,7 @@ def _launch_pool(maps: torch.Tensor, scales: tuple[int, ...], first: int, out: t
     rows = min(16, triton.next_power_of_2(most))
     pyramid_pool_kernel[(triton.cdiv(most, rows) * batch, steps)](
         maps, out, batch, height, width, channels, out.shape[1], first,
-        SCALES=scales, BLOCK_N=rows, BLOCK_C=_channels(channels), num_warps=4,
+        SCALES=scales, BLOCK_N=rows, BLOCK_C=_channels(channels), num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -535,7 +535,7 @@ def multiscale_quantize(
     pyramid_begin_kernel[(triton.cdiv(max(batch * size, num_codes, words.numel()), block),)](
         features, rest, codebook, norms[0], norms[1], words,
         batch * size, size, width, channels, num_codes, words.numel(), *features.stride(), codebook.stride(0),
-        BLOCK_N=block, BLOCK_C=block_c, num_warps=4,
+        BLOCK_N=block, BLOCK_C=block_c, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     maps = rest.view(batch, height, width, channels).permute(0, 3, 1, 2)
     mask = (1 << bits) - 1
@@ -584,7 +584,7 @@ def multiscale_lookup(
     pyramid_sum_kernel[(triton.cdiv(size, block) * batch,)](
         maps, out, batch, size, channels, steps,
         IN_PLACE=what == "inputs", CUMULATIVE=what == "cumulative",
-        BLOCK_N=block, BLOCK_C=_channels(channels), num_warps=4,
+        BLOCK_N=block, BLOCK_C=_channels(channels), num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     if what == "inputs":
         _launch_pool(maps, scales, 1, out)
@@ -648,7 +648,7 @@ def _cases() -> list[tuple]:
 
     for scales, channels, feature in ((tuple(var), 32, "fp32"), (odd, 32, "bf16"), (odd, 12, "fp16")):
         aligned = channels % 32 == 0
-        four, wide = {"num_warps": 4}, {"BLOCK_C": _channels(channels)}
+        four, wide = {"num_warps": 4, "maxnreg": REGISTERS}, {"BLOCK_C": _channels(channels)}
         # Pixels or channels are neighbours, and what begins cannot know which.
         add(pyramid_begin_kernel, four, feature, False, BLOCK_N=2048 // wide["BLOCK_C"], **wide)
         for rows in (1, 4, 16, 256):

@@ -119,8 +119,8 @@ class _ExactMatmul:
     def __call__(self, device_type: str) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                mkldnn = torch.backends.mkldnn
-                settings = (getattr(mkldnn, "matmul", None), getattr(mkldnn, "conv", None), torch.backends.cudnn.conv)
+                mkldnn, conv = torch.backends.mkldnn, getattr(torch.backends.cudnn, "conv", None)
+                settings = (getattr(mkldnn, "matmul", None), getattr(mkldnn, "conv", None), conv)
                 for setting in (torch.backends.cuda.matmul, *settings):
                     if setting is not None and setting.fp32_precision not in ("none", "ieee"):
                         self._changed.append((setting, setting.fp32_precision))
