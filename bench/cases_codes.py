@@ -10,6 +10,8 @@ C channels, D times, at the rate of half-precision products.
 
 `code_statistics` (`statistics`) in float32 as a training step calls it: the vectors of all depths at once.
 Least traffic: vectors and codes read once, sums and counts written.
+
+VAR's residual pyramid (`var/encode`, `var/inputs`) is in `bench/_codes_multiscale.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench import _codes_multiscale
 from bench._case import OURS, Case, Check, Variant, against, tensors
 from unifiedar.ops import code_statistics, registry, residual_lookup, residual_quantize
 
@@ -81,7 +84,7 @@ def cases(device: torch.device) -> list[Case]:
             found.append(_case(model, use, small))
         if model.tables == 1 and not model.name.endswith(("-large", "-step")):
             found.append(_statistics_case(model, small))
-    return found + [_search_case(model, small) for model in SEARCHES]
+    return found + [_search_case(model, small) for model in SEARCHES] + _codes_multiscale.cases(device)
 
 
 def _case(model: Model, use: str, small: bool) -> Case:

@@ -662,8 +662,9 @@ def _cases() -> list[tuple]:
             shape = {"SCALES": scales, "PHI": phi, "TILE_H": tile.height, "TILE_W": tile.width, "BLOCK_H": halo, **wide}
             inner = {"table_c": 1, **({"weight_o": 1} if phi else {})}  # a launch sees strides of one
             part = pyramid_part_kernel
-            add(part, options, feature, aligned, SIGN=0, VECTORS=False, OUT=False, **inner, **shape)
-            add(part, options, feature, aligned, SIGN=-1, VECTORS=False, OUT=False, base_c=1, **inner, **shape)
+            whole = aligned and (phi or pixels > 256 or feature == "fp32")  # else a thread has four halves of a row
+            add(part, options, feature, whole, SIGN=0, VECTORS=False, OUT=False, **inner, **shape)
+            add(part, options, feature, whole, SIGN=-1, VECTORS=False, OUT=False, base_c=1, **inner, **shape)
             if pixels == 256:
                 add(part, options, feature, False, SIGN=1, VECTORS=False, OUT=True, table_c=1, **shape)
                 add(part, options, feature, False, SIGN=1, VECTORS=True, OUT=True, **shape)
