@@ -545,6 +545,11 @@ def near_ties(num_codes, generator):
     return centre + torch.randn(num_codes, 8, generator=generator) * spread
 
 
+def nearer_ties(num_codes, generator):
+    """All at distances whose differences are rounding's."""
+    return torch.randn(8, generator=generator) + torch.randn(num_codes, 8, generator=generator) * 2.0**-21
+
+
 def far_apart(num_codes, generator):
     return torch.randn(num_codes, 8, generator=generator) * 10.0 ** (
         12 * torch.rand(num_codes, 1, generator=generator) - 6
@@ -561,16 +566,21 @@ def tiny(num_codes, generator):
     return torch.randn(num_codes, 8, generator=generator) * 1e-30
 
 
+def small(num_codes, generator):
+    """Squares are among float32's last: they keep a few bits, and a bound relative to them keeps none."""
+    return (torch.randn(8, generator=generator) + torch.randn(num_codes, 8, generator=generator) * 2.0**-6) * 1e-21
+
+
 @triton_float32
-@pytest.mark.parametrize("make", [near_ties, far_apart, huge, tiny])
+@pytest.mark.parametrize("make", [near_ties, nearer_ties, far_apart, huge, tiny, small])
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # the interpreter's
 def test_adversaries_of_the_search(room, make):
     """Every code is float64's choice; equal but for less than the bits of a word that codes take, the lowest's."""
     generator = torch.Generator().manual_seed(3)
     codebook = make(200, generator).to(room[1])
     size = codebook.abs().median().item()
-    features = (torch.randn(1, 8, 4, 5, generator=generator) * size).to(room[1])
-    got = multiscale_quantize(features, codebook, None, ((4, 5),), backend="triton")[0]
+    features = (torch.randn(4, 8, 4, 8, generator=generator) * size).to(room[1])
+    got = multiscale_quantize(features, codebook, None, ((4, 8),), backend="triton")[0]
     rows = features.double().flatten(2).transpose(1, 2)
     loss = (rows.unsqueeze(2) - codebook.double()).square().sum(3)
     chosen, best = loss.gather(2, got.unsqueeze(2))[..., 0], loss.amin(2)

@@ -303,10 +303,10 @@ def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _lookup_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     codes, codebook, weight, bias = ctx.saved_tensors
     rows, grad_weight, grad_bias = _multiscale_lookup_backward(
-        grad, codes, codebook, weight, bias, ctx.ratio, ctx.scales, ctx.what, "auto"
+        grad, codes, codebook, weight, bias, ctx.ratio, ctx.scales, ctx.what, "eager"
     )
     table = _residual_lookup_backward(
-        rows.reshape(-1, rows.shape[2]), codes.reshape(-1, 1), codebook.shape[0], True, False, "auto"
+        rows.reshape(-1, rows.shape[2]), codes.reshape(-1, 1), codebook.shape[0], True, False, ctx.backend
     )
     return None, table.to(codebook.dtype), grad_weight, grad_bias, None, None, None
 
@@ -359,8 +359,15 @@ def _taps(weight: Tensor, copy: bool) -> Tensor:
     return taps.contiguous() if copy else taps
 
 
+def _near(maps: Tensor) -> Tensor:
+    """Maps or vectors (B, ...) as they are, or copied if elements of one picture lie further apart than 32 bits say."""
+    reach = sum(stride * (size - 1) for stride, size in zip(maps.stride()[1:], maps.shape[1:], strict=True))
+    return maps if reach < 2**31 else maps.contiguous()
+
+
 def _rows_together(table: Tensor) -> Tensor:
-    return table if table.stride(-1) == 1 else table.contiguous()
+    """A matrix with neighbours in memory along its rows, none of which begins beyond what 32 bits say."""
+    return table if table.stride(-1) == 1 and table.stride(0) * table.shape[0] < 2**31 else table.contiguous()
 
 
 def _run_quantize_triton(features, codebook, weight, bias, ratio, scales, metric) -> Tensor:
@@ -398,6 +405,8 @@ def _run_next_triton(features_hat, codes, codebook, weight, bias, ratio, scales,
     if codes.ndim == 2:
         _require_codes("next_scale_input", codes, codebook.shape[0])
         codes = _rows_together(codes)
+    else:
+        codes = _near(codes)
     out, following = _next_fake(features_hat, codes, codebook, weight, bias, ratio, scales, step)
     if not out.numel():
         return out, following
@@ -405,7 +414,7 @@ def _run_next_triton(features_hat, codes, codebook, weight, bias, ratio, scales,
     total = features_hat.new_empty((1, batch, height * width, channels), dtype=torch.float32)
     with torch.cuda.device_of(features_hat):
         _native.kernels("codes_multiscale").next_scale_input(
-            features_hat, codes, _rows_together(codebook), _taps(weight, copy=False), bias.contiguous(), ratio,
+            _near(features_hat), codes, _rows_together(codebook), _taps(weight, copy=False), bias.contiguous(), ratio,
             _plan(weight, scales), step, total, out, following,
         )  # fmt: skip
     return out, following
