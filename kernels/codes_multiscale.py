@@ -166,7 +166,9 @@ def _averages(maps, row, h, w, height, width, channels, BLOCK_N: tl.constexpr, B
         present = (pixel < end)[:, None] & (channel < channels)[None, :]
         values = tl.load(maps + pixel[:, None] * channels + channel[None, :], mask=present, other=0.0)
         total = tl.dot(within.to(tl.float32), values, total, input_precision="ieee")
-    return total / (bottom - top).to(tl.float32)[:, None] / (right - left).to(tl.float32)[:, None]
+    down = tl.broadcast_to((bottom - top).to(tl.float32)[:, None], [BLOCK_N, BLOCK_C])
+    across = tl.broadcast_to((right - left).to(tl.float32)[:, None], [BLOCK_N, BLOCK_C])
+    return tl.div_rn(tl.div_rn(total, down), across)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -328,8 +330,9 @@ def pyramid_part_kernel(
     y = top - border + spot // (TILE_W + 2 * border)
     x = left - border + spot % (TILE_W + 2 * border)
     on_map = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    at_y = (y.to(tl.float32) + 0.5) * (h * 1.0 / height) - 0.5
-    at_x = (x.to(tl.float32) + 0.5) * (w * 1.0 / width) - 0.5
+    one = tl.full([], 1.0, tl.float32)
+    at_y = (y.to(tl.float32) + 0.5) * tl.div_rn(one * h, one * height) - 0.5
+    at_x = (x.to(tl.float32) + 0.5) * tl.div_rn(one * w, one * width) - 0.5
     low_y = tl.floor(at_y)
     low_x = tl.floor(at_x)
     upsampled = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
