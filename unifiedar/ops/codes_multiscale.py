@@ -18,6 +18,7 @@ Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next
 algorithms 1 and 2; details as in the published code of VAR's `VectorQuantizer2`.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from unifiedar.ops.codes import _accumulator, _exact_matmul, _nearest, _require_
 __all__ = ["Phi", "multiscale_inputs", "multiscale_lookup", "multiscale_quantize", "next_scale_input"]
 
 Scale = int | tuple[int, int]
+Sizes = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 
 
 class Phi(NamedTuple):
@@ -89,8 +91,13 @@ def _phi_indices(count: int, scales: int) -> tuple[int, ...]:
 # ---- definitions -----------------------------------------------------------------------------------------------------
 
 
-def _pairs(scales: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(scales[::2], scales[1::2], strict=True))
+def _pairs(scales: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return _paired(tuple(scales))
+
+
+@functools.lru_cache(maxsize=256)
+def _paired(scales: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(scales[::2], scales[1::2], strict=True))
 
 
 def _area(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -121,7 +128,7 @@ def _rows(codes: Tensor, table: Tensor, function: str) -> Tensor:
 
 
 def _quantize_eager(
-    features: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor, ratio: float, scales: list[int], metric: str
+    features: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor, ratio: float, scales: Sequence[int], metric: str
 ) -> Tensor:
     dtype = _accumulator(torch.promote_types(features.dtype, codebook.dtype))
     rest, table = features.to(dtype, copy=True), codebook.to(dtype)
@@ -145,7 +152,7 @@ def _quantize_eager(
 
 
 def _lookup_eager(
-    codes: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor, ratio: float, scales: list[int], what: str
+    codes: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor, ratio: float, scales: Sequence[int], what: str
 ) -> Tensor:
     out = _lookup_fake(codes, codebook, weight, bias, ratio, scales, what)
     dtype = _accumulator(codebook.dtype)
@@ -168,7 +175,7 @@ def _lookup_eager(
     return out.copy_(total) if what == "sum" else out
 
 
-def _held(codes: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _held(codes: Tensor, sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     """The first scales, those whose codes are there."""
     count = total = 0
     while total < codes.shape[1]:
@@ -184,7 +191,7 @@ def _lookup_backward_eager(
     weight: Tensor,
     bias: Tensor,
     ratio: float,
-    scales: list[int],
+    scales: Sequence[int],
     what: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulator(codebook.dtype)
@@ -250,7 +257,7 @@ def _next_eager(
     weight: Tensor,
     bias: Tensor,
     ratio: float,
-    scales: list[int],
+    scales: Sequence[int],
     step: int,
 ) -> tuple[Tensor, Tensor]:
     dtype = _accumulator(features_hat.dtype)
@@ -346,10 +353,15 @@ def _next_unfit_triton(features_hat, codes, codebook, weight, bias, ratio, scale
     return _unfit_triton(features_hat, codes, bias, codebook, weight)
 
 
-def _plan(weight: Tensor, scales: list[int]) -> tuple[int, ...]:
+def _plan(weight: Tensor, scales: Sequence[int]) -> tuple[int, ...]:
     """Scales as the kernels take them: h, w and convolution of each."""
+    return _planned(weight.shape[0] or 1, tuple(scales))
+
+
+@functools.lru_cache(maxsize=256)
+def _planned(count: int, scales: tuple[int, ...]) -> tuple[int, ...]:
     sizes = _pairs(scales)
-    indices = _phi_indices(weight.shape[0] or 1, len(sizes))
+    indices = _phi_indices(count, len(sizes))
     return tuple(value for (h, w), p in zip(sizes, indices, strict=True) for value in (h, w, p))
 
 
@@ -503,7 +515,7 @@ def multiscale_quantize(
             f"got {tuple(features.shape)}"
         )
     _checks.check_same_device(function, "codebook", codebook, "features", features)
-    sizes = _check_scales(function, scales)
+    sizes, flat = _check_scales(function, scales)
     if sizes[-1] != tuple(features.shape[2:]):
         raise ValueError(
             f"{function}: scales must end in the size of features, {tuple(features.shape[2:])}, got {sizes[-1]}"
@@ -511,7 +523,7 @@ def multiscale_quantize(
     if metric not in ("l2", "cosine"):
         raise ValueError(f"{function}: metric must be 'l2' or 'cosine', got {metric!r}")
     weight, bias, ratio = _check_phi(function, phi, codebook)
-    codes = _multiscale_quantize(features, codebook, weight, bias, ratio, _flat(sizes), metric, backend)
+    codes = _multiscale_quantize(features, codebook, weight, bias, ratio, flat, metric, backend)
     return list(codes.split([h * w for h, w in sizes], dim=1))
 
 
@@ -549,10 +561,10 @@ def multiscale_lookup(
         may be captured in a CUDA graph.
     """
     function = "multiscale_lookup"
-    sizes = _check_lookup(function, codes, codebook, scales)
+    _, flat = _check_lookup(function, codes, codebook, scales)
     weight, bias, ratio = _check_phi(function, phi, codebook)
-    flat, what = torch.cat(list(codes), dim=1), "cumulative" if cumulative else "sum"
-    return _multiscale_lookup(flat, codebook, weight, bias, ratio, _flat(sizes), what, backend)
+    together, what = torch.cat(list(codes), dim=1), "cumulative" if cumulative else "sum"
+    return _multiscale_lookup(together, codebook, weight, bias, ratio, flat, what, backend)
 
 
 def multiscale_inputs(
@@ -588,7 +600,7 @@ def multiscale_inputs(
         No host sync on a GPU; may be captured in a CUDA graph.
     """
     function = "multiscale_inputs"
-    sizes = _check_lookup(function, codes, codebook, scales)
+    sizes, flat = _check_lookup(function, codes, codebook, scales)
     if len(codes) < len(sizes) - 1:
         raise ValueError(
             f"{function}: codes must hold a tensor for each of {len(sizes)} scales (the last may be left out), "
@@ -597,8 +609,8 @@ def multiscale_inputs(
     weight, bias, ratio = _check_phi(function, phi, codebook)
     if len(sizes) == 1:
         return codebook.new_empty((codes[0].shape[0], 0, codebook.shape[1]))
-    flat = torch.cat(list(codes[: len(sizes) - 1]), dim=1)
-    return _multiscale_lookup(flat, codebook, weight, bias, ratio, _flat(sizes), "inputs", backend)
+    together = torch.cat(list(codes[: len(sizes) - 1]), dim=1)
+    return _multiscale_lookup(together, codebook, weight, bias, ratio, flat, "inputs", backend)
 
 
 def next_scale_input(
@@ -640,7 +652,7 @@ def next_scale_input(
     function = "next_scale_input"
     _checks.check_tensor(function, "features_hat", features_hat)
     _check_codebook(function, codebook)
-    sizes = _check_scales(function, scales)
+    sizes, flat = _check_scales(function, scales)
     _checks.check_integer(function, "step", step, 0)
     if step >= len(sizes):
         raise ValueError(f"{function}: step must be below {len(sizes)}, the number of scales, got {step}")
@@ -658,14 +670,8 @@ def next_scale_input(
     _checks.check_same_device(function, "codes", codes, "features_hat", features_hat)
     _checks.check_same_device(function, "codebook", codebook, "features_hat", features_hat)
     weight, bias, ratio = _check_phi(function, phi, codebook)
-    total, following = _next_scale_input(
-        features_hat, codes, codebook, weight, bias, ratio, _flat(sizes), step, backend
-    )
+    total, following = _next_scale_input(features_hat, codes, codebook, weight, bias, ratio, flat, step, backend)
     return total, following if step + 1 < len(sizes) else None
-
-
-def _flat(sizes: list[tuple[int, int]]) -> list[int]:
-    return [side for size in sizes for side in size]
 
 
 def _check_codebook(function: str, codebook: Tensor) -> None:
@@ -674,7 +680,21 @@ def _check_codebook(function: str, codebook: Tensor) -> None:
         raise ValueError(f"{function}: codebook must be (K, C) with no empty dimension, got {tuple(codebook.shape)}")
 
 
-def _check_scales(function: str, scales: Sequence[Scale]) -> list[tuple[int, int]]:
+def _check_scales(function: str, scales: Sequence[Scale]) -> Sizes:
+    """Sizes of the scales, and the same flat, as the operators take them."""
+    if type(scales) is tuple and not torch.compiler.is_compiling():
+        with contextlib.suppress(TypeError, ValueError):  # not hashable, or not right, which is said below
+            return _checked_once(scales)
+    return _checked(function, scales)
+
+
+@functools.lru_cache(maxsize=256)
+def _checked_once(scales: tuple[Scale, ...]) -> Sizes:
+    """The ten scales of every step of a generation are the same, and looking at each takes a while."""
+    return _checked("", scales)
+
+
+def _checked(function: str, scales: Sequence[Scale]) -> Sizes:
     if not isinstance(scales, (list, tuple)) or not scales:
         raise ValueError(f"{function}: scales must be a list of at least one integer or (h, w), got {scales!r}")
     sizes = []
@@ -685,10 +705,11 @@ def _check_scales(function: str, scales: Sequence[Scale]) -> list[tuple[int, int
         for side in pair:
             _checks.check_integer(function, "each of scales", side, 1)
         sizes.append((pair[0], pair[1]))
-    for size in sizes:
-        if size[0] > sizes[-1][0] or size[1] > sizes[-1][1]:
-            raise ValueError(f"{function}: scales must not be larger than the last, {sizes[-1]}, got {size}")
-    return sizes
+    height, width = sizes[-1]
+    for h, w in sizes:
+        if h > height or w > width:
+            raise ValueError(f"{function}: scales must not be larger than the last, {sizes[-1]}, got {(h, w)}")
+    return tuple(sizes), tuple(side for size in sizes for side in size)
 
 
 def _check_phi(function: str, phi: Phi | None, codebook: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -715,12 +736,10 @@ def _check_phi(function: str, phi: Phi | None, codebook: Tensor) -> tuple[Tensor
     return phi.weight, phi.bias, float(phi.ratio)
 
 
-def _check_lookup(
-    function: str, codes: Sequence[Tensor], codebook: Tensor, scales: Sequence[Scale]
-) -> list[tuple[int, int]]:
-    """Sizes of the scales; the codes are those of the first of them."""
+def _check_lookup(function: str, codes: Sequence[Tensor], codebook: Tensor, scales: Sequence[Scale]) -> Sizes:
+    """As `_check_scales`; the codes are those of the first scales."""
     _check_codebook(function, codebook)
-    sizes = _check_scales(function, scales)
+    sizes, flat = _check_scales(function, scales)
     if not isinstance(codes, (list, tuple)):
         raise TypeError(f"{function}: codes must be a list with a tensor a scale, got {type(codes).__name__}")
     if not 1 <= len(codes) <= len(sizes):
@@ -730,4 +749,4 @@ def _check_lookup(
         if one.ndim != 2 or one.shape[1] != h * w or one.shape[0] != codes[0].shape[0]:
             raise ValueError(f"{function}: codes[{s}] must be (B, {h * w}), one B for all, got {tuple(one.shape)}")
         _checks.check_same_device(function, "codebook", codebook, f"codes[{s}]", one)
-    return sizes
+    return sizes, flat
