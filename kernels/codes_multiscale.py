@@ -637,8 +637,10 @@ def _cases() -> list[tuple]:
         **dict.fromkeys(("words", "codes"), "*i64"),
         **dict.fromkeys(("ratio", "slope"), "fp32"),
     }
-    packed = ("rest", "codebook", "table", "total", "parts", "maps", "base", "channels", "book_entry", "table_entry")
-    packed = (*packed, "base_b", "base_y", "base_x", "weight", "weight_t", "weight_i")
+    packed = [
+        *("rest", "codebook", "table", "total", "parts", "maps", "base", "weight", "channels"),
+        *("book_entry", "table_entry", "base_b", "base_y", "base_x", "weight_t", "weight_i"),
+    ]
 
     def add(kernel, options: dict[str, int], feature: str, aligned: bool, **constants) -> None:
         features = dict.fromkeys(("features", "codebook", "table", "weight", "bias", "base", "out"), f"*{feature}")
@@ -659,10 +661,17 @@ def _cases() -> list[tuple]:
             shape = {"SCALES": scales, "BLOCK_N": tile.rows, "BLOCK_K": tile.codes, **wide}
             add(pyramid_search_kernel, {"num_warps": tile.warps, "maxnreg": REGISTERS}, feature, aligned, **shape)
         for pixels, phi in ((256, True), (256, False), (256 * 64, True), (256 * 64, False)):
-            tile = part_tile(pixels)
-            options = {"num_warps": tile.warps, "maxnreg": REGISTERS}
-            halo = triton.next_power_of_2((tile.height + 2 * phi) * (tile.width + 2 * phi))
-            shape = {"SCALES": scales, "PHI": phi, "TILE_H": tile.height, "TILE_W": tile.width, "BLOCK_H": halo, **wide}
+            piece = part_tile(pixels)
+            options = {"num_warps": piece.warps, "maxnreg": REGISTERS}
+            halo = triton.next_power_of_2((piece.height + 2 * phi) * (piece.width + 2 * phi))
+            shape = {
+                "SCALES": scales,
+                "PHI": phi,
+                "TILE_H": piece.height,
+                "TILE_W": piece.width,
+                "BLOCK_H": halo,
+                **wide,
+            }
             inner = {"table_c": 1, **({"weight_o": 1} if phi else {})}  # a launch sees strides of one
             part = pyramid_part_kernel
             whole = aligned and (phi or pixels > 256 or feature == "fp32")  # else a thread has four halves of a row
