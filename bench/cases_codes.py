@@ -15,7 +15,8 @@ vector-quantize-pytorch's `ResidualVQ`, where it is installed, as published and 
 `residual-vq/<model>` in eval mode, `residual-vq/<model>-train` a training forward, which moves the codebook. The floor
 is that of `quantize`.
 
-Bitwise quantization has a file of its own, `bench/_codes_bitwise.py`.
+Bitwise quantization is in `bench/_codes_bitwise.py`, VAR's residual pyramid (`var/encode`, `var/inputs`) in
+`bench/_codes_multiscale.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import _codes_bitwise
+from bench import _codes_bitwise, _codes_multiscale
 from bench._case import OURS, Case, Check, Variant, against, tensors
 from unifiedar import accelerate
 from unifiedar.ops import code_statistics, registry, residual_lookup, residual_quantize
@@ -94,7 +95,7 @@ def cases(device: torch.device) -> list[Case]:
     found += [_search_case(model, small) for model in SEARCHES]
     if _residual_vq_class() is not None:
         found += [_module_case(model, training, small) for model in MODULES for training in (False, True)]
-    return found + _codes_bitwise.cases(device)
+    return found + _codes_bitwise.cases(device) + _codes_multiscale.cases(device)
 
 
 def _case(model: Model, use: str, small: bool) -> Case:

@@ -6,7 +6,8 @@ copied; state_dict, parameters and their names stay as they are. Before a module
 compared with ours, on its own weights or on a copy: what answers differently is left alone, with the reason in the
 report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`; `_swap` holds what they share.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var`; `_swap` holds what
+they share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from unifiedar.accelerate import _infinity, _rqvae, _swap, _vector_quantize_pytorch
+from unifiedar.accelerate import _infinity, _rqvae, _swap, _var, _vector_quantize_pytorch
 from unifiedar.accelerate._swap import Adapter, Swap
 
 __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "restore"]
@@ -24,6 +25,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *_rqvae.ADAPTERS,
     *_vector_quantize_pytorch.ADAPTERS,
     *_infinity.ADAPTERS,
+    *_var.ADAPTERS,
 )
 """Every adapter; the first that matches a module decides."""
 

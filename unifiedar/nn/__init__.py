@@ -2,6 +2,7 @@
 
 from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
 from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutput, SignQuantizer
+from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer
 from unifiedar.nn.depth import DepthTransformer
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "BitwiseQuantizer",
     "Codebook",
     "DepthTransformer",
+    "MultiScaleQuantized",
+    "MultiScaleQuantizer",
     "Quantized",
     "ResidualQuantizer",
     "SignOutput",

@@ -21,6 +21,13 @@ from unifiedar.ops.codes_bitwise import (
     bitwise_unpack,
     next_bitwise_input,
 )
+from unifiedar.ops.codes_multiscale import (
+    Phi,
+    multiscale_inputs,
+    multiscale_lookup,
+    multiscale_quantize,
+    next_scale_input,
+)
 from unifiedar.ops.sample import sample_codes
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "BitwiseCodes",
     "BitwiseLosses",
     "Op",
+    "Phi",
     "ResidualCodes",
     "bitwise_inputs",
     "bitwise_lookup",
@@ -37,7 +45,11 @@ __all__ = [
     "bitwise_unpack",
     "block_causal_attention",
     "code_statistics",
+    "multiscale_inputs",
+    "multiscale_lookup",
+    "multiscale_quantize",
     "next_bitwise_input",
+    "next_scale_input",
     "registry",
     "residual_lookup",
     "residual_quantize",
