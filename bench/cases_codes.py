@@ -10,18 +10,27 @@ C channels, D times, at the rate of half-precision products.
 
 `code_statistics` (`statistics`) in float32 as a training step calls it: the vectors of all depths at once.
 Least traffic: vectors and codes read once, sums and counts written.
+
+vector-quantize-pytorch's `ResidualVQ`, where it is installed, as published and after `unifiedar.accelerate`:
+`residual-vq/<model>` in eval mode, `residual-vq/<model>-train` a training forward, which moves the codebook. The floor
+is that of `quantize`.
+
+Bitwise quantization is in `bench/_codes_bitwise.py`, VAR's residual pyramid (`var/encode`, `var/inputs`) in
+`bench/_codes_multiscale.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from bench import _codes_bitwise, _codes_multiscale
 from bench._case import OURS, Case, Check, Variant, against, tensors
+from unifiedar import accelerate
 from unifiedar.ops import code_statistics, registry, residual_lookup, residual_quantize
 
 __all__ = ["cases"]
@@ -63,6 +72,8 @@ SEARCHES = (
     Model("var", 21760, 4096, 32, 1, torch.float32),
 )
 
+MODULES = tuple(model for model in SEARCHES if model.name.startswith("rqvae"))
+
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """codes (N, D) int64; codebook (K, C) or (D, K, C); gradient of the output (N, C)."""
 Formula = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,7 +92,10 @@ def cases(device: torch.device) -> list[Case]:
             found.append(_case(model, use, small))
         if model.tables == 1 and not model.name.endswith(("-large", "-step")):
             found.append(_statistics_case(model, small))
-    return found + [_search_case(model, small) for model in SEARCHES]
+    found += [_search_case(model, small) for model in SEARCHES]
+    if _residual_vq_class() is not None:
+        found += [_module_case(model, training, small) for model in MODULES for training in (False, True)]
+    return found + _codes_bitwise.cases(device) + _codes_multiscale.cases(device)
 
 
 def _case(model: Model, use: str, small: bool) -> Case:
@@ -200,23 +214,36 @@ def _published_cumulative(codes: torch.Tensor, codebook: torch.Tensor) -> torch.
     return _published_rows(codes, codebook).cumsum(-2)
 
 
-def _residual_vq() -> Callable[[Inputs], Callable[[], object]] | None:
-    """vector-quantize-pytorch's sum of codes, or None if it is not installed."""
+def _residual_vq_class() -> Any:
+    """vector-quantize-pytorch's ResidualVQ, or None if it is not installed."""
     try:
         from vector_quantize_pytorch import ResidualVQ
     except ImportError:
         return None
+    return ResidualVQ
+
+
+def _residual_vq_of(codebook: torch.Tensor, depth: int) -> Any:
+    """A ResidualVQ in eval mode with the given codebook, (K, C) or (D, K, C)."""
+    size, channels = codebook.shape[-2:]
+    shared = codebook.dim() == 2
+    module = _residual_vq_class()(dim=channels, num_quantizers=depth, codebook_size=size, shared_codebook=shared)
+    module = module.to(codebook.device, codebook.dtype).eval()
+    with torch.no_grad():
+        for d, layer in enumerate(module.layers):
+            layer._codebook.embed.copy_((codebook if shared else codebook[d])[None])
+            layer._codebook.embed_avg.copy_(layer._codebook.embed)
+    return module
+
+
+def _residual_vq() -> Callable[[Inputs], Callable[[], object]] | None:
+    """vector-quantize-pytorch's sum of codes, or None if it is not installed."""
+    if _residual_vq_class() is None:
+        return None
 
     def bind(inputs: Inputs) -> Callable[[], object]:
         codes, codebook, _ = inputs
-        (size, channels), depth = codebook.shape[-2:], codes.shape[-1]
-        shared = codebook.dim() == 2
-        module: Any = ResidualVQ(dim=channels, num_quantizers=depth, codebook_size=size, shared_codebook=shared)
-        module = module.to(codes.device, codebook.dtype).eval()
-        with torch.no_grad():
-            for d, layer in enumerate(module.layers):
-                layer._codebook.embed.copy_((codebook if shared else codebook[d])[None])
-        batch = codes[None]
+        module, batch = _residual_vq_of(codebook, codes.shape[-1]), codes[None]
 
         def call() -> torch.Tensor:
             with torch.no_grad():
@@ -257,6 +284,8 @@ def _search_case(model: Model, small: bool) -> Case:
         variants.append(variant("published code, TF32", "peer", _published_search_tf32))
     variants.append(variant("published code", "peer", _published_search))
     variants.append(variant("torch.cdist", "peer", _cdist_search))
+    if _residual_vq_class() is not None:
+        variants.append(Variant("vector-quantize-pytorch", "peer", _residual_vq_search(d)))
     return Case(
         name=f"{model.name}/quantize",
         shape={"N": n, "K": k, "C": c, "D": d},
@@ -338,6 +367,23 @@ def _cdist_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
     return _search(x, codebook, depth, lambda residual, codebook: torch.cdist(residual, codebook).argmin(1))
 
 
+def _residual_vq_search(depth: int) -> Callable[[Pair], Callable[[], Pair]]:
+    """vector-quantize-pytorch's forward in eval mode: distances and one-hot rows as matrices, a layer at a time."""
+
+    def bind(inputs: Pair) -> Callable[[], Pair]:
+        x, codebook = inputs
+        module, batch = _residual_vq_of(codebook, depth), x[None]
+
+        def call() -> Pair:
+            with torch.no_grad():
+                quantized, codes, _ = module(batch)
+            return codes[0], quantized[0]
+
+        return call
+
+    return bind
+
+
 def _published_search_tf32(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Pair:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -345,6 +391,50 @@ def _published_search_tf32(x: torch.Tensor, codebook: torch.Tensor, depth: int) 
         return _published_search(x, codebook, depth)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+# ---- vector-quantize-pytorch's module, as published and swapped ------------------------------------------------------
+
+
+def _module_case(model: Model, training: bool, small: bool) -> Case:
+    search = _search_case(model, small)
+    depth = model.depth
+
+    def variant(name: str, role: str, swap: bool) -> Variant:
+        def bind(inputs: Pair) -> Callable[[], Pair]:
+            x, codebook = inputs
+            module, batch = _residual_vq_of(codebook, depth).train(training), x[None].requires_grad_(training)
+            if swap:
+                accelerate(module, verbose=False)
+
+            def call() -> Pair:
+                quantized, codes, _ = module(batch)
+                return codes[0], quantized[0].detach()
+
+            return call
+
+        return Variant(name, role, bind)
+
+    # In training the next layer searches what a float32 rotation left, so no code is the exact nearest to the residual.
+    return replace(
+        search,
+        name=f"residual-vq/{model.name}{'-train' if training else ''}",
+        variants=[variant(OURS, "ours", True), variant("vector-quantize-pytorch", "peer", False)],
+        check=(lambda inputs: _check_path(inputs[0], inputs[1], depth)) if training else search.check,
+    )
+
+
+def _check_path(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Check:
+    """Distances along the path of the codes at most 1e-4 above the least on average, and the output their sum."""
+
+    def check(variant: Variant, output: object) -> None:
+        codes, quantized = tensors(output)
+        excess = _far(x, codebook, codes)[2]
+        off = (quantized - residual_lookup(codes, codebook, backend="eager")).abs().max().item()
+        if not (codes.shape[1] == depth and excess <= 1e-4 and off <= 1e-3):
+            raise ValueError(f"wrong result: distances are {excess:.3g} above the least, the sum is off by {off:.3g}")
+
+    return check
 
 
 # ---- code_statistics -------------------------------------------------------------------------------------------------

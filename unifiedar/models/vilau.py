@@ -289,13 +289,6 @@ class VILAU(nn.Module):
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:300]
             raise checkpoints.CheckpointError(f"{folder}: weights do not fit its config.json: {detail}") from error
-        if config.shared_codebook:
-            prefix = "vision_tower.vision_tower.rqvaesiglip.quantizer.codebooks.{}.weight"
-            first = tensors[prefix.format(0)]
-            if any(not torch.equal(first, tensors[prefix.format(d)]) for d in range(1, config.depth)):
-                raise checkpoints.CheckpointError(
-                    f"{folder}: shared_codebook is set but the depths' tables differ; set it to false in config.json"
-                )
         model.tower.tie()
         vocabulary = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
         if vocabulary.is_file():

@@ -1,6 +1,19 @@
 """Modules: parameters, buffers and state around the ops; the arithmetic lives in `unifiedar.ops`."""
 
 from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
+from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutput, SignQuantizer
+from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer
 from unifiedar.nn.depth import DepthTransformer
 
-__all__ = ["Codebook", "DepthTransformer", "Quantized", "ResidualQuantizer"]
+__all__ = [
+    "BitwiseOutput",
+    "BitwiseQuantizer",
+    "Codebook",
+    "DepthTransformer",
+    "MultiScaleQuantized",
+    "MultiScaleQuantizer",
+    "Quantized",
+    "ResidualQuantizer",
+    "SignOutput",
+    "SignQuantizer",
+]

@@ -11,15 +11,45 @@ the operators beneath; its `explain(...)` says which backends fit a call and why
 from unifiedar.ops._op import BACKENDS, Backend, Op, registry
 from unifiedar.ops.attention import block_causal_attention
 from unifiedar.ops.codes import ResidualCodes, code_statistics, residual_lookup, residual_quantize
+from unifiedar.ops.codes_bitwise import (
+    BitwiseCodes,
+    BitwiseLosses,
+    bitwise_inputs,
+    bitwise_lookup,
+    bitwise_pack,
+    bitwise_quantize,
+    bitwise_unpack,
+    next_bitwise_input,
+)
+from unifiedar.ops.codes_multiscale import (
+    Phi,
+    multiscale_inputs,
+    multiscale_lookup,
+    multiscale_quantize,
+    next_scale_input,
+)
 from unifiedar.ops.sample import sample_codes
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BitwiseCodes",
+    "BitwiseLosses",
     "Op",
+    "Phi",
     "ResidualCodes",
+    "bitwise_inputs",
+    "bitwise_lookup",
+    "bitwise_pack",
+    "bitwise_quantize",
+    "bitwise_unpack",
     "block_causal_attention",
     "code_statistics",
+    "multiscale_inputs",
+    "multiscale_lookup",
+    "multiscale_quantize",
+    "next_bitwise_input",
+    "next_scale_input",
     "registry",
     "residual_lookup",
     "residual_quantize",

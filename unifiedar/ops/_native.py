@@ -20,6 +20,7 @@ __all__ = [
     "capability",
     "cuda_unfit",
     "define",
+    "integers_on",
     "kernels",
     "library_missing",
     "triton_missing",
@@ -87,6 +88,20 @@ def triton_unfit(tensor: torch.Tensor) -> str | None:
 def kernels(family: str) -> ModuleType:
     """The module of Triton kernels of a family, imported at first use."""
     return importlib.import_module(f"unifiedar.kernels.{family}")
+
+
+@functools.cache
+def _kept_integers(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # The copy is over when this returns, so the tensor serves every stream; nothing evicts it from under a kernel.
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def integers_on(device: torch.device, values: tuple[int, ...]) -> torch.Tensor:
+    """A few integers as an int32 tensor on a device, copied there once and kept."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A copy from the host cannot be captured, and what is made in a graph's memory must not be kept.
+        return torch.cat([torch.full((1,), value, dtype=torch.int32, device=device) for value in values])
+    return _kept_integers(values, device)
 
 
 @functools.cache

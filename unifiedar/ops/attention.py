@@ -11,7 +11,6 @@ multiple of G (grouped-query attention: heads h R .. h R + R - 1 share key head 
 Next-scale attention in this form: Tian et al., "Visual Autoregressive Modeling" (2024).
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, overload
@@ -30,21 +29,9 @@ MAX_SCALES = 32
 # ---- definitions -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _kept_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    # The copy is over when this returns, so the tensor serves every stream; nothing evicts it from under a kernel.
-    return torch.tensor(lengths, dtype=torch.int32, device=device)
-
-
 def _lengths_on(device: torch.device, lengths: Sequence[int], schedule: Tensor | None) -> Tensor:
-    """The lengths of the scales (S,) on a device, copied there once a schedule."""
-    if schedule is not None:
-        return schedule
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy from the host cannot be captured, and what is made in a graph's memory must not be kept.
-        known = [torch.full((1,), length, dtype=torch.int32, device=device) for length in lengths]
-        return torch.cat(known)
-    return _kept_lengths(tuple(lengths), device)
+    """The lengths of the scales (S,) on a device."""
+    return schedule if schedule is not None else _native.integers_on(device, tuple(lengths))
 
 
 def _scale_of(q: Tensor, k: Tensor, lengths: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -266,8 +253,8 @@ _block_causal_attention = Op(
     eager=_attention_eager,
     fake=_attention_fake,
     backends=(
-        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda, "not run on a GPU yet"),
-        Backend("triton", _run_attention_triton, _attention_unfit_triton, "not run on a GPU yet"),
+        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda, "its repeats have not run on a GPU yet"),
+        Backend("triton", _run_attention_triton, _attention_unfit_triton),
     ),
     setup_context=_attention_setup,
     backward=_attention_gradient,
@@ -278,9 +265,7 @@ _block_causal_attention_backward = Op(
     "Tensor lse, SymInt[] lengths, Tensor? schedule, SymInt prefix, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     eager=_attention_backward_eager,
     fake=_attention_backward_fake,
-    backends=(
-        Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton, "not run on a GPU yet"),
-    ),
+    backends=(Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton),),
 )
 
 

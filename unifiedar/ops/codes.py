@@ -104,10 +104,10 @@ def _lookup_backward_eager(grad: Tensor, codes: Tensor, num_codes: int, shared: 
 
 
 class _ExactMatmul:
-    """Makes float32 matmuls use float32 products while any thread is inside, and restores the settings after.
+    """Makes float32 matmuls and convolutions use float32 products while any thread is inside; restores settings after.
 
     The settings are the process's, so overlapping threads share one change: the first one in makes it, the last one out
-    undoes it. Matmuls elsewhere are at worst more exact for that time.
+    undoes it. Products elsewhere are at worst more exact for that time.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,9 @@ class _ExactMatmul:
     def __call__(self, device_type: str) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                for setting in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+                mkldnn, conv = torch.backends.mkldnn, getattr(torch.backends.cudnn, "conv", None)
+                settings = (getattr(mkldnn, "matmul", None), getattr(mkldnn, "conv", None), conv)
+                for setting in (torch.backends.cuda.matmul, *settings):
                     if setting is not None and setting.fp32_precision not in ("none", "ieee"):
                         self._changed.append((setting, setting.fp32_precision))
                         setting.fp32_precision = "ieee"
