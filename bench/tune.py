@@ -60,6 +60,14 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
             ),
             ("plan",),
         ),
+        Knob(
+            "unifiedar.kernels.codes_quantize",
+            "finish_tile",
+            "/quantize",
+            # codes, channels, registers
+            ((4, 64, 128), (8, 64, 128), (8, 32, 96), (16, 32, 128), (8, 128, 168), (16, 64, 168), (32, 32, 168)),
+            ("plan",),
+        ),
     ),
     # held, passed, warps, stages
     "attention": (

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["COMPILE_CASES", "Plan", "bound", "plan", "residual_quantize", "search_tile"]
+__all__ = ["COMPILE_CASES", "Plan", "bound", "finish_tile", "plan", "residual_quantize", "search_tile"]
 
 SUBTILE = 64  # codes that share one word: six bits name the best of them, the seventh says that it is not alone
 EPSILON = 2.0**-15
@@ -65,6 +65,25 @@ def search_tile(channels: int, capability: int) -> SearchTile:
     if capability < 90:
         return SearchTile(128, 128, min(width, 32), warps=8, stages=3, group=8)
     return SearchTile(128, 128, width, warps=4, stages=3, group=8)
+
+
+@dataclass(frozen=True)
+class FinishTile:
+    """How the finish compares the codes of a crowded subtile: `codes` at a time, `channels` a warp.
+
+    Few rows come to that, but a kernel is as slow as its slowest row, and each step waits for its loads: 64 codes of 256
+    channels take 64 steps of 4 x 64. `registers` a thread: left alone, ptxas spills a few bytes of some variants to
+    get down to 64.
+    """
+
+    codes: int
+    channels: int
+    registers: int
+
+
+def finish_tile(channels: int, capability: int) -> FinishTile:
+    """Tile of the finish."""
+    return FinishTile(4, 64, 96)
 
 
 def bound(channels: int) -> tuple[float, float]:
@@ -406,10 +425,6 @@ def quantize_finish_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-PROBE_CODES = 4  # of an exact comparison at a time; with 64 channels a warp that is 8 float64 sums a thread
-FINISH_REGISTERS = 96  # left alone, ptxas spills a few bytes of some variants to get down to 64
-
-
 def _row_warps(width: int) -> int:
     """Warps of a program that works on one row of `width` elements, eight a thread."""
     return min(8, max(1, width // 256))
@@ -430,6 +445,7 @@ class Plan:
         rows: rows in work at a time.
         padded: channels of the float16 copies.
         tile: of the search.
+        finish: of what follows it.
         places: where each piece of the workspace begins: name -> (byte, dtype, shape).
         size: bytes of the workspace.
     """
@@ -437,6 +453,7 @@ class Plan:
     rows: int
     padded: int
     tile: SearchTile
+    finish: FinishTile
     places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]]
     size: int
 
@@ -465,7 +482,7 @@ def plan(rows: int, num_codes: int, channels: int, in_place: bool, capability: i
     for name, (dtype, shape) in shapes.items():
         places[name] = (size, dtype, shape)
         size += triton.cdiv(math.prod(shape) * dtype.itemsize, 256) * 256
-    return Plan(chunk, padded, tile, places, size)
+    return Plan(chunk, padded, tile, finish_tile(channels, capability), places, size)
 
 
 def residual_quantize(
@@ -497,7 +514,7 @@ def residual_quantize(
         for name, (begin, dtype, shape) in cut.places.items()
     }
     slope, floor = bound(channels)
-    padded, tile, subtiles = cut.padded, cut.tile, piece["words"].shape[1]
+    padded, tile, finish, subtiles = cut.padded, cut.tile, cut.finish, piece["words"].shape[1]
     block_c = triton.next_power_of_2(padded)
     warps = _row_warps(max(block_c, subtiles))
     narrow = padded == tile.channels
@@ -533,7 +550,8 @@ def residual_quantize(
                 num_codes, channels, padded, subtiles, table.stride(0), depth, d,
                 0 if codebook.ndim == 2 or last else d + 1, slope, floor,
                 COSINE=cosine, LAST=last, BLOCK_T=triton.next_power_of_2(subtiles), BLOCK_C=block_c,
-                PROBE_K=PROBE_CODES, PROBE_C=min(64 * warps, block_c), num_warps=warps, maxnreg=FINISH_REGISTERS,
+                PROBE_K=finish.codes, PROBE_C=min(finish.channels * warps, block_c), num_warps=warps,
+                maxnreg=finish.registers,
             )  # fmt: skip
 
 
@@ -571,8 +589,9 @@ def _cases() -> list[tuple]:
         block = triton.next_power_of_2(padded)
         warps = _row_warps(max(block, 256))
         rows = {"num_warps": warps}
-        finish = {**rows, "maxnreg": FINISH_REGISTERS}
-        probe = {"PROBE_K": PROBE_CODES, "PROBE_C": min(64 * warps, block), "BLOCK_T": 256, "BLOCK_C": block}
+        last = finish_tile(channels, 90)
+        finish = {**rows, "maxnreg": last.registers}
+        probe = {"PROBE_K": last.codes, "PROBE_C": min(last.channels * warps, block), "BLOCK_T": 256, "BLOCK_C": block}
         for cosine in (False, True):
             for divisible in (packed, ()) if channels == 1024 else (packed,) if channels > 128 else ((),):
                 blocks = {"BLOCK_K": max(1, 2048 // block), "BLOCK_C": block}

@@ -629,4 +629,4 @@ def test_tune_tries_tiles_and_puts_the_table_back(monkeypatch):
 
 def test_tune_refuses_what_it_does_not_know(capsys):
     assert main(["tune", "codes", "--knob", "wheel"]) == 2
-    assert "the family codes has search_tile" in capsys.readouterr().err
+    assert "the family codes has search_tile, finish_tile" in capsys.readouterr().err
