@@ -71,9 +71,9 @@ def search_tile(channels: int, capability: int) -> SearchTile:
 class FinishTile:
     """How the finish compares the codes of a crowded subtile: `codes` at a time, `channels` a warp.
 
-    Few rows come to that, but a kernel is as slow as its slowest row, and each step waits for its loads: 64 codes of 256
-    channels take 64 steps of 4 x 64. `registers` a thread: left alone, ptxas spills a few bytes of some variants to
-    get down to 64.
+    Few rows come to that, but a kernel is as slow as its slowest row, and each step waits for its loads: 64 codes of
+    256 channels take 64 steps of 4 x 64. `registers` a thread: left alone, ptxas spills a few bytes of some variants
+    to get down to 64.
     """
 
     codes: int
