@@ -18,13 +18,14 @@ import triton.language as tl
 
 __all__ = ["COMPILE_CASES", "sample_codes", "workspace_words"]
 
-_RESIDENT = 16384  # entries that a program holds in registers: 16 scores and 16 weights a thread of 1024
-_REGISTERS = 64  # a thread: 1024 threads on a multiprocessor, which is a row of 16384 entries or four of 4096
-_PROGRAMS = 264  # of rows that do not fit there, two a multiprocessor: each has a row of memory
+_RESIDENT = 16384  # entries that a program holds in registers: 16 a thread of 1024
+_IN_MEMORY = 8192  # entries looked at at a time of rows that do not fit there
+_PROGRAMS = 264  # of such rows, two a multiprocessor: each has a row of memory
 
 _PAD = tl.constexpr(-(2**31))  # below every score's integer
 _NAN = tl.constexpr(2**31 - 1)  # above every score's integer
 _INFINITE = tl.constexpr(0x7F800000)
+_ONE = tl.constexpr(0x3F800000)  # the bits of the largest weight
 _LEAST = tl.constexpr(-0x7F800001)  # of minus infinity
 
 
@@ -52,51 +53,47 @@ def _part(held, memory, begin, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
 
 
 @triton.jit
-def _count(keys, key_memory, least, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
-    """How many keys are `least` or more."""
+def _count(held, memory, least, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
+    """How many integers are `least` or more."""
     found = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, end, BLOCK):
-        key = _part(keys, key_memory, begin, BLOCK, RESIDENT)
-        found += (key >= least.to(tl.int32)).to(tl.int32)
+        found += (_part(held, memory, begin, BLOCK, RESIDENT) >= least.to(tl.int32)).to(tl.int32)
     return tl.sum(found, axis=0)
 
 
 @triton.jit
-def _count_equal(keys, key_memory, one, below, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
-    """How many keys are `one`, of the entries before `below`."""
+def _count_equal(held, memory, one, below, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
+    """How many integers are `one`, of the entries before `below`."""
     found = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, end, BLOCK):
-        key = _part(keys, key_memory, begin, BLOCK, RESIDENT)
-        found += ((key == one.to(tl.int32)) & (begin + tl.arange(0, BLOCK) < below)).to(tl.int32)
+        equal = _part(held, memory, begin, BLOCK, RESIDENT) == one.to(tl.int32)
+        found += (equal & (begin + tl.arange(0, BLOCK) < below)).to(tl.int32)
     return tl.sum(found, axis=0)
 
 
 @triton.jit
-def _mass(
-    keys, weights, key_memory, weight_memory, least, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr
-):  # fmt: skip
-    """Weight of the keys that are `least` or more, in float32, and how many they are."""
+def _mass(held, memory, least, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
+    """The sum of the weights of `least` (bits) or more, in float32, and how many they are."""
     mass = tl.zeros([BLOCK], tl.float32)
     found = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, end, BLOCK):
-        above = _part(keys, key_memory, begin, BLOCK, RESIDENT) >= least.to(tl.int32)
-        mass += tl.where(above, _part(weights, weight_memory, begin, BLOCK, RESIDENT), 0.0)
+        bits = _part(held, memory, begin, BLOCK, RESIDENT)
+        above = bits >= least.to(tl.int32)
+        mass += tl.where(above, bits.to(tl.float32, bitcast=True), 0.0)
         found += above.to(tl.int32)
     return tl.sum(mass, axis=0), tl.sum(found, axis=0)
 
 
 @triton.jit
-def _exact_mass(
-    keys, weights, key_memory, weight_memory, least, units, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr
-):  # fmt: skip
-    """Weight of the keys that are `least` or more, an integer: each is rounded down, `units` to 1."""
+def _exact_mass(held, memory, least, units, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
+    """The sum of the weights of `least` (bits) or more as an integer: each is rounded down, `units` to 1."""
     mass = tl.zeros([BLOCK], tl.int64)
     # Loops call this: a scale that looks different each time keeps the compiler from holding all integers in registers.
     scale = units + 0.0 * least.to(tl.float32)
     for begin in range(0, end, BLOCK):
-        above = _part(keys, key_memory, begin, BLOCK, RESIDENT) >= least.to(tl.int32)
-        weight = _part(weights, weight_memory, begin, BLOCK, RESIDENT)
-        mass += tl.where(above, (weight * scale).to(tl.int64), 0)
+        bits = _part(held, memory, begin, BLOCK, RESIDENT)
+        weight = tl.where(bits >= least.to(tl.int32), bits.to(tl.float32, bitcast=True), 0.0)
+        mass += (weight * scale).to(tl.int64)
     return tl.sum(mass, axis=0)
 
 
@@ -107,8 +104,7 @@ def sample_codes_kernel(
     guidance_rows,  # [rows / inner], if GUIDANCE_ROWS
     top_k_rows,  # [rows / inner] int64, if TOP_K_ROWS
     top_p_rows,  # [rows / inner], if TOP_P_ROWS
-    key_memory,  # [programs, end] int32, unless RESIDENT
-    weight_memory,  # [programs, end] float32, unless RESIDENT
+    memory,  # [programs, padded] int32, unless RESIDENT
     out,  # [rows] int64
     rows,
     inner,
@@ -135,8 +131,7 @@ def sample_codes_kernel(
     fused: each operation of the guidance is rounded."""
     end = BLOCK if RESIDENT else padded
     entry = tl.arange(0, BLOCK)
-    key_memory += tl.program_id(0).to(tl.int64) * padded
-    weight_memory += tl.program_id(0).to(tl.int64) * padded
+    memory += tl.program_id(0).to(tl.int64) * padded
     row = tl.program_id(0)
     while row < rows:
         group = row // inner
@@ -167,47 +162,48 @@ def sample_codes_kernel(
             if RESIDENT:
                 keys = key
             else:
-                tl.store(key_memory + begin + entry, key)
+                tl.store(memory + begin + entry, key)
         if not RESIDENT:
             tl.debug_barrier()
 
         if GREEDY:
             code = tl.full([], 0, tl.int32) + vocabulary
             for begin in range(0, end, BLOCK):
-                key = _part(keys, key_memory, begin, BLOCK, RESIDENT)
+                key = _part(keys, memory, begin, BLOCK, RESIDENT)
                 code = tl.minimum(code, tl.min(tl.where(key == top, begin + entry, vocabulary), axis=0))
         else:
-            # Kept are the keys of `low` and more.
-            low = bottom.to(tl.int64)
-            high = top.to(tl.int64) + 1
+            least = bottom.to(tl.int64)
             if TOP_K:
                 k = top_k
                 if TOP_K_ROWS:
                     k = tl.load(top_k_rows + group)
                 if (k > 0) & (k < vocabulary):
-                    right = high
-                    while right - low > 1:
-                        middle = (low + right) >> 1
-                        found = _count(keys, key_memory, middle, end, BLOCK, RESIDENT)
-                        low = tl.where(found >= k, middle, low)
+                    right = top.to(tl.int64) + 1
+                    while right - least > 1:
+                        middle = (least + right) >> 1
+                        found = _count(keys, memory, middle, end, BLOCK, RESIDENT)
+                        least = tl.where(found >= k, middle, least)
                         right = tl.where(found > k, right, tl.where(found == k, middle + 1, middle))
 
+            # From here on a row is its weights, whose bits are integers of the same order; 0 is what cannot be drawn.
             peak = _score(top).to(tl.float64)
             sound = (top > _LEAST) & (top < _INFINITE)
-            weights = tl.zeros([BLOCK], tl.float32)
+            weights = tl.zeros([BLOCK], tl.int32)
             for begin in range(0, end, BLOCK):
-                key = _part(keys, key_memory, begin, BLOCK, RESIDENT)
+                key = _part(keys, memory, begin, BLOCK, RESIDENT)
                 distance = _score(key).to(tl.float64) - peak
-                known = sound & (key >= low.to(tl.int32)) & (distance >= -87)
-                weight = tl.where(known, tl.exp(tl.where(known, distance, 0.0)), 0.0).to(tl.float32)
+                kept = sound & (key >= least.to(tl.int32)) & (distance >= -87)
+                weight = tl.where(kept, tl.exp(tl.where(kept, distance, 0.0)).to(tl.float32), 0.0)
+                bits = weight.to(tl.int32, bitcast=True)
                 if RESIDENT:
-                    weights = weight
+                    weights = bits
                 else:
-                    tl.store(weight_memory + begin + entry, weight)
+                    tl.store(memory + begin + entry, bits)
             if not RESIDENT:
                 tl.debug_barrier()
 
-            # Of the keys that equal `low`, the entries before `bound` are kept.
+            # Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
+            low = tl.full([], 1, tl.int64)
             bound = tl.full([], 0, tl.int32) + vocabulary
             if TOP_P:
                 if TOP_P_ROWS:
@@ -216,60 +212,47 @@ def sample_codes_kernel(
                     share = tl.full([], 0, tl.int64) + top_p
                     share = share.to(tl.float64, bitcast=True)
                 if (share > 0) & (share < 1):
-                    total = _exact_mass(
-                        keys, weights, key_memory, weight_memory, low, units, end, BLOCK, RESIDENT
-                    )  # fmt: skip
+                    total = _exact_mass(weights, memory, low, units, end, BLOCK, RESIDENT)
                     product = total.to(tl.float64) * share
                     goal = product.to(tl.int64)
                     goal += (goal.to(tl.float64) < product).to(tl.int64)
                     about = goal.to(tl.float32) / units
                     slack = total.to(tl.float32) / units * 2.0**-16
-                    right = high
-                    holds = _count(keys, key_memory, low, end, BLOCK, RESIDENT)
+                    right = tl.full([], _ONE + 1, tl.int64)
+                    holds = _count(weights, memory, low, end, BLOCK, RESIDENT)
                     beyond = holds * 0
                     while (right - low > 1) & (holds - beyond > 1):
                         middle = (low + right) >> 1
-                        mass, found = _mass(
-                            keys, weights, key_memory, weight_memory, middle, end, BLOCK, RESIDENT
-                        )  # fmt: skip
+                        mass, found = _mass(weights, memory, middle, end, BLOCK, RESIDENT)
                         reached = mass >= about
                         if tl.abs(mass - about) <= slack:
-                            exact = _exact_mass(
-                                keys, weights, key_memory, weight_memory, middle, units, end, BLOCK, RESIDENT
-                            )  # fmt: skip
-                            reached = exact >= goal
+                            reached = _exact_mass(weights, memory, middle, units, end, BLOCK, RESIDENT) >= goal
                         low = tl.where(reached, middle, low)
                         right = tl.where(reached, right, middle)
                         holds = tl.where(reached, found, holds)
                         beyond = tl.where(reached, beyond, found)
                     equal = (holds - beyond).to(tl.int64)
                     if equal > 1:
-                        above = _exact_mass(
-                            keys, weights, key_memory, weight_memory, right, units, end, BLOCK, RESIDENT
-                        )  # fmt: skip
-                        group_mass = _exact_mass(
-                            keys, weights, key_memory, weight_memory, low, units, end, BLOCK, RESIDENT
-                        )  # fmt: skip
-                        each = tl.maximum((group_mass - above) // equal, 1)
-                        wanted = (goal - above + each - 1) // each
-                        if wanted < equal:
+                        above = _exact_mass(weights, memory, right, units, end, BLOCK, RESIDENT)
+                        each = (low.to(tl.int32).to(tl.float32, bitcast=True) * units).to(tl.int64)
+                        if above + (equal - 1) * each >= goal:
                             short = bound * 0
                             while bound - short > 1:
                                 place = (short + bound) >> 1
-                                found = _count_equal(keys, key_memory, low, place, end, BLOCK, RESIDENT)
-                                short = tl.where(found >= wanted, short, place)
-                                bound = tl.where(found >= wanted, place, bound)
+                                found = _count_equal(weights, memory, low, place, end, BLOCK, RESIDENT)
+                                enough = above + found * each >= goal
+                                short = tl.where(enough, short, place)
+                                bound = tl.where(enough, place, bound)
 
             code = tl.full([], 0, tl.int32)
             best = tl.full([], 0.0, tl.float32)
             for begin in range(0, end, BLOCK):
-                key = _part(keys, key_memory, begin, BLOCK, RESIDENT)
-                weight = _part(weights, weight_memory, begin, BLOCK, RESIDENT)
+                bits = _part(weights, memory, begin, BLOCK, RESIDENT)
                 place = begin + entry
                 at = noise + row.to(tl.int64) * noise_row + place
-                other_noise = tl.load(at, mask=place < vocabulary, other=1.0).to(tl.float32)
-                kept = (key > low.to(tl.int32)) | ((key == low.to(tl.int32)) & (place < bound))
-                race = tl.where(kept & (weight > 0), tl.div_rn(weight, other_noise), 0.0)
+                exponential = tl.load(at, mask=place < vocabulary, other=1.0).to(tl.float32)
+                kept = (bits > low.to(tl.int32)) | ((bits == low.to(tl.int32)) & (place < bound))
+                race = tl.where(kept, tl.div_rn(bits.to(tl.float32, bitcast=True), exponential), 0.0)
                 race = tl.where(race == race, race, 0.0)
                 fastest = tl.max(race, axis=0)
                 first = tl.min(tl.where(race == fastest, place, vocabulary), axis=0)
@@ -281,10 +264,20 @@ def sample_codes_kernel(
         row += tl.num_programs(0)
 
 
-def _tile(vocabulary: int) -> tuple[int, int]:
-    """(entries of a block, warps): 16 entries a thread."""
-    block = min(max(triton.next_power_of_2(vocabulary), 512), _RESIDENT)
-    return block, block // 512
+def _tile(vocabulary: int) -> tuple[int, dict[str, int]]:
+    """Entries of a block, and Triton's options: 16 entries a thread, 8 where rows are in memory.
+
+    Registers are said to ptxas, which else spills a few bytes to get down to 64: two rows of 4096 are on a
+    multiprocessor, or one of 16384, as 1024 threads cannot have more.
+    """
+    block = max(triton.next_power_of_2(vocabulary), 512) if vocabulary <= _RESIDENT else _IN_MEMORY
+    warps = block // 512 if vocabulary <= _RESIDENT else 32
+    return block, {
+        "num_warps": warps,
+        "maxnreg": 128 if warps <= 16 else 64,
+        "num_stages": 1,  # what is stored for later passes must not be loaded ahead
+        "enable_fp_fusion": False,
+    }
 
 
 def _padded(vocabulary: int) -> int:
@@ -295,7 +288,7 @@ def _padded(vocabulary: int) -> int:
 def workspace_words(rows: int, vocabulary: int) -> int:
     """How many 32-bit words of memory `sample_codes` works in; 0 where a row fits in registers."""
     padded = _padded(vocabulary)
-    return 2 * min(rows, _PROGRAMS) * padded if padded > _RESIDENT else 0
+    return min(rows, _PROGRAMS) * padded if vocabulary > _RESIDENT else 0
 
 
 def sample_codes(
@@ -312,14 +305,13 @@ def sample_codes(
 ) -> None:
     """Fills codes (rows,) from logits (rows, V), or (2 rows, V) with guidance, and noise (rows, V).
 
-    Rows may have any stride, entries are contiguous. Options given as tensors have one value for `inner` rows; workspace
-    is int32, of `workspace_words`; `units` is what the definition counts weights in.
+    Rows may have any stride, entries are contiguous. Options given as tensors have one value for `inner` rows;
+    workspace is int32, of `workspace_words`; `units` is what the definition counts weights in.
     """
     rows, vocabulary = out.numel(), logits.shape[-1]
-    block, warps = _tile(vocabulary)
+    block, options = _tile(vocabulary)
     padded = _padded(vocabulary)
-    resident = padded == block
-    memory = out if resident else workspace.view(2, -1)
+    resident = vocabulary <= _RESIDENT
     fixed_k = 0 if isinstance(top_k, torch.Tensor) else top_k
     fixed_p = 0.0 if isinstance(top_p, torch.Tensor) else top_p
     sample_codes_kernel[(rows if resident else min(rows, _PROGRAMS),)](
@@ -328,8 +320,7 @@ def sample_codes(
         guidance if isinstance(guidance, torch.Tensor) else logits,
         top_k if isinstance(top_k, torch.Tensor) else out,
         top_p if isinstance(top_p, torch.Tensor) else logits,
-        out if resident else memory[0],
-        out if resident else memory[1].view(torch.float32),
+        out if resident else workspace,
         out,
         rows,
         inner,
@@ -351,10 +342,7 @@ def sample_codes(
         GREEDY=temperature == 0,
         RESIDENT=resident,
         BLOCK=block,
-        num_warps=warps,
-        num_stages=1,  # what is stored for later passes must not be loaded ahead
-        maxnreg=_REGISTERS,
-        enable_fp_fusion=False,
+        **options,
     )
 
 
@@ -362,7 +350,7 @@ def _cases() -> list[tuple]:
     """(kernel, signature, constexprs, options, divisors) to compile, at the vocabularies of VAR, VILA-U and larger."""
     cases: list[tuple] = []
     floats = dict.fromkeys(("guidance", "inverse_temperature", "units"), "fp32")
-    memory = {"key_memory": "*i32", "weight_memory": "*fp32", "out": "*i64", "top_k_rows": "*i64", "top_p": "i64"}
+    memory = {"memory": "*i32", "out": "*i64", "top_k_rows": "*i64", "top_p": "i64"}
     wide = ("logits", "noise", "vocabulary", "logits_row", "noise_row")
     for name, vocabulary, packed in (
         ("fp32", 4096, True),
@@ -371,7 +359,7 @@ def _cases() -> list[tuple]:
         ("fp16", 65536, True),
         ("fp32", 1000, False),
     ):
-        block, warps = _tile(vocabulary)
+        block, options = _tile(vocabulary)
         types = {**floats, **memory, "logits": f"*{name}", "noise": "*fp32"}
         types |= dict.fromkeys(("guidance_rows", "top_p_rows"), "*fp32")
         for guided, by_rows, cuts, greedy in (
@@ -395,7 +383,6 @@ def _cases() -> list[tuple]:
             kernel = sample_codes_kernel
             names = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
             signature = {**names, **dict.fromkeys(constants, "constexpr")}
-            options = {"num_warps": warps, "num_stages": 1, "maxnreg": _REGISTERS, "enable_fp_fusion": False}
             divisors = dict.fromkeys(wide, 16) if packed else {}
             cases.append((kernel, signature, constants, options, divisors))
     return cases

@@ -6,10 +6,11 @@
 The last step is an exact draw from p (the exponential race), and the one that torch.multinomial makes.
 Classifier-free guidance: Ho and Salimans (2022). Top-p: Holtzman et al. (2020).
 
-Every backend draws the same code, bit for bit, because nothing that decides depends on an order of summation or a
-device's exponential: the race and top-p use weights w = exp(z - max z), taken in float64 and rounded once, instead of p,
-whose common divisor decides nothing; and top-p adds them up as integers. Two float64 exponentials that differ in their
-last bit round to different weights once in 10^8 entries, and that entry would have to be at the cut or ahead in the race.
+Every backend draws the same code, bit for bit, because nothing that decides depends on an order of summation or on a
+device's exponential. The race and top-p use weights w = exp(z - max z), taken in float64 and rounded once, instead of
+p, whose common divisor decides nothing; and top-p adds them up as integers. Two float64 exponentials that differ in
+their last bit round to different weights once in 10^8 entries, and that entry would have to be at the cut, or ahead in
+the race.
 """
 
 import torch
@@ -65,8 +66,8 @@ def _sample_eager(
     weights = torch.where(distance >= LOWEST, distance.exp(), 0).to(real)
     if top_p_rows is not None or 0 < top_p < 1:
         # Among equal entries at the crossing the lower index is kept, hence the stable sort.
-        ordered, index = scores.sort(dim=-1, descending=True, stable=True)
-        reached = (weights.gather(-1, index).double() * _units(vocabulary)).long().cumsum(dim=-1)
+        ordered, index = weights.sort(dim=-1, descending=True, stable=True)
+        reached = (ordered.double() * _units(vocabulary)).long().cumsum(dim=-1)
         share = top_p if top_p_rows is None else _spread(top_p_rows.double(), scores)
         crossed = reached >= (reached[..., -1:].double() * share).ceil().long()
         if isinstance(share, Tensor):
@@ -185,7 +186,8 @@ def sample_codes(
         top_k: keeps the k largest logits and every tie with the k-th; 0, or V and more, is off. A number, or an int64
             tensor (N,), one a row, N being the first size of the result.
         top_p: keeps the smallest set of largest probabilities that reaches it, the crossing entry included; 0, or 1 and
-            more, is off. Among equal scores at the crossing the lower indices are kept. A number, or a float tensor (N,).
+            more, is off. Among equal probabilities at the crossing the lower indices are kept. A number, or a float
+            tensor (N,).
         noise: samples of Exp(1), all positive, of the probabilities' shape ((N, ..., V) with guidance, else that of
             logits) and any float dtype. None draws float32 samples (float64 for float64 logits) with `generator`.
         generator: the random generator for `noise`, None for torch's default one. Under torch.compile or in a CUDA
@@ -213,7 +215,7 @@ def sample_codes(
         Backends give equal codes for equal noise: the race, the cut of top-k and that of top-p are decided by the same
         numbers, exactly. The one thing left to a device is its float64 exponential, whose last bit shows in the float32
         weight of one entry in 10^8. Triton's kernel takes a row a program, in registers up to 16,384 entries, up to
-        2^18 in 35 to 280 MB of memory beside; logits or noise whose rows no strides describe are copied.
+        2^18 in 17 to 280 MB of memory beside; logits or noise whose rows no strides describe are copied.
     """
     function = "sample_codes"
     _checks.check_tensor(function, "logits", logits)
