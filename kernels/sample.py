@@ -57,7 +57,7 @@ def _count(held, memory, least, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr
     """How many integers are `least` or more."""
     found = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, end, BLOCK):
-        found += (_part(held, memory, begin, BLOCK, RESIDENT) >= least.to(tl.int32)).to(tl.int32)
+        found += (_part(held, memory, begin, BLOCK, RESIDENT) >= least).to(tl.int32)
     return tl.sum(found, axis=0)
 
 
@@ -66,7 +66,7 @@ def _count_equal(held, memory, one, below, end, BLOCK: tl.constexpr, RESIDENT: t
     """How many integers are `one`, of the entries before `below`."""
     found = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, end, BLOCK):
-        equal = _part(held, memory, begin, BLOCK, RESIDENT) == one.to(tl.int32)
+        equal = _part(held, memory, begin, BLOCK, RESIDENT) == one
         found += (equal & (begin + tl.arange(0, BLOCK) < below)).to(tl.int32)
     return tl.sum(found, axis=0)
 
@@ -78,7 +78,7 @@ def _mass(held, memory, least, end, BLOCK: tl.constexpr, RESIDENT: tl.constexpr)
     found = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, end, BLOCK):
         bits = _part(held, memory, begin, BLOCK, RESIDENT)
-        above = bits >= least.to(tl.int32)
+        above = bits >= least
         mass += tl.where(above, bits.to(tl.float32, bitcast=True), 0.0)
         found += above.to(tl.int32)
     return tl.sum(mass, axis=0), tl.sum(found, axis=0)
@@ -92,7 +92,7 @@ def _exact_mass(held, memory, least, units, end, BLOCK: tl.constexpr, RESIDENT: 
     scale = units + 0.0 * least.to(tl.float32)
     for begin in range(0, end, BLOCK):
         bits = _part(held, memory, begin, BLOCK, RESIDENT)
-        weight = tl.where(bits >= least.to(tl.int32), bits.to(tl.float32, bitcast=True), 0.0)
+        weight = tl.where(bits >= least, bits.to(tl.float32, bitcast=True), 0.0)
         mass += (weight * scale).to(tl.int64)
     return tl.sum(mass, axis=0)
 
@@ -172,15 +172,15 @@ def sample_codes_kernel(
                 key = _part(keys, memory, begin, BLOCK, RESIDENT)
                 code = tl.minimum(code, tl.min(tl.where(key == top, begin + entry, vocabulary), axis=0))
         else:
-            least = bottom.to(tl.int64)
+            least = tl.minimum(bottom, _INFINITE)
             if TOP_K:
                 k = top_k
                 if TOP_K_ROWS:
                     k = tl.load(top_k_rows + group)
                 if (k > 0) & (k < vocabulary):
-                    right = top.to(tl.int64) + 1
-                    while right - least > 1:
-                        middle = (least + right) >> 1
+                    right = tl.minimum(top, _INFINITE) + 1
+                    while least + 1 < right:
+                        middle = (least & right) + ((least ^ right) >> 1)  # the mean, without a 33rd bit
                         found = _count(keys, memory, middle, end, BLOCK, RESIDENT)
                         least = tl.where(found >= k, middle, least)
                         right = tl.where(found > k, right, tl.where(found == k, middle + 1, middle))
@@ -192,7 +192,7 @@ def sample_codes_kernel(
             for begin in range(0, end, BLOCK):
                 key = _part(keys, memory, begin, BLOCK, RESIDENT)
                 distance = _score(key).to(tl.float64) - peak
-                kept = sound & (key >= least.to(tl.int32)) & (distance >= -87)
+                kept = sound & (key >= least) & (distance >= -87)
                 weight = tl.where(kept, tl.exp(tl.where(kept, distance, 0.0)).to(tl.float32), 0.0)
                 bits = weight.to(tl.int32, bitcast=True)
                 if RESIDENT:
@@ -203,7 +203,7 @@ def sample_codes_kernel(
                 tl.debug_barrier()
 
             # Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
-            low = tl.full([], 1, tl.int64)
+            low = tl.full([], 1, tl.int32)
             bound = tl.full([], 0, tl.int32) + vocabulary
             if TOP_P:
                 if TOP_P_ROWS:
@@ -218,7 +218,7 @@ def sample_codes_kernel(
                     goal += (goal.to(tl.float64) < product).to(tl.int64)
                     about = goal.to(tl.float32) / units
                     slack = total.to(tl.float32) / units * 2.0**-16
-                    right = tl.full([], _ONE + 1, tl.int64)
+                    right = tl.full([], _ONE + 1, tl.int32)
                     holds = _count(weights, memory, low, end, BLOCK, RESIDENT)
                     beyond = holds * 0
                     while (right - low > 1) & (holds - beyond > 1):
@@ -231,16 +231,16 @@ def sample_codes_kernel(
                         right = tl.where(reached, right, middle)
                         holds = tl.where(reached, found, holds)
                         beyond = tl.where(reached, beyond, found)
-                    equal = (holds - beyond).to(tl.int64)
+                    equal = holds - beyond
                     if equal > 1:
                         above = _exact_mass(weights, memory, right, units, end, BLOCK, RESIDENT)
-                        each = (low.to(tl.int32).to(tl.float32, bitcast=True) * units).to(tl.int64)
-                        if above + (equal - 1) * each >= goal:
+                        each = (low.to(tl.float32, bitcast=True) * units).to(tl.int64)
+                        if above + (equal - 1).to(tl.int64) * each >= goal:
                             short = bound * 0
                             while bound - short > 1:
                                 place = (short + bound) >> 1
                                 found = _count_equal(weights, memory, low, place, end, BLOCK, RESIDENT)
-                                enough = above + found * each >= goal
+                                enough = above + found.to(tl.int64) * each >= goal
                                 short = tl.where(enough, short, place)
                                 bound = tl.where(enough, place, bound)
 
@@ -251,7 +251,7 @@ def sample_codes_kernel(
                 place = begin + entry
                 at = noise + row.to(tl.int64) * noise_row + place
                 exponential = tl.load(at, mask=place < vocabulary, other=1.0).to(tl.float32)
-                kept = (bits > low.to(tl.int32)) | ((bits == low.to(tl.int32)) & (place < bound))
+                kept = (bits > low) | ((bits == low) & (place < bound))
                 race = tl.where(kept, tl.div_rn(bits.to(tl.float32, bitcast=True), exponential), 0.0)
                 race = tl.where(race == race, race, 0.0)
                 fastest = tl.max(race, axis=0)
