@@ -184,9 +184,9 @@ def test_refuses(logits, options, error, text):
 def test_opcheck(device):
     logits, noise = torch.randn(4, 3, 9, device=device), torch.rand(2, 3, 9, device=device) + 0.1
     operator = registry["sample_codes"].overload
-    torch.library.opcheck(operator, (logits, 2.0, None, 1.0, 4, 0.9, noise))
+    torch.library.opcheck(operator, (logits, 2.0, None, 1.0, 4, None, 0.9, None, noise))
     rows = torch.tensor([1.0, 2.0], device=device)
-    torch.library.opcheck(operator, (logits, None, rows, 1.0, 0, 0.0, noise, "eager"))
+    torch.library.opcheck(operator, (logits, None, rows, 1.0, 0, None, 0.0, None, noise, "eager"))
 
 
 def test_compiles_whole(device):
