@@ -209,11 +209,12 @@ class Autoencoder(nn.Module):
         if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"{function}: images must be uint8, or floating point in [-1, 1], got {got}")
-        step = self.config.network.downsampling
-        if images.ndim != 4 or any(side % step or not side for side in images.shape[2:]):
+        channels, step = self.config.network.out_ch, self.config.network.downsampling
+        sides = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != channels or any(side % step or not side for side in sides):
             raise ValueError(
-                f"{function}: images must be (N, {self.config.network.out_ch}, H, W) with sides that are multiples of "
-                f"{step}, got {tuple(images.shape)}"
+                f"{function}: images must be (N, {channels}, H, W) with sides that are multiples of {step}, "
+                f"got {tuple(images.shape)}"
             )
         images = images.to(self.device)
         return images.to(self.dtype) / 127.5 - 1 if images.dtype == torch.uint8 else images

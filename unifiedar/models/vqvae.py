@@ -79,7 +79,7 @@ class VQVAE(Autoencoder):
     V = vocab_size
 
     @property
-    def Cvae(self) -> int:  # noqa: N802 (the published name)
+    def Cvae(self) -> int:
         """C, width of a code vector."""
         return self.config.network.z_channels
 
@@ -146,9 +146,7 @@ class VQVAE(Autoencoder):
         """Pictures (B, 3, H, W) in [-1, 1], of the decoder's dtype, from sums (B, C, h, w)."""
         return self._paint(f_hat).clamp(-1, 1)
 
-    def img_to_idxBl(  # noqa: N802 (the published name)
-        self, inp_img_no_grad: Tensor, v_patch_nums: Sequence[Scale] | None = None
-    ) -> list[Tensor]:
+    def img_to_idxBl(self, inp_img_no_grad: Tensor, v_patch_nums: Sequence[Scale] | None = None) -> list[Tensor]:
         """Codes (B, h w) int64 of every scale.
 
         Args:
@@ -158,7 +156,7 @@ class VQVAE(Autoencoder):
         features = self._latents(inp_img_no_grad, "img_to_idxBl")
         return self.quantize.f_to_idxBl_or_fhat(features, to_fhat=False, v_patch_nums=v_patch_nums)
 
-    def idxBl_to_img(  # noqa: N802 (the published name)
+    def idxBl_to_img(
         self, ms_idx_Bl: Sequence[Tensor], same_shape: bool, last_one: bool = False
     ) -> list[Tensor] | Tensor:
         """Pictures of codes, as `embed_to_img` has them of the codes' vectors.

@@ -151,7 +151,7 @@ class MultiScaleQuantizer(nn.Module):
         return cast(list[float], ((self.ema_vocab_hit_SV >= margin).float().mean(1) * 100).tolist())
 
     def embed(self, codes: Sequence[Tensor], *, cumulative: bool = False) -> Tensor:
-        """The map (B, C, H, W) that codes (B, h w) of the first n scales stand for, or all running sums (n, B, C, H, W).
+        """The map (B, C, H, W) of codes (B, h w) of the first n scales, or all running sums (n, B, C, H, W).
 
         Differentiable in codebook and convolutions.
         """
