@@ -61,17 +61,15 @@ class Autoencoder(nn.Module):
     that comes after them, pixels nothing.
 
     Args:
-        config: sizes.
-        dim: width of a code vector.
-        kernel: side of `quant_conv` and `post_quant_conv`.
+        config: sizes; its `dim` is the width of a code vector, its `kernel` the side of the two convolutions.
     """
 
     configs: ClassVar[Mapping[str, Any]]
     config_class: ClassVar[type[AutoencoderConfig]]
 
-    def __init__(self, config: Any, dim: int, kernel: int):
+    def __init__(self, config: Any):
         super().__init__()
-        latent = config.network.z_channels
+        latent, dim, kernel = config.network.z_channels, config.dim, config.kernel
         self.config = config
         self.encoder, self.decoder = Encoder(config.network), Decoder(config.network)
         self.quant_conv = nn.Conv2d(latent, dim, kernel, padding=kernel // 2)
@@ -184,7 +182,7 @@ class Autoencoder(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"fast_decoder: dtype must be floating point, got {dtype}")
         for part in (self.post_quant_conv, self.decoder):
-            part.to(dtype=dtype, memory_format=torch.channels_last)
+            part.to(dtype).to(memory_format=torch.channels_last)
         return self
 
     def _latents(self, x: Tensor, function: str) -> Tensor:

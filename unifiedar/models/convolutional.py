@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unifiedar.nn import GroupNorm
+
 __all__ = ["Decoder", "DecoderConfig", "Encoder"]
 
 
@@ -40,8 +42,8 @@ class DecoderConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def _norm(channels: int, silu: bool = True) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6, silu=silu)
 
 
 class _ResnetBlock(nn.Module):
@@ -53,8 +55,7 @@ class _ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_ch, out_ch, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -63,7 +64,7 @@ class _AttnBlock(nn.Module):
 
     def __init__(self, channels: int, fused: bool):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, silu=False)
         if fused:
             self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         else:
@@ -158,7 +159,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -189,4 +190,4 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))

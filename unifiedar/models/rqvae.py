@@ -37,6 +37,7 @@ class RQVAEConfig(AutoencoderConfig):
     """
 
     kind: ClassVar[str] = "rqvae"
+    kernel: ClassVar[int] = 1
     dim: int = 256
     depth: int = 4
     shared_codebook: bool = True
@@ -73,7 +74,7 @@ class RQVAE(Autoencoder):
     config: RQVAEConfig
 
     def __init__(self, config: RQVAEConfig):
-        super().__init__(config, config.dim, 1)
+        super().__init__(config)
         self.quantizer = ResidualQuantizer(
             config.num_codes,
             config.dim,

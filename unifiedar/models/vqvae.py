@@ -41,6 +41,11 @@ class VQVAEConfig(AutoencoderConfig):
     metric: Literal["l2", "cosine"] = "l2"
     beta: float = 0.25
 
+    @property
+    def dim(self) -> int:
+        """C, width of a code vector."""
+        return self.network.z_channels
+
 
 class VQVAE(Autoencoder):
     """VAR's multi-scale tokenizer.
@@ -59,11 +64,10 @@ class VQVAE(Autoencoder):
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig):
-        dim = config.network.z_channels
-        super().__init__(config, dim, config.kernel)
+        super().__init__(config)
         self.quantize = MultiScaleQuantizer(
             config.num_codes,
-            dim,
+            config.dim,
             config.scales,
             convolutions=config.convolutions,
             ratio=config.ratio,
@@ -81,7 +85,7 @@ class VQVAE(Autoencoder):
     @property
     def Cvae(self) -> int:
         """C, width of a code vector."""
-        return self.config.network.z_channels
+        return self.config.dim
 
     @property
     def downsample(self) -> int:
