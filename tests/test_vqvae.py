@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autoencoder_small import VQ, pictures, vqvae
+from helpers import interpreter_skip
 from safetensors import safe_open
 from torch import Tensor
 from vilau_small import fingerprint
@@ -16,6 +17,7 @@ from vilau_small import fingerprint
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import RQVAE, VQVAE, VQVAEConfig
 from unifiedar.models.convolutional import Decoder, DecoderConfig
+from unifiedar.nn import GroupNorm
 
 HERE = Path(__file__).parent
 PUBLISHED = VQVAE.configs["vae_ch160v4096z32"]
@@ -205,6 +207,39 @@ def test_fast_decoder(x, codes, dtype):
     assert error.mean() <= 4 * torch.finfo(dtype).eps, f"mean error {error.mean():.3g}"
     assert all(torch.equal(one, other) for one, other in zip(before, model.encode_images(x), strict=True))
     assert (model.reconstruct(x)[0].float() - (exact + 1) * 127.5).abs().mean() <= 0.25 + 510 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def test_fast_decoder_stays_channels_last(codes, monkeypatch):
+    """Every norm can be Triton's, which takes nothing else; so are the sums of codes."""
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    model = vqvae(replace(VQ, network=DecoderConfig(32, (1, 2), 1, 8, 6, (3,), fused_qkv=True)))
+    codes = [one[:1] for one in codes]
+    exact = model.idxBl_to_img(codes, True, last_one=True)
+    model.fast_decoder(torch.float32)
+    norms = [one for one in model.decoder.modules() if isinstance(one, GroupNorm)]
+    seen = []
+    for one in norms:
+        one.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+    got = model.fhat_to_img(model.quantize.embed(codes))
+    assert len(seen) == len(norms) == 2 * 6 + 3 + 1
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for pair in seen for x in pair)
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_fast_decoder_on_a_gpu(x, codes, backend, monkeypatch):
+    exact = vqvae().double()
+    exact = exact.fhat_to_img(exact.quantize.embed(codes))
+    model = vqvae().to("cuda").fast_decoder()
+    features = model.quantize.embed([one.cuda() for one in codes])
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", backend)
+    got = model.fhat_to_img(features).cpu().double()
+    assert (got - exact).abs().mean() <= 4 * torch.finfo(torch.float16).eps
 
 
 # ---- loading
