@@ -15,7 +15,7 @@ from torch import Tensor
 from vilau_small import fingerprint
 
 from unifiedar.checkpoints import CheckpointError
-from unifiedar.models import RQVAE, VQVAE, VQVAEConfig
+from unifiedar.models import RQVAE, VQVAE, RQVAEConfig, VQVAEConfig
 from unifiedar.models.convolutional import Decoder, DecoderConfig
 from unifiedar.nn import GroupNorm
 
@@ -211,19 +211,19 @@ def test_fast_decoder(x, codes, dtype):
 
 @torch.no_grad()
 def test_fast_decoder_stays_channels_last(codes, monkeypatch):
-    """Every norm can be Triton's, which takes nothing else; so are the sums of codes."""
+    """Every norm can be Triton's, which takes nothing else."""
     if reason := interpreter_skip():
         pytest.skip(reason)
     model = vqvae(replace(VQ, network=DecoderConfig(32, (1, 2), 1, 8, 6, (3,), fused_qkv=True)))
-    codes = [one[:1] for one in codes]
-    exact = model.idxBl_to_img(codes, True, last_one=True)
+    features = model.quantize.embed([one[:1] for one in codes])
+    exact = model.fhat_to_img(features)
     model.fast_decoder(torch.float32)
     norms = [one for one in model.decoder.modules() if isinstance(one, GroupNorm)]
     seen = []
     for one in norms:
         one.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
-    got = model.fhat_to_img(model.quantize.embed(codes))
+    got = model.fhat_to_img(features)
     assert len(seen) == len(norms) == 2 * 6 + 3 + 1
     assert all(x.is_contiguous(memory_format=torch.channels_last) for pair in seen for x in pair)
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
@@ -306,6 +306,8 @@ def test_what_does_not_load(tmp_path, model):
     (folder / "config.json").write_text('{"model": "vqvae", "network": {}, "num_codes": 3}')
     with pytest.raises(CheckpointError, match="does not describe a 'vqvae'"):
         VQVAE.from_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"does not describe a 'rqvae'.*loss must be"):
+        RQVAEConfig.from_dict({**RQVAE.configs["ffhq"].to_dict(), "loss": "l2"})
     del state["quantize.embedding.weight"]
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"do not fit.*embedding"):

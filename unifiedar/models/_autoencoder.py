@@ -50,7 +50,7 @@ class AutoencoderConfig:
             plain = {name: _tuples(value) for name, value in values.items() if name not in ("model", "network")}
             network = {name: _tuples(value) for name, value in values["network"].items()}
             return cls(network=DecoderConfig(**network), **plain)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise checkpoints.CheckpointError(f"config.json does not describe a {cls.kind!r}: {error}") from error
 
 
@@ -103,8 +103,8 @@ class Autoencoder(nn.Module):
             path: a folder that `save` wrote, or a published weights file (.pth, .pt, .bin or .safetensors).
             device: where to put it, the CPU if None.
             dtype: of the convolutions, as stored if None. The quantizer is float32 in any case.
-            decoder_dtype: of the decoder, as `dtype` if None; given, it is laid out by `fast_decoder`. float16 is how
-                the published systems paint on a GPU.
+            decoder_dtype: of the decoder, as `dtype` if None; given, it is laid out by `fast_decoder`. float16 is what
+                VAR's own code paints in on a GPU.
             config: sizes; if None, those of config.json in the folder or beside the file or, if there is none of this
                 model, of the published configuration whose keys and shapes the file has.
 
@@ -173,8 +173,7 @@ class Autoencoder(nn.Module):
         """Put the decoder and `post_quant_conv` in this dtype and in channels-last layout, in place; for inference.
 
         What tensor cores read without a transposition, and what the fused group norm takes. float16 is nearer to
-        float32 than bfloat16; the decoder's activations stay far from its limit in the published weights, which run in
-        it under autocast.
+        float32 than bfloat16, and what VAR's own code paints in on a GPU, under autocast; it overflows beyond 65,504.
 
         Returns:
             The model itself.
