@@ -1,7 +1,9 @@
 """RQ-Transformer: published keys and outputs, sampling against a loop without caches, training, bad input."""
 
+import copy
 import gzip
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,6 +298,13 @@ def test_stack_in_parts_equals_the_whole():
     torch.testing.assert_close(torch.cat(parts, dim=1), stack(x))
 
 
+def test_forward_is_one_graph(name, fresh_compiler):
+    model = built(CONFIGS[name])
+    codes, table, cond = inputs(name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(codes, table, cond).codes, model(codes, table, cond).codes)
+
+
 # ---- training
 
 
@@ -340,7 +349,7 @@ def test_checkpoints(tmp_path):
     assert again.config == TEXT
     assert not again.training
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"no config.json beside it.*pass config="):
+    with pytest.raises(CheckpointError, match=r"no config.json of an RQ-Transformer.*pass config="):
         RQTransformer.from_checkpoint(tmp_path / "model.pt")
     published = RQTransformer.from_checkpoint(tmp_path / "model.pt", config=TEXT, dtype=torch.bfloat16)
     assert published.dtype == torch.bfloat16
@@ -350,9 +359,11 @@ def test_checkpoints(tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(CheckpointError, match="weights do not fit the configuration"):
         RQTransformer.from_checkpoint(tmp_path / "model.pt", config=CLASSES)
-    (tmp_path / "config.json").write_text(json.dumps(TEXT.to_dict() | {"model": "vilau"}))
+    (tmp_path / "config.json").write_text(json.dumps(TEXT.to_dict()))
+    assert RQTransformer.from_checkpoint(tmp_path / "model.pt").config == TEXT
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(TEXT.to_dict() | {"model": "vilau"}))
     with pytest.raises(CheckpointError, match="does not describe an RQ-Transformer"):
-        RQTransformer.from_checkpoint(tmp_path / "model.pt")
+        RQTransformer.from_checkpoint(tmp_path / "saved")
     (tmp_path / "config.json").write_text(json.dumps(TEXT.to_dict() | {"grid": 3}))
     with pytest.raises(CheckpointError, match="does not describe an RQ-Transformer"):
         RQTransformer.from_checkpoint(tmp_path / "model.pt")
@@ -361,7 +372,18 @@ def test_checkpoints(tmp_path):
 def test_published_sizes_are_recognised(tmp_path, monkeypatch):
     monkeypatch.setattr(RQTransformer, "configs", CONFIGS)
     torch.save({"state_dict": built(CLASSES).state_dict()}, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"model": "rqvae"}')  # of the tokenizer, which may lie in the same folder
     assert RQTransformer.from_checkpoint(tmp_path / "model.pt").config == CLASSES
+
+
+def test_copies_and_parts_keep_the_published_keys():
+    model = built(TEXT)
+    keys = list(model.state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert list(twin.state_dict()) == keys
+    whole = torch.nn.ModuleDict({"head": model})
+    assert list(whole.state_dict()) == [f"head.{key}" for key in keys]
+    whole.load_state_dict(whole.state_dict())
 
 
 def test_a_missing_key_has_its_published_name():

@@ -200,8 +200,8 @@ class RQTransformer(nn.Module):
             path: a folder that `save` wrote, or a weights file; a published `model.pt` does.
             device: where to put it, the CPU if None.
             dtype: of the weights, as stored if None.
-            config: sizes. None takes those of config.json beside the weights or, where there is none, the published
-                ones that have the file's keys and shapes.
+            config: sizes. None takes those of config.json in the folder or beside the file or, where there is none of
+                this model, the published ones that have the file's keys and shapes.
 
         Raises:
             CheckpointError: one sentence with the file, what is wrong with it and the way out.
@@ -209,7 +209,9 @@ class RQTransformer(nn.Module):
         folder = checkpoints.resolve(path)
         beside = (folder if folder.is_dir() else folder.parent) / checkpoints.CONFIG
         if config is None and (folder.is_dir() or beside.is_file()):
-            config = RQTransformerConfig.from_dict(checkpoints.read_config(folder))
+            values = checkpoints.read_config(folder)
+            if folder.is_dir() or values.get("model") == "rqtransformer":  # a file may lie beside another model's
+                config = RQTransformerConfig.from_dict(values)
         tensors = checkpoints.load_tensors(folder)
         model = _on_meta(config) if config is not None else _find_published(tensors, folder)
         try:
@@ -301,7 +303,8 @@ class RQTransformer(nn.Module):
         self._check_codes("forward", codes)
         table = self._table("forward", codebook)
         batch, height, width, depth = codes.shape
-        prefix = self._prefix("forward", "cond", cond, batch, values=self.device.type == "cpu")
+        looks = self.device.type == "cpu" and not torch.compiler.is_compiling()
+        prefix = self._prefix("forward", "cond", cond, batch, values=looks)
         sums = self.head.running_sums(codes.flatten(1, 2), table)
         x = torch.cat([prefix, self._positions(sums[:, :-1, -1], 0)], dim=1)
         hidden = self.body_transformer(x)
@@ -583,5 +586,5 @@ def _find_published(tensors: dict[str, Tensor], path: Path) -> RQTransformer:
             return model
     names = ", ".join(RQTransformer.configs)
     raise checkpoints.CheckpointError(
-        f"{path}: no config.json beside it, and it has the keys and shapes of none of {names}; pass config="
+        f"{path}: no config.json of an RQ-Transformer beside it, and not the keys and shapes of {names}; pass config="
     )
