@@ -6,8 +6,8 @@ copied; state_dict, parameters and their names stay as they are. Before a module
 compared with ours, on its own weights or on a copy: what answers differently is left alone, with the reason in the
 report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var`; `_swap` holds what
-they share.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var`; `_attention` for the
+self-attention that the last two have in common; `_swap` holds what they all share.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from unifiedar.accelerate import _infinity, _rqvae, _swap, _var, _vector_quantize_pytorch
+from unifiedar.accelerate import _attention, _infinity, _rqvae, _swap, _var, _vector_quantize_pytorch
 from unifiedar.accelerate._swap import Adapter, Swap
 
 __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "restore"]
@@ -26,6 +26,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *_vector_quantize_pytorch.ADAPTERS,
     *_infinity.ADAPTERS,
     *_var.ADAPTERS,
+    *_attention.ADAPTERS,
 )
 """Every adapter; the first that matches a module decides."""
 
