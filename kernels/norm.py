@@ -41,7 +41,7 @@ def _exponential(x):
     total = total * x + 0.5
     total = total * x + 1.0
     total = total * x + 1.0
-    return total * tl.exp2(steps)
+    return total * ((steps.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

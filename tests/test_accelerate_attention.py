@@ -28,7 +28,6 @@ kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 @pytest.fixture(autouse=True)
 def _no_masks_known():
-    _attention._known.clear()
     _attention._last = None
 
 
@@ -171,7 +170,7 @@ def test_under_autocast(device, half):
 @pytest.mark.parametrize("padding", [0, 1, 6])
 def test_scales_are_read_off_a_mask(lengths, padding):
     mask = mask_of(lengths, padding=padding)
-    assert _attention._scales_of(mask, sum(lengths) + padding) == (lengths, padding)
+    assert _attention._scales_of(mask, sum(lengths) + padding, {}) == (lengths, padding)
 
 
 def _spoiled(where, value):
@@ -196,7 +195,7 @@ OTHERS = {
 @pytest.mark.parametrize("mask", OTHERS.values(), ids=OTHERS)
 def test_other_masks_are_the_published_methods_business(mask):
     length = mask.shape[2]
-    assert _attention._scales_of(mask, length) is None
+    assert _attention._scales_of(mask, length, {}) is None
     theirs, ours = pair(Var)
     x = tokens(length)
     torch.testing.assert_close(ours(x, mask), theirs(x, mask), rtol=0, atol=0, equal_nan=True)
@@ -234,6 +233,22 @@ def test_a_later_mask_of_the_size_of_another_is_asserted():
     _attention._assert_same(mask.clone(), sees)
     with pytest.raises(RuntimeError, match="must be the same mask"):
         _attention._assert_same(mask_of([2, 3, 25]), sees)
+
+
+@pytest.mark.gpu
+def test_masks_of_one_size_but_two_schedules():
+    """Pictures of two aspect ratios, padded to one length; and a second model."""
+    theirs, ours = pair(Infinity, "cuda")
+    x = tokens(32, device="cuda")
+    for _ in range(2):
+        for lengths, schedule in (([1, 4, 16], [(1, 1, 1), (1, 2, 2), (1, 4, 4)]), ([1, 6], [(1, 1, 1), (1, 3, 2)])):
+            mask = mask_of(lengths, device="cuda", padding=32 - sum(lengths))
+            close(ours(x, mask, None, schedule), theirs(x, mask, None, schedule))
+    theirs, ours = pair(Infinity, "cuda")
+    mask = mask_of([10, 22], device="cuda")
+    close(ours(x, mask, None, schedule), theirs(x, mask, None, schedule))
+    torch.cuda.synchronize()
+    assert ours.calls == 0
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ compared with ours, on its own weights or on a copy: what answers differently is
 report.
 
 One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var`; `_attention` for the
-self-attention that the last two have in common; `_swap` holds what they all share.
+self-attention that the last two have in common; `_swap` holds what they all share. `flash_attn_func` is no adapter but
+a function that Infinity looks for.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from unifiedar.accelerate import _attention, _infinity, _rqvae, _swap, _var, _vector_quantize_pytorch
+from unifiedar.accelerate._flash_attention import flash_attn_func
 from unifiedar.accelerate._swap import Adapter, Swap
 
-__all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "restore"]
+__all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "flash_attn_func", "restore"]
 
 ADAPTERS: tuple[Adapter, ...] = (
     *_rqvae.ADAPTERS,

@@ -4,8 +4,9 @@ Published: queries and keys normalized, scaled and turned in a dozen launches or
 keys (in float32) and values copied whole to longer tensors at every scale of a generation. Swapped: one operator for
 the former, attention that knows the scales by their lengths, and a cache that is filled in place.
 
-Which scales a mask means is read off it once, which waits for the GPU; another one of its size, device and dtype must
-be the same mask, which the GPU itself asserts. A mask that is none of scales is the published method's business.
+Which scales a mask means is read off it once a module and schedule, which waits for the GPU; another one of its size,
+device and dtype must be the same mask there, which the GPU itself asserts. A mask that is none of scales is the
+published method's business.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ _TEXT = "forward by qk_norm_rope and block_causal_attention, its cache filled in
 
 
 def _swap(module: Any, normed: str, forward: Any) -> Swap:
-    known = {"norm": "l2" if getattr(module, normed) else None, "room": 0}
+    known = {"norm": "l2" if getattr(module, normed) else None, "room": 0, "masks": {}}
     return Swap(_TEXT, {"forward": forward, "kv_caching": kv_caching}, known)
 
 
@@ -115,30 +116,32 @@ def _undo(module: Any) -> None:
 
 # The mask seen last, for all layers of a step are given the same tensor.
 _last: tuple[weakref.ref[Tensor], int, tuple[list[int], int] | None] | None = None
-# By length, device and dtype: how many keys each query sees (L,), on the device, and what that means.
-_known: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, tuple[list[int], int]]] = {}
 
 
-def _scales_of(bias: Tensor, length: int) -> tuple[list[int], int] | None:
+def _scales_of(bias: Tensor, length: int, known: dict[Any, Any], schedule: str = "") -> tuple[list[int], int] | None:
     """The lengths of the scales that an additive mask stands for, and how many tokens of padding follow, which see the
-    first key alone; None if it is another mask."""
+    first key alone; None if it is another mask.
+
+    `known` is the module's: by length, device, dtype and what the call says of the schedule, how many keys each query
+    sees (L,), on the device, and what that means.
+    """
     global _last
     if torch.compiler.is_compiling() or bias.shape != (1, 1, length, length) or bias.requires_grad or not length:
         return None
     version = -1 if bias.is_inference() else bias._version
     if _last is not None and _last[0]() is bias and _last[1] == version:
         return _last[2]
-    key = (length, bias.device, bias.dtype)
+    key = (length, bias.device, bias.dtype, schedule)
     found: tuple[list[int], int] | None
-    if bias.is_cuda and key in _known:
-        sees, found = _known[key]
+    if bias.is_cuda and key in known:
+        sees, found = known[key]
         _assert_same(bias, sees)
     elif bias.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     else:
         sees, found = _read(bias)
         if found is not None:
-            _known[key] = sees, found
+            known[key] = sees, found
     _last = weakref.ref(bias), version, found
     return found
 
@@ -205,7 +208,7 @@ def infinity_forward(
 ) -> Tensor:
     """SelfAttention.forward of Infinity: as VAR's, with tables of angles by schedule."""
     flex = self.use_flex_attn and attn_fn is not None
-    scales = None if flex else _scales(self, x, attn_bias_or_two_vector)
+    scales = None if flex else _scales(self, x, attn_bias_or_two_vector, str(scale_schedule))
     if scales is None:
         return original(self, "forward")(
             x, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind
@@ -219,7 +222,7 @@ def infinity_forward(
     return _attend(self, x, scales, rope)
 
 
-def _scales(module: Any, x: Any, bias: Any) -> tuple[list[int], int] | None:
+def _scales(module: Any, x: Any, bias: Any, schedule: str = "") -> tuple[list[int], int] | None:
     """The scales that a call is about, and tokens of padding; None for a call that the published method answers."""
     if not isinstance(x, Tensor) or x.ndim != 3 or x.dtype not in FLOATS:
         return None
@@ -227,7 +230,7 @@ def _scales(module: Any, x: Any, bias: Any) -> tuple[list[int], int] | None:
         return [x.shape[1]], 0
     if module.caching or not isinstance(bias, Tensor):
         return None
-    return _scales_of(bias, x.shape[1])
+    return _scales_of(bias, x.shape[1], facts(module)["masks"], schedule)
 
 
 def _attend(module: Any, x: Tensor, scales: tuple[list[int], int], rope: Tensor | None) -> Tensor:
