@@ -235,20 +235,24 @@ def test_a_later_mask_of_the_size_of_another_is_asserted():
         _attention._assert_same(mask_of([2, 3, 25]), sees)
 
 
-@pytest.mark.gpu
-def test_masks_of_one_size_but_two_schedules():
-    """Pictures of two aspect ratios, padded to one length; and a second model."""
-    theirs, ours = pair(Infinity, "cuda")
-    x = tokens(32, device="cuda")
+def test_masks_of_one_size_but_two_schedules(device, monkeypatch):
+    """Pictures of two aspect ratios, padded to one length; and a second model. As on a GPU, also on the CPU."""
+    monkeypatch.setattr(_attention, "_waits", lambda bias: True)
+    theirs, ours = pair(Infinity, device)
+    x, reads, read = tokens(32, device), [], _attention._read
+    monkeypatch.setattr(_attention, "_read", lambda bias: reads.append(1) or read(bias))
     for _ in range(2):
         for lengths, schedule in (([1, 4, 16], [(1, 1, 1), (1, 2, 2), (1, 4, 4)]), ([1, 6], [(1, 1, 1), (1, 3, 2)])):
-            mask = mask_of(lengths, device="cuda", padding=32 - sum(lengths))
+            mask = mask_of(lengths, device=device, padding=32 - sum(lengths))
             close(ours(x, mask, None, schedule), theirs(x, mask, None, schedule))
-    theirs, ours = pair(Infinity, "cuda")
-    mask = mask_of([10, 22], device="cuda")
+    assert len(reads) == 2
+    theirs, ours = pair(Infinity, device)
+    mask = mask_of([10, 22], device=device)
     close(ours(x, mask, None, schedule), theirs(x, mask, None, schedule))
-    torch.cuda.synchronize()
     assert ours.calls == 0
+    if device == "cpu":  # a GPU would be lost with it
+        with pytest.raises(RuntimeError, match="must be the same mask"):
+            ours(x, mask_of([9, 23]), None, schedule)
 
 
 @pytest.mark.gpu

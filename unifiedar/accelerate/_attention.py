@@ -96,7 +96,7 @@ _TEXT = "forward by qk_norm_rope and block_causal_attention, its cache filled in
 
 
 def _swap(module: Any, normed: str, forward: Any) -> Swap:
-    known = {"norm": "l2" if getattr(module, normed) else None, "room": 0, "masks": {}}
+    known: dict[str, Any] = {"norm": "l2" if getattr(module, normed) else None, "room": 0, "masks": {}}
     return Swap(_TEXT, {"forward": forward, "kv_caching": kv_caching}, known)
 
 
@@ -133,7 +133,7 @@ def _scales_of(bias: Tensor, length: int, known: dict[Any, Any], schedule: str =
         return _last[2]
     key = (length, bias.device, bias.dtype, schedule)
     found: tuple[list[int], int] | None
-    if bias.is_cuda and key in known:
+    if _waits(bias) and key in known:
         sees, found = known[key]
         _assert_same(bias, sees)
     elif bias.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -144,6 +144,11 @@ def _scales_of(bias: Tensor, length: int, known: dict[Any, Any], schedule: str =
             known[key] = sees, found
     _last = weakref.ref(bias), version, found
     return found
+
+
+def _waits(bias: Tensor) -> bool:
+    """Whether reading a mask stalls the stream."""
+    return bias.is_cuda
 
 
 def _matches_counts(bias: Tensor, sees: Tensor) -> Tensor:
@@ -208,7 +213,7 @@ def infinity_forward(
 ) -> Tensor:
     """SelfAttention.forward of Infinity: as VAR's, with tables of angles by schedule."""
     flex = self.use_flex_attn and attn_fn is not None
-    scales = None if flex else _scales(self, x, attn_bias_or_two_vector, str(scale_schedule))
+    scales = None if flex else _scales(self, x, attn_bias_or_two_vector, scale_schedule)
     if scales is None:
         return original(self, "forward")(
             x, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind
@@ -222,7 +227,7 @@ def infinity_forward(
     return _attend(self, x, scales, rope)
 
 
-def _scales(module: Any, x: Any, bias: Any, schedule: str = "") -> tuple[list[int], int] | None:
+def _scales(module: Any, x: Any, bias: Any, schedule: Any = None) -> tuple[list[int], int] | None:
     """The scales that a call is about, and tokens of padding; None for a call that the published method answers."""
     if not isinstance(x, Tensor) or x.ndim != 3 or x.dtype not in FLOATS:
         return None
@@ -230,7 +235,7 @@ def _scales(module: Any, x: Any, bias: Any, schedule: str = "") -> tuple[list[in
         return [x.shape[1]], 0
     if module.caching or not isinstance(bias, Tensor):
         return None
-    return _scales_of(bias, x.shape[1], facts(module)["masks"], schedule)
+    return _scales_of(bias, x.shape[1], facts(module)["masks"], str(schedule))
 
 
 def _attend(module: Any, x: Tensor, scales: tuple[list[int], int], rope: Tensor | None) -> Tensor:
