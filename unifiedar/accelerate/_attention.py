@@ -128,8 +128,8 @@ def _scales_of(bias: Tensor, length: int, known: dict[Any, Any], schedule: str =
     global _last
     if torch.compiler.is_compiling() or bias.shape != (1, 1, length, length) or bias.requires_grad or not length:
         return None
-    version = -1 if bias.is_inference() else bias._version
-    if _last is not None and _last[0]() is bias and _last[1] == version:
+    lasting = not bias.is_inference()  # such tensors do not say whether they changed
+    if lasting and _last is not None and _last[0]() is bias and _last[1] == bias._version:
         return _last[2]
     key = (length, bias.device, bias.dtype, schedule)
     found: tuple[list[int], int] | None
@@ -142,7 +142,8 @@ def _scales_of(bias: Tensor, length: int, known: dict[Any, Any], schedule: str =
         sees, found = _read(bias)
         if found is not None:
             known[key] = sees, found
-    _last = weakref.ref(bias), version, found
+    if lasting:
+        _last = weakref.ref(bias), bias._version, found
     return found
 
 
