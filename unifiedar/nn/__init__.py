@@ -1,5 +1,6 @@
 """Modules: parameters, buffers and state around the ops; the arithmetic lives in `unifiedar.ops`."""
 
+from unifiedar.nn.attention import NextScaleAttention, rope_table
 from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
 from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutput, SignQuantizer
 from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer
@@ -14,8 +15,10 @@ __all__ = [
     "GroupNorm",
     "MultiScaleQuantized",
     "MultiScaleQuantizer",
+    "NextScaleAttention",
     "Quantized",
     "ResidualQuantizer",
     "SignOutput",
     "SignQuantizer",
+    "rope_table",
 ]

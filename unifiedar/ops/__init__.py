@@ -28,6 +28,7 @@ from unifiedar.ops.codes_multiscale import (
     multiscale_quantize,
     next_scale_input,
 )
+from unifiedar.ops.norm import qk_norm_rope
 from unifiedar.ops.norm_group import group_norm
 from unifiedar.ops.sample import sample_codes
 
@@ -52,6 +53,7 @@ __all__ = [
     "multiscale_quantize",
     "next_bitwise_input",
     "next_scale_input",
+    "qk_norm_rope",
     "registry",
     "residual_lookup",
     "residual_quantize",
