@@ -481,6 +481,8 @@ def test_bad_input_elsewhere():
         model.generate(table, count=-1)
     with pytest.raises(ValueError, match="generate: seed must be a number or one for each of 2 pictures, got 1"):
         model.generate(table, cond=LABELS, seed=[1])
+    with pytest.raises(ValueError, match=r"generate: cond must be \(1,\), got \(\)"):
+        model.generate(table, cond=torch.tensor(3))
     logits = model(CODES, table, LABELS)
     with pytest.raises(ValueError, match=r"loss: targets must be \(2, 2, 3, 3\) codes"):
         model.loss(logits, CODES[:1])

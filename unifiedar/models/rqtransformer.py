@@ -387,9 +387,10 @@ class RQTransformer(nn.Module):
             TypeError, ValueError: as `sample`, and for a count or number of seeds that does not match cond.
         """
         config, (height, width) = self.config, self.config.grid
-        rows = (1 if cond is None else len(cond)) if count is None else count
-        if rows < 0 or (cond is not None and rows != len(cond)):
-            rule = "at least 0" if cond is None else f"{len(cond)}, the rows of cond"
+        given = len(cond) if isinstance(cond, Tensor) and cond.ndim else None
+        rows = count if count is not None else 1 if given is None else given
+        if rows < 0 or given not in (None, rows):
+            rule = "at least 0" if given is None else f"{given}, the rows of cond"
             raise ValueError(f"generate: count must be {rule}, got {count}")
         seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
         if len(seeds) != rows:
