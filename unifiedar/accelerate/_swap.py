@@ -83,6 +83,7 @@ class Swap:
 def put(module: nn.Module, adapter: str, swap: Swap) -> None:
     """Put a swap on a module that has none."""
     for name, function in swap.methods.items():
+        function.__name__ = name  # by which pickle asks the module for its method
         module.__dict__[name] = types.MethodType(function, module)
     # Plain data: deepcopy and pickle can carry it, and a pickle can be read where this package is not installed.
     module.__dict__[_RECORD] = {

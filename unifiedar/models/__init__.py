@@ -1,5 +1,18 @@
 """Published systems with their state_dict keys unchanged."""
 
+from unifiedar.models.rqtransformer import RQLogits, RQTransformer, RQTransformerConfig
+from unifiedar.models.rqvae import RQVAE, RQVAEConfig
 from unifiedar.models.vilau import VILAU, VILAUConfig
+from unifiedar.models.vqvae import VQVAE, VQVAEConfig
 
-__all__ = ["VILAU", "VILAUConfig"]
+__all__ = [
+    "RQVAE",
+    "VILAU",
+    "VQVAE",
+    "RQLogits",
+    "RQTransformer",
+    "RQTransformerConfig",
+    "RQVAEConfig",
+    "VILAUConfig",
+    "VQVAEConfig",
+]

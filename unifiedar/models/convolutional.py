@@ -1,16 +1,31 @@
-"""The convolutional decoder of VQGAN (Esser et al., arXiv:2012.09841) that RQ-VAE and VILA-U share, published keys."""
+"""Convolutional encoder and decoder of VQGAN (Esser et al., arXiv:2012.09841), published keys.
+
+VAR's tokenizer and RQ-VAE have both, VILA-U the decoder.
+"""
 
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Decoder", "DecoderConfig"]
+from unifiedar.nn import GroupNorm
+
+__all__ = ["Decoder", "DecoderConfig", "Encoder"]
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """`ddconfig` of the published systems: level i runs at `resolution` / 2^i with ch * ch_mult[i] channels."""
+    """`ddconfig` of the published systems, of decoder and encoder.
+
+    Attributes:
+        ch, ch_mult: level i runs at `resolution` / 2^i with ch * ch_mult[i] channels.
+        num_res_blocks: residual blocks of a level in the encoder; the decoder has one more.
+        z_channels: of the latents.
+        resolution: side of the pictures that `attn_resolutions` counts from; other sizes run too.
+        attn_resolutions: sides of the levels whose blocks are followed by attention. The middle has it always.
+        out_ch: of the pictures.
+        fused_qkv: whether attention's three projections are one convolution `qkv`, as in VAR, or `q`, `k` and `v`.
+    """
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -19,10 +34,16 @@ class DecoderConfig:
     resolution: int
     attn_resolutions: tuple[int, ...]
     out_ch: int = 3
+    fused_qkv: bool = False
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a side for one of the latents."""
+        return 2 ** (len(self.ch_mult) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def _norm(channels: int, silu: bool = True) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6, silu=silu)
 
 
 class _ResnetBlock(nn.Module):
@@ -34,22 +55,26 @@ class _ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_ch, out_ch, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class _AttnBlock(nn.Module):
     """Single-head attention over the pixels."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, fused: bool):
         super().__init__()
-        self.norm = _norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.norm = _norm(channels, silu=False)
+        if fused:
+            self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        else:
+            self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
+        parts = self.qkv(h).chunk(3, dim=1) if hasattr(self, "qkv") else (self.q(h), self.k(h), self.v(h))
+        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(y)
 
@@ -63,10 +88,19 @@ class _Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class _Middle(nn.Module):
+class _Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.block_1, self.attn_1 = _ResnetBlock(channels, channels), _AttnBlock(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # on the right and at the bottom alone, as published
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int, fused: bool):
+        super().__init__()
+        self.block_1, self.attn_1 = _ResnetBlock(channels, channels), _AttnBlock(channels, fused)
         self.block_2 = _ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,19 +108,58 @@ class _Middle(nn.Module):
 
 
 class _Level(nn.Module):
-    def __init__(self, in_ch: int, out_ch: int, num_blocks: int, attend: bool, upsample: bool):
+    """Residual blocks, each with its attention if the level `i` has any, then `upsample` or `downsample` if given."""
+
+    def __init__(self, config: DecoderConfig, i: int, in_ch: int, num_blocks: int, **resample: nn.Module):
         super().__init__()
-        self.block = nn.ModuleList(_ResnetBlock(in_ch if i == 0 else out_ch, out_ch) for i in range(num_blocks))
-        self.attn = nn.ModuleList(_AttnBlock(out_ch) for _ in range(num_blocks if attend else 0))
-        if upsample:
-            self.upsample = _Upsample(out_ch)
+        out_ch = config.ch * config.ch_mult[i]
+        attend = config.resolution >> i in config.attn_resolutions
+        self.block = nn.ModuleList(_ResnetBlock(out_ch if b else in_ch, out_ch) for b in range(num_blocks))
+        self.attn = nn.ModuleList(_AttnBlock(out_ch, config.fused_qkv) for _ in range(num_blocks if attend else 0))
+        for name, module in resample.items():
+            self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        for name in ("upsample", "downsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels (B, out_ch, H, W), nominally in [-1, 1], to latents (B, z_channels, H / 2^(levels-1), W / 2^(levels-1)).
+
+    `down.{i}` is level i of `ch_mult`; the first runs first. Sides are halved rounding down.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        channels = [config.ch * m for m in config.ch_mult]
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(config.out_ch, config.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            _Level(
+                config,
+                i,
+                channels[i - 1] if i else config.ch,
+                config.num_res_blocks,
+                **({"downsample": _Downsample(channels[i])} if i < last else {}),
+            )
+            for i in range(len(channels))
+        )
+        self.mid = _Middle(channels[-1], config.fused_qkv)
+        self.norm_out = _norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(self.norm_out(self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -99,14 +172,14 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, channels[-1], 3, padding=1)
-        self.mid = _Middle(channels[-1])
+        self.mid = _Middle(channels[-1], config.fused_qkv)
         self.up = nn.ModuleList(
             _Level(
+                config,
+                i,
                 channels[min(i + 1, len(channels) - 1)],
-                channels[i],
                 config.num_res_blocks + 1,
-                attend=config.resolution >> i in config.attn_resolutions,
-                upsample=i > 0,
+                **({"upsample": _Upsample(channels[i])} if i else {}),
             )
             for i in range(len(channels))
         )
@@ -117,4 +190,4 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))

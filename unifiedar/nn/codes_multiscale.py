@@ -150,6 +150,13 @@ class MultiScaleQuantizer(nn.Module):
         margin = ranks * (x.numel() / x.shape[1]) / self.num_codes * 0.08
         return cast(list[float], ((self.ema_vocab_hit_SV >= margin).float().mean(1) * 100).tolist())
 
+    def embed(self, codes: Sequence[Tensor], *, cumulative: bool = False) -> Tensor:
+        """The map (B, C, H, W) of codes (B, h w) of the first n scales, or all running sums (n, B, C, H, W).
+
+        Differentiable in codebook and convolutions.
+        """
+        return multiscale_lookup(codes, self.embedding.weight, self.phi, self.scales, cumulative=cumulative)
+
     def f_to_idxBl_or_fhat(self, f: Tensor, to_fhat: bool, v_patch_nums: Sequence[Scale] | None = None) -> list[Tensor]:
         """Codes of f (B, C, H, W) at every scale, (B, h w) int64 each, or the sums after each scale, (B, C, H, W).
 

@@ -28,6 +28,8 @@ from unifiedar.ops.codes_multiscale import (
     multiscale_quantize,
     next_scale_input,
 )
+from unifiedar.ops.norm import qk_norm_rope
+from unifiedar.ops.norm_group import group_norm
 from unifiedar.ops.sample import sample_codes
 
 __all__ = [
@@ -45,11 +47,13 @@ __all__ = [
     "bitwise_unpack",
     "block_causal_attention",
     "code_statistics",
+    "group_norm",
     "multiscale_inputs",
     "multiscale_lookup",
     "multiscale_quantize",
     "next_bitwise_input",
     "next_scale_input",
+    "qk_norm_rope",
     "registry",
     "residual_lookup",
     "residual_quantize",

@@ -56,7 +56,8 @@ class Op:
         fake: takes the arguments, returns empty outputs of the right shape, dtype, device and strides.
         backends: the faster backends, best first.
         setup_context, backward: as `torch.library.register_autograd` takes them, without the backend argument
-            (`ctx.backend` holds it). Without them every output is marked non-differentiable.
+            (`ctx.backend` holds it). Without them every output is marked non-differentiable. An operator that fills
+            its arguments (`Tensor(a!)` in the schema) has none.
 
     "auto" takes the first backend that fits for CUDA tensors, of those not kept for requests, and the eager one
     everywhere else: Triton's interpreter fits CPU tensors too, but only a caller who names it wants its speed.
@@ -85,9 +86,10 @@ class Op:
         )
         torch.library.impl(qualified, "CompositeExplicitAutograd", self._run)
         torch.library.register_fake(qualified, lambda *args: fake(*args[: self._arity]))
-        torch.library.register_autograd(
-            qualified, self._differentiate if backward else self._no_gradient, setup_context=self._save
-        )
+        if "!" not in arguments:  # torch differentiates no operator that fills its arguments
+            torch.library.register_autograd(
+                qualified, self._differentiate if backward else self._no_gradient, setup_context=self._save
+            )
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._arity = len(self.overload._schema.arguments) - 1
         registry[self.name] = self

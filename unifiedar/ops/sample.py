@@ -5,15 +5,23 @@
 
 The last step is an exact draw from p (the exponential race), and the one that torch.multinomial makes.
 Classifier-free guidance: Ho and Salimans (2022). Top-p: Holtzman et al. (2020).
+
+Every backend draws the same code, bit for bit, because nothing that decides depends on an order of summation or on a
+device's exponential. The race and top-p use weights w = exp(z - max z), taken in float64 and rounded once, instead of
+p, whose common divisor decides nothing; and top-p adds them up as integers. Two float64 exponentials that differ in
+their last bit round to different weights once in 10^8 entries, and that entry would have to be at the cut, or ahead in
+the race.
 """
 
 import torch
 from torch import Tensor
 
-from unifiedar.ops import _checks
-from unifiedar.ops._op import Op
+from unifiedar.ops import _checks, _native
+from unifiedar.ops._op import Backend, Op
 
 __all__ = ["sample_codes"]
+
+LOWEST = -87.0  # a score so far below the largest has probability 0: what float32 has of e^-88 is no longer precise
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
@@ -25,56 +33,131 @@ def _sample_eager(
     guidance_rows: Tensor | None,
     temperature: float,
     top_k: int,
+    top_k_rows: Tensor | None,
     top_p: float,
+    top_p_rows: Tensor | None,
     noise: Tensor | None,
 ) -> Tensor:
+    real = _real(logits.dtype)
     if guidance_rows is not None:
         conditional, unconditional = logits.chunk(2)
-        rows = guidance_rows.to(_real(logits.dtype)).reshape(-1, *(1,) * (logits.ndim - 1))
-        logits = unconditional + ((conditional - unconditional) * rows).to(logits.dtype)
+        logits = unconditional + ((conditional - unconditional) * _spread(guidance_rows.to(real), logits)).to(
+            logits.dtype
+        )
     elif guidance is not None:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + (conditional - unconditional) * guidance
-    scores = logits.to(_real(logits.dtype))
+    scores = logits.to(real)
     if temperature == 0:
         return scores.argmax(dim=-1)
-    scores = scores / temperature
-    if 0 < top_k < scores.shape[-1]:
+    # Not a division: that is one on a CPU, and a product with the inverse on a GPU.
+    scores = scores * (1 / temperature)
+    vocabulary = scores.shape[-1]
+    if top_k_rows is not None:
+        k = _spread(top_k_rows, scores)
+        on = (k > 0) & (k < vocabulary)
+        place = (k.clamp(1, vocabulary) - 1).expand(*scores.shape[:-1], 1)
+        kth = scores.sort(dim=-1, descending=True).values.gather(-1, place)
+        scores = scores.masked_fill(on & (scores < kth), -torch.inf)
+    elif 0 < top_k < vocabulary:
         kth = scores.topk(top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)
-    p = scores.softmax(dim=-1)
-    if 0 < top_p < 1:
+    distance = scores.double() - scores.amax(dim=-1, keepdim=True).double()
+    weights = torch.where(distance >= LOWEST, distance.exp(), 0).to(real)
+    if top_p_rows is not None or 0 < top_p < 1:
         # Among equal entries at the crossing the lower index is kept, hence the stable sort.
-        ordered, index = p.sort(dim=-1, descending=True, stable=True)
-        crossed = ordered.cumsum(dim=-1) >= top_p
+        ordered, index = weights.sort(dim=-1, descending=True, stable=True)
+        reached = (ordered.double() * _units(vocabulary)).long().cumsum(dim=-1)
+        share = top_p if top_p_rows is None else _spread(top_p_rows.double(), scores)
+        crossed = reached >= (reached[..., -1:].double() * share).ceil().long()
+        if isinstance(share, Tensor):
+            crossed &= (share > 0) & (share < 1)
         dropped = torch.zeros_like(crossed)
         dropped[..., 1:] = crossed[..., :-1]
-        p = p.masked_fill(dropped.scatter(-1, index, dropped), 0)
+        weights = weights.masked_fill(dropped.scatter(-1, index, dropped), 0)
     assert noise is not None
     # An entry of probability 0 never wins, not even against a noise of 0.
-    return torch.where(p > 0, p / noise, 0).argmax(dim=-1)
+    return torch.where(weights > 0, weights / noise, 0).argmax(dim=-1)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values (N,) as (N, 1, ..., 1), to go with (N, ..., V)."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _units(vocabulary: int) -> float:
+    """What a weight of 1 counts where weights are added up as integers: the sum stays below 2^63."""
+    return 2.0 ** (62 - (vocabulary - 1).bit_length())
+
+
 # ---- shape of the output ---------------------------------------------------------------------------------------------
 
 
-def _sample_fake(logits, guidance, guidance_rows, temperature, top_k, top_p, noise):
+def _sample_fake(logits, guidance, guidance_rows, *_):
     guided = guidance is not None or guidance_rows is not None
     shape = logits.shape[:-1]
     return logits.new_empty((shape[0] // 2, *shape[1:]) if guided else shape, dtype=torch.int64)
 
 
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+def _unfit_triton(
+    logits, guidance, guidance_rows, temperature, top_k, top_k_rows, top_p, top_p_rows, noise
+) -> str | None:
+    for tensor in (logits, noise, guidance_rows, top_p_rows):
+        reason = None if tensor is None else _native.triton_unfit(tensor)
+        if reason is not None:
+            return reason
+    for name, tensor in (("logits", logits), ("noise", noise)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"needs {name} of float32 or less, got float64"
+    if logits.shape[-1] > 2**18:
+        return f"needs at most 2^18 entries a row, got {logits.shape[-1]}"
+    return None
+
+
+def _run_triton(logits, guidance, guidance_rows, temperature, top_k, top_k_rows, top_p, top_p_rows, noise) -> Tensor:
+    out = _sample_fake(logits, guidance, guidance_rows)
+    rows, vocabulary = out.numel(), logits.shape[-1]
+    if not rows:
+        return out
+    kernels = _native.kernels("sample")
+    workspace = out.new_empty(kernels.workspace_words(rows, vocabulary), dtype=torch.int32)
+    with torch.cuda.device_of(logits):
+        kernels.sample_codes(
+            _rows(logits),
+            None if noise is None else _rows(noise),
+            guidance if guidance_rows is None else guidance_rows.contiguous(),
+            temperature,
+            top_k if top_k_rows is None else top_k_rows.contiguous(),
+            top_p if top_p_rows is None else top_p_rows.contiguous(),
+            rows // out.shape[0] if out.ndim else 1,
+            _units(vocabulary),
+            workspace,
+            out.view(-1),
+        )
+    return out
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., V) as (rows, V) with contiguous entries; copied only where no strides do that."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
 # ---- operator --------------------------------------------------------------------------------------------------------
 
 _sample_codes = Op(
-    "sample_codes(Tensor logits, float? guidance, Tensor? guidance_rows, float temperature, SymInt top_k, float top_p, "
-    "Tensor? noise) -> Tensor",
+    "sample_codes(Tensor logits, float? guidance, Tensor? guidance_rows, float temperature, SymInt top_k, "
+    "Tensor? top_k_rows, float top_p, Tensor? top_p_rows, Tensor? noise) -> Tensor",
     eager=_sample_eager,
     fake=_sample_fake,
+    backends=(Backend("triton", _run_triton, _unfit_triton, on_request="not run on a GPU yet"),),
 )
 
 
@@ -86,8 +169,8 @@ def sample_codes(
     *,
     guidance: float | Tensor | None = None,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 0.0,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
@@ -100,9 +183,11 @@ def sample_codes(
         guidance: None, or the strength g of u + g (c - u), where c are the conditional and u the unconditional logits:
             a number, or a float tensor (N,), one a row. 1 is the conditional model; VAR's `t` is g - 1.
         temperature: divides the logits; 0 takes the largest one (the lowest index on ties) and uses no noise.
-        top_k: keeps the k largest logits and every tie with the k-th; 0, or V and more, is off.
+        top_k: keeps the k largest logits and every tie with the k-th; 0, or V and more, is off. A number, or an int64
+            tensor (N,), one a row, N being the first size of the result.
         top_p: keeps the smallest set of largest probabilities that reaches it, the crossing entry included; 0, or 1 and
-            more, is off. Among equal probabilities at the crossing the lower indices are kept.
+            more, is off. Among equal probabilities at the crossing the lower indices are kept. A number, or a float
+            tensor (N,).
         noise: samples of Exp(1), all positive, of the probabilities' shape ((N, ..., V) with guidance, else that of
             logits) and any float dtype. None draws float32 samples (float64 for float64 logits) with `generator`.
         generator: the random generator for `noise`, None for torch's default one. Under torch.compile or in a CUDA
@@ -114,15 +199,23 @@ def sample_codes(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for an empty vocabulary, an odd number of guided rows, guidance or noise of another shape or device,
-            a number that is negative or not finite, noise together with a generator, an unknown backend or one that
-            does not fit.
+        ValueError: for an empty vocabulary, an odd number of guided rows, guidance, top_k, top_p or noise of another
+            shape or device, a number that is negative or not finite, noise together with a generator, an unknown
+            backend or one that does not fit. Numbers in a tensor, which would have to be waited for, are not checked:
+            below 0 and NaN are off.
 
     Note:
         Guidance is computed in the logits' dtype, each of its three operations rounded, as the published models do;
-        what follows is in float32 (float64 for float64). With the same noise the draw is that of
-        `torch.multinomial(p, 1)`, which takes its noise in the same way: the same generator state gives the same code.
-        A row of which no logit is finite gives 0. No gradient, no host sync; may be captured in a CUDA graph.
+        what follows is in float32 (float64 for float64), top-p's sums in integers. With the same noise the draw is that
+        of `torch.multinomial(p, 1)`, which takes its noise in the same way, so the same generator state gives the same
+        code; two entries may trade places where p / noise agrees to float32's rounding, which is multinomial's own.
+        A probability below e^-87 of the largest is 0. A row with NaN or +inf, or of which no logit is finite, gives 0;
+        with temperature 0 NaN is the largest. No gradient, no host sync; may be captured in a CUDA graph.
+
+        Backends give equal codes for equal noise: the race, the cut of top-k and that of top-p are decided by the same
+        numbers, exactly. The one thing left to a device is its float64 exponential, whose last bit shows in the float32
+        weight of one entry in 10^8. Triton's kernel takes a row a program, in registers up to 16,384 entries, up to
+        2^18 in 17 to 280 MB of memory beside; logits or noise whose rows no strides describe are copied.
     """
     function = "sample_codes"
     _checks.check_tensor(function, "logits", logits)
@@ -137,20 +230,17 @@ def sample_codes(
                 f"got {tuple(logits.shape)}"
             )
         shape = (logits.shape[0] // 2, *logits.shape[1:])
-        if isinstance(guidance, Tensor):
-            _checks.check_tensor(function, "guidance", guidance)
-            if guidance.shape != shape[:1]:
-                raise ValueError(
-                    f"{function}: guidance must be a number or ({shape[0]},), one a row, got {tuple(guidance.shape)}"
-                )
-            _checks.check_same_device(function, "guidance", guidance, "logits", logits)
-            rows = guidance
-        else:
+        rows = _one_a_row(function, "guidance", guidance, _checks.FLOATS, shape, logits)
+        if rows is None:
             _checks.check_number(function, "guidance", guidance)
             number = float(guidance)
     _checks.check_number(function, "temperature", temperature, 0)
-    _checks.check_number(function, "top_p", top_p, 0)
-    _checks.check_integer(function, "top_k", top_k, 0)
+    k_rows = _one_a_row(function, "top_k", top_k, (torch.int64,), shape, logits)
+    if k_rows is None:
+        _checks.check_integer(function, "top_k", top_k, 0)
+    p_rows = _one_a_row(function, "top_p", top_p, _checks.FLOATS, shape, logits)
+    if p_rows is None:
+        _checks.check_number(function, "top_p", top_p, 0)
     if noise is not None:
         _checks.check_tensor(function, "noise", noise)
         if noise.shape != shape:
@@ -162,4 +252,20 @@ def sample_codes(
             noise = None
     elif temperature > 0:
         noise = torch.empty(shape, dtype=_real(logits.dtype), device=logits.device).exponential_(generator=generator)
-    return _sample_codes(logits, number, rows, float(temperature), top_k, float(top_p), noise, backend)
+    k = 0 if k_rows is not None else top_k
+    p = 0.0 if p_rows is not None else float(top_p)
+    return _sample_codes(logits, number, rows, float(temperature), k, k_rows, p, p_rows, noise, backend)
+
+
+def _one_a_row(
+    function: str, argument: str, value: object, dtypes: tuple[torch.dtype, ...], shape: tuple, logits: Tensor
+) -> Tensor | None:
+    """An option given as a tensor, checked to be (N,), N = shape[0]; None if it is no tensor."""
+    if not isinstance(value, Tensor):
+        return None
+    _checks.check_tensor(function, argument, value, dtypes)
+    if len(shape) < 2 or value.shape != shape[:1]:
+        rule = f"a number or ({shape[0]},), one a row" if len(shape) > 1 else "a number for a single row"
+        raise ValueError(f"{function}: {argument} must be {rule}, got {tuple(value.shape)}")
+    _checks.check_same_device(function, argument, value, "logits", logits)
+    return value
