@@ -318,13 +318,18 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           settle(grad);
           settle(sum);
           products_begin();
+          if constexpr (!kFirst && kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
           score_products<Shape>(score, held, passed);
-          if constexpr (!kFirst) sum_products<Shape>(sum, word, passed_at(before.at));
+          if constexpr (!kFirst && !kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
           score_products<Shape>(grad, held + Shape::kHeldBytes, passed + Shape::kPassedBytes);
           if constexpr (kFirst && !kOfKeys)
             find_rows<Shape>(args, place, first, held_data + Shape::kHeldBytes, rows);
-          products_wait<kFirst ? 1 : 2>();
+          products_wait<kFirst || kOfKeys ? 1 : 2>();
           settle(score);
+          if constexpr (!kFirst && kOfKeys) {
+            settle(sum);
+            done_with(before.at);
+          }
 
           const float* const columns = reinterpret_cast<const float*>(shared + Shape::kColumnsAt +
                                                                       stage.at * Shape::kColumnsBytes) + own_column;
@@ -344,17 +349,13 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           // The exponentials are to run under the products: see the forward. Weights are not negative.
           barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
           if constexpr (kOfKeys) {
-            if constexpr (!kFirst) {
-              products_wait<1>();
-              settle(sum);
-              done_with(before.at);
-            }
             pack<T>(score, word);
             settle(value_sum);
             products_begin();
             sum_products<Shape>(value_sum, word, passed + Shape::kPassedBytes);
-            products_wait<1>();
+            products_wait<0>();
             settle(grad);
+            settle(value_sum);
           } else {
             products_wait<0>();
             settle(grad);
@@ -366,10 +367,6 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
             const float delta = kOfKeys ? columns[kPassed + column] : rows.delta[h];
             score[i] *= grad[i] - delta;
-          }
-          if constexpr (kOfKeys) {
-            products_wait<0>();
-            settle(value_sum);
           }
           pack<T>(score, word);
           before = stage;
@@ -545,7 +542,7 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
 template <typename T>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
   if (args.width > 96)
-    return launch_tiles<Tile<T, false, 128, 96, 3, 1>, Tile<T, true, 128, 64, 4, 1>>(args, dtype, processors, stream);
+    return launch_tiles<Tile<T, false, 128, 96, 3, 1>, Tile<T, true, 128, 48, 5, 1>>(args, dtype, processors, stream);
   if (args.width > 64)
     return launch_tiles<Tile<T, false, 96, 96, 3, 1>, Tile<T, true, 96, 64, 4, 1>>(args, dtype, processors, stream);
   return launch_tiles<Tile<T, false, 64, 128, 4, 2>, Tile<T, true, 64, 96, 4, 2>>(args, dtype, processors, stream);

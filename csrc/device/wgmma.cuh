@@ -74,8 +74,10 @@ __device__ __forceinline__ void settle(float (&d)[kCount]) {
 #define UNIFIEDAR_E48 "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
 #define UNIFIEDAR_E56 "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 #define UNIFIEDAR_E64 "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-#define UNIFIEDAR_DS64 UNIFIEDAR_D0 UNIFIEDAR_D8 UNIFIEDAR_D16 UNIFIEDAR_D24
-#define UNIFIEDAR_ES64 UNIFIEDAR_E0, UNIFIEDAR_E8, UNIFIEDAR_E16, UNIFIEDAR_E24
+#define UNIFIEDAR_DS48 UNIFIEDAR_D0 UNIFIEDAR_D8 UNIFIEDAR_D16
+#define UNIFIEDAR_ES48 UNIFIEDAR_E0, UNIFIEDAR_E8, UNIFIEDAR_E16
+#define UNIFIEDAR_DS64 UNIFIEDAR_DS48 UNIFIEDAR_D24
+#define UNIFIEDAR_ES64 UNIFIEDAR_ES48, UNIFIEDAR_E24
 #define UNIFIEDAR_DS80 UNIFIEDAR_DS64 UNIFIEDAR_D32
 #define UNIFIEDAR_ES80 UNIFIEDAR_ES64, UNIFIEDAR_E32
 #define UNIFIEDAR_DS96 UNIFIEDAR_DS80 UNIFIEDAR_D40
@@ -98,8 +100,14 @@ __device__ __forceinline__ void settle(float (&d)[kCount]) {
 // D = A B (`add` false) or D += A B, A by rows and B with its columns as rows, both in shared memory.
 template <typename T, int kColumns>
 __device__ __forceinline__ void multiply_rows(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(kColumns % 16 == 0 && kColumns >= 64 && kColumns <= 144, "no instruction of this size here");
-  if constexpr (kColumns == 64) {
+  static_assert(kColumns % 16 == 0 && kColumns >= 48 && kColumns <= 144, "no instruction of this size here");
+  if constexpr (kColumns == 48) {
+    if constexpr (std::is_same_v<T, __half>) {
+      UNIFIEDAR_WGMMA(48, "f16", "%24", "%25", "%26", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    } else {
+      UNIFIEDAR_WGMMA(48, "bf16", "%24", "%25", "%26", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    }
+  } else if constexpr (kColumns == 64) {
     if constexpr (std::is_same_v<T, __half>) {
       UNIFIEDAR_WGMMA(64, "f16", "%32", "%33", "%34", "0, 0", "l"(a), "l"(b), "r"(int(add)));
     } else {
