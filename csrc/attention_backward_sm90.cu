@@ -160,7 +160,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
 // Both by rows: scores, or their gradients.
 template <typename Shape>
 __device__ __forceinline__ void score_products(float (&score)[Shape::kPassed / 2], uint32_t held, uint32_t passed) {
-  const uint64_t a = describe_rows(held), b = describe_rows(passed);
+  const uint64_t a = describe_rows(again(held)), b = describe_rows(passed);
 #pragma unroll
   for (int i = 0; i < Shape::kWidth / 16; ++i) {
     const uint32_t box = i / 4, within = i % 4 * kNextInRow;

@@ -28,6 +28,13 @@ constexpr bool kHasProducts = true;
 constexpr bool kHasProducts = false;
 #endif
 
+// The same number, of which the compiler does not know that it is: what is computed from it is not kept in registers
+// over a loop that has none to spare.
+__device__ __forceinline__ uint32_t again(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
 struct Place {

@@ -37,7 +37,10 @@ __device__ __forceinline__ uint64_t describe_columns(uint32_t address, uint32_t 
 }
 constexpr uint32_t kNextRows = 2048;
 
-__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+// In 32 bits: the address has room to grow, and the upper half stays the constant that it is.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+  return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
 
 // Before the first product after other instructions touched its registers.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
