@@ -193,7 +193,7 @@ template <typename Shape>
 __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& place, int first, const char* grad,
                                           Rows& rows) {
   using T = typename Shape::T;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, own_row = thread / 32 * 16 + lane / 4;
+  const int thread = again(threadIdx.x) % 128, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
   const T* const out =
       static_cast<const T*>(args.out) + place.batch * args.out_batch + place.head * args.out_head;
   const int missing = args.column_tiles * args.columns_of_tile - args.queries;
@@ -243,7 +243,6 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   constexpr bool kOfKeys = Shape::kOfKeys;
   constexpr int kPassed = Shape::kPassed, kWidth = Shape::kWidth;
   const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  const int own_row = thread / 32 * 16 + lane / 4, own_column = lane % 4 * 2;
   const int begin_of_scale = scale_begin(args);
   const int offset = args.keys - args.queries;
 
@@ -280,6 +279,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
     // that no row has a limit in.
     int limit[2] = {}, whole = 0;
     if (works) {
+      const int fresh = again(threadIdx.x) % 128;
+      const int own_row = fresh / 32 * 16 + fresh % 32 / 4, own_column = fresh % 4 * 2;
       const int ahead = kOfKeys ? 0 : offset;
       const int position[2] = {max(first + own_row, 0) + ahead, max(first + own_row + 8, 0) + ahead};
       if constexpr (kOfKeys) {
@@ -332,7 +333,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           }
 
           const float* const columns = reinterpret_cast<const float*>(shared + Shape::kColumnsAt +
-                                                                      stage.at * Shape::kColumnsBytes) + own_column;
+                                                                      stage.at * Shape::kColumnsBytes) +
+                                       threadIdx.x % 4 * 2;
           const int moved = kOfKeys ? -step * kPassed : step * kPassed;
           uint32_t signs = 0;
 #pragma unroll

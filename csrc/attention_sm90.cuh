@@ -152,7 +152,7 @@ __device__ __forceinline__ void pack(const float (&weight)[kCount], uint32_t (&w
 // A warpgroup's rows of a result, packed: into boxes for the copy engine, or row by row, those from 0 on.
 template <int kCount>
 __device__ __forceinline__ void write_boxes(const uint32_t (&word)[kCount], char* to) {
-  const int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
+  const int thread = again(threadIdx.x) % 128, row = thread / 32 * 16 + thread % 32 / 4;
   to += row * 128 + thread % 4 * 4;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -162,7 +162,7 @@ __device__ __forceinline__ void write_boxes(const uint32_t (&word)[kCount], char
 }
 template <typename T, int kCount>
 __device__ __forceinline__ void write_rows(const uint32_t (&word)[kCount], T* to, int64_t stride, int first, int width) {
-  const int thread = threadIdx.x % 128;
+  const int thread = again(threadIdx.x) % 128;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int column = i / 2 * 8 + thread % 4 * 2, row = first + thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
