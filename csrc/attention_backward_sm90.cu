@@ -25,14 +25,16 @@ constexpr int kFewRegisters = 24, kManyRegisters = 240;
 constexpr uint32_t kHeldBox = kHeldRows * 128;
 constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup waits for its own warps
 
-template <typename Element, bool kKeysAreHeld, int kChannels, int kPassedCount, int kStageCount, int kSlotCount>
+template <typename Element, bool kKeysAreHeld, int kChannels, int kPassedCount, int kStageCount, int kSlotCount,
+          bool kAlone = false>
 struct Tile {
   using T = Element;
   static constexpr bool kOfKeys = kKeysAreHeld;
-  static constexpr int kWidth = kChannels;      // channels of the products: 64, 96 or 128
+  static constexpr bool kMany = kOfKeys && !kAlone;  // whether several heads may share keys; it costs registers
+  static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
   static constexpr int kPassed = kPassedCount;  // rows of a step
   static constexpr int kStages = kStageCount;
-  static constexpr int kSlots = kSlotCount;     // 2: the next tile is copied while this one is worked on
+  static constexpr int kSlots = kSlotCount;     // 1, or 2: the next tile is copied while this one is worked on
   static constexpr int kBoxes = (kWidth + kBox - 1) / kBox;
   static constexpr uint32_t kHeldBytes = kBoxes * kHeldBox;  // of one of the two tensors
   static constexpr uint32_t kPassedBox = kPassed * 128, kPassedBytes = kBoxes * kPassedBox;
@@ -126,7 +128,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
       __syncwarp();
     }
     const int steps = steps_of<Shape>(args, begin_of_scale, begin, kRows);
-    const int passes = Shape::kOfKeys ? args.share : 1;
+    const int passes = Shape::kMany ? args.share : 1;
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass) {
       const int head = Shape::kOfKeys ? place.head * args.share + pass : place.head / args.share;
@@ -254,11 +256,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   // Results may still be on their way out of the place of what was held.
   Stage<Shape::kSlots> slot;
   bool leaving = false;
-  uint32_t left = 0;
   const auto free_held = [&] {
     if (leaving && thread == 0) {
       store_wait();
-      barrier_arrive(memory + Shape::kHeldEmpty + 8 * left);
+      barrier_arrive(memory + Shape::kHeldEmpty + 8 * ((Shape::kSlots == 1 ? 0 : slot.at ^ 1) * kGroups + group));
     }
     leaving = false;
   };
@@ -268,7 +269,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   for (int turn = 0; find_place(args, turn, &place); ++turn) {
     const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
     const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, kRows);
-    const int passes = kOfKeys ? args.share : 1;
+    const int passes = Shape::kMany ? args.share : 1;
     const bool works = first > -kHeldRows;
     const int steps = works ? steps_of<Shape>(args, begin_of_scale, first, kHeldRows) : 0;
     const uint32_t at = slot.at * kGroups + group;
@@ -377,7 +378,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 
         if (pass == 0) barrier_wait(memory + Shape::kHeldFull + 8 * at, slot.parity);
         advance(0, std::true_type{}, std::true_type{});
-        if (pass == 0) free_held();
+        if (Shape::kSlots > 1 && pass == 0) free_held();
         int step = 1;
 #pragma unroll 1
         for (; step < whole; ++step) advance(step, std::false_type{}, std::false_type{});
@@ -429,7 +430,6 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         write_rows(value_word, rows_of(args.result[1]), args.result[1].row_stride, first, args.width);
     }
     leaving = true;
-    left = at;
     slot.next();
     if constexpr (Shape::kSlots == 1) free_held();
   }
@@ -543,6 +543,8 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
 
 template <typename T>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
+  if (args.width > 96 && args.share == 1)
+    return launch_tiles<Tile<T, false, 128, 96, 3, 1>, Tile<T, true, 128, 64, 4, 1, true>>(args, dtype, processors, stream);
   if (args.width > 96)
     return launch_tiles<Tile<T, false, 128, 96, 3, 1>, Tile<T, true, 128, 48, 5, 1>>(args, dtype, processors, stream);
   if (args.width > 64)
