@@ -18,15 +18,11 @@
 namespace unifiedar {
 namespace {
 
-constexpr int kGroups = 2;                   // warpgroups that calculate
-constexpr int kRows = kHeldRows * kGroups;   // of a tile
-constexpr int kThreads = 128 * (kGroups + 1);
-constexpr int kFewRegisters = 24, kManyRegisters = 240;
 constexpr uint32_t kHeldBox = kHeldRows * 128;
 constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup waits for its own warps
 
-template <typename Element, bool kKeysAreHeld, int kChannels, int kPassedCount, int kStageCount, int kSlotCount,
-          bool kAlone = false>
+template <typename Element, bool kKeysAreHeld, int kGroupCount, int kChannels, int kPassedCount, int kStageCount,
+          int kSlotCount, bool kAlone = false>
 struct Tile {
   using T = Element;
   static constexpr bool kOfKeys = kKeysAreHeld;
@@ -35,6 +31,11 @@ struct Tile {
   static constexpr int kPassed = kPassedCount;  // rows of a step
   static constexpr int kStages = kStageCount;
   static constexpr int kSlots = kSlotCount;     // 1, or 2: the next tile is copied while this one is worked on
+  static constexpr int kGroups = kGroupCount;        // warpgroups that calculate
+  static constexpr int kRows = kHeldRows * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
+  static constexpr int kFewRegisters = kGroups == 2 ? 24 : 32, kManyRegisters = kGroups == 2 ? 240 : 160;
   static constexpr int kBoxes = (kWidth + kBox - 1) / kBox;
   static constexpr uint32_t kHeldBytes = kBoxes * kHeldBox;  // of one of the two tensors
   static constexpr uint32_t kPassedBox = kPassed * 128, kPassedBytes = kBoxes * kPassedBox;
@@ -75,7 +76,8 @@ struct KernelArgs {
 // First row of a tile, which may be before 0. What is seen by most, or sees most, goes first.
 template <typename Shape>
 __device__ __forceinline__ int begin_of(const KernelArgs& args, const Place& place) {
-  return Shape::kOfKeys ? args.keys - (args.tiles - place.rank) * kRows : args.queries - (place.rank + 1) * kRows;
+  return Shape::kOfKeys ? args.keys - (args.tiles - place.rank) * Shape::kRows
+                        : args.queries - (place.rank + 1) * Shape::kRows;
 }
 
 // Query from which on a key's scale is seen.
@@ -106,15 +108,15 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
   const bool leads = threadIdx.x == 0;
   const int begin_of_scale = scale_begin(args);
   Stage<Shape::kStages> stage;
-  Stage<Shape::kSlots> slot[kGroups];
+  Stage<Shape::kSlots> slot[Shape::kGroups];
   Place place;
   for (int turn = 0; find_place(args, turn, &place); ++turn) {
     const int begin = begin_of<Shape>(args, place);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < Shape::kGroups; ++group) {
       const int first = begin + group * kHeldRows;
       if (first <= -kHeldRows) continue;
-      const uint32_t at = slot[group].at * kGroups + group;
+      const uint32_t at = slot[group].at * Shape::kGroups + group;
       barrier_wait(memory + Shape::kHeldEmpty + 8 * at, slot[group].parity ^ 1);
       slot[group].next();
       if (leads) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
       }
       __syncwarp();
     }
-    const int steps = steps_of<Shape>(args, begin_of_scale, begin, kRows);
+    const int steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
     const int passes = Shape::kMany ? args.share : 1;
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass) {
@@ -259,7 +261,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   const auto free_held = [&] {
     if (leaving && thread == 0) {
       store_wait();
-      barrier_arrive(memory + Shape::kHeldEmpty + 8 * ((Shape::kSlots == 1 ? 0 : slot.at ^ 1) * kGroups + group));
+      const uint32_t before = Shape::kSlots == 1 ? 0 : slot.at ^ 1;
+      barrier_arrive(memory + Shape::kHeldEmpty + 8 * (before * Shape::kGroups + group));
     }
     leaving = false;
   };
@@ -268,11 +271,11 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   Place place;
   for (int turn = 0; find_place(args, turn, &place); ++turn) {
     const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
-    const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, kRows);
+    const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
     const int passes = Shape::kMany ? args.share : 1;
     const bool works = first > -kHeldRows;
     const int steps = works ? steps_of<Shape>(args, begin_of_scale, first, kHeldRows) : 0;
-    const uint32_t at = slot.at * kGroups + group;
+    const uint32_t at = slot.at * Shape::kGroups + group;
     const uint32_t held = memory + 2 * at * Shape::kHeldBytes;
     char* const held_data = shared + 2 * at * Shape::kHeldBytes;
 
@@ -438,7 +441,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 
 // Grid: as many blocks as there are multiprocessors, or tiles.
 template <typename Shape>
-__global__ void __launch_bounds__(kThreads, 1) attention_backward_sm90_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    attention_backward_sm90_kernel(const __grid_constant__ KernelArgs args) {
   if (!kHasProducts) {  // the launcher starts it on compute capability 9.0 only
     __trap();
     return;
@@ -447,13 +451,13 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward_sm90_kernel(co
   const uint32_t unaligned = shared_address(unifiedar_shared), memory = (unaligned + 1023) / 1024 * 1024;
   char* const shared = reinterpret_cast<char*>(unifiedar_shared) + (memory - unaligned);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kSlots * kGroups; ++i) {
+    for (int i = 0; i < Shape::kSlots * Shape::kGroups; ++i) {
       barrier_init(memory + Shape::kHeldFull + 8 * i, 1);
       barrier_init(memory + Shape::kHeldEmpty + 8 * i, 1);
     }
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(memory + Shape::kPassedFull + 8 * i, 1);
-      barrier_init(memory + Shape::kPassedEmpty + 8 * i, 4 * kGroups);
+      barrier_init(memory + Shape::kPassedEmpty + 8 * i, 4 * Shape::kGroups);
     }
     barrier_init_done();
     for (int i = 0; i < 2; ++i) {
@@ -463,10 +467,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward_sm90_kernel(co
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFewRegisters));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
     if (threadIdx.x < 32) copy_all<Shape>(args, memory);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kManyRegisters));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kManyRegisters));
     calculate<Shape>(args, memory, shared);
   }
 }
@@ -518,7 +522,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   kernel_args.share = args.share;
   kernel_args.scales = args.scales;
   kernel_args.prefix = args.prefix;
-  kernel_args.tiles = tiles_of(held_length, kRows);
+  kernel_args.tiles = tiles_of(held_length, Shape::kRows);
   kernel_args.rows = args.batch * held_heads;
   kernel_args.heads = held_heads;
   kernel_args.group = kOfKeys ? args.key_group : args.query_group;
@@ -530,7 +534,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Shape::kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<int(std::min<int64_t>(processors, tiles)), kThreads, Shape::kBytes, stream>>>(kernel_args);
+  kernel<<<int(std::min<int64_t>(processors, tiles)), Shape::kThreads, Shape::kBytes, stream>>>(kernel_args);
   return cudaGetLastError();
 }
 
@@ -543,13 +547,16 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
 
 template <typename T>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
-  if (args.width > 96 && args.share == 1)
-    return launch_tiles<Tile<T, false, 128, 96, 3, 1>, Tile<T, true, 128, 64, 4, 1, true>>(args, dtype, processors, stream);
-  if (args.width > 96)
-    return launch_tiles<Tile<T, false, 128, 96, 3, 1>, Tile<T, true, 128, 48, 5, 1>>(args, dtype, processors, stream);
+  if (args.width > 96) {
+    using OfQueries = Tile<T, false, 2, 128, 96, 3, 1>;
+    if (args.share == 1)
+      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, true>>(args, dtype, processors, stream);
+    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 48, 5, 1>>(args, dtype, processors, stream);
+  }
   if (args.width > 64)
-    return launch_tiles<Tile<T, false, 96, 96, 3, 1>, Tile<T, true, 96, 64, 4, 1>>(args, dtype, processors, stream);
-  return launch_tiles<Tile<T, false, 64, 128, 4, 2>, Tile<T, true, 64, 96, 4, 2>>(args, dtype, processors, stream);
+    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1>, Tile<T, true, 2, 96, 80, 3, 1>>(args, dtype, processors,
+                                                                                         stream);
+  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2>, Tile<T, true, 2, 64, 96, 4, 2>>(args, dtype, processors, stream);
 }
 
 }  // namespace
