@@ -1,17 +1,18 @@
 #include "attention_sm90.cuh"
 
-// Gradients in two kernels, each sum in one order. A block holds rows of one kind, 64 a warpgroup, and passes by those of
-// the other kind, which the first warp copies into a ring of stages; the forward's scheme, with two tensors held (first
-// and second) and two passed by:
+// Gradients in two kernels, each sum in one order. A block holds rows of one kind, 64 a warpgroup, and passes by those
+// of the other kind, which the first warp copies into a ring of stages: the forward's scheme, with two tensors held
+// (first and second) and two passed by.
 //
-//                first  second   scores               their gradients        sums
-//   of queries:  q      grad     S = q k^T            dP = grad v^T          grad_q = dS k
-//   of keys:     k      v        S^T = k q^T          dP^T = v grad^T        grad_k = dS^T q, grad_v = P^T grad
+//                first  second   scores            their gradients     sums
+//   of queries:  q      grad     S = q k^T         dP = grad v^T       grad_q = dS k
+//   of keys:     k      v        S^T = k q^T       dP^T = v grad^T     grad_k = dS^T q, grad_v = P^T grad
 //
-// with P = 2^(factor S - lse') and dS = P (dP - delta), both packed in registers as the first operand of the products that
-// add them up. delta = rowsum(grad out) - grad_lse is found by the kernel of the queries, which leaves it and lse' (lse in
-// base 2) to the other one, for whose columns they are. The scores of one step are formed before the dS of the step before
-// are multiplied, so that exponentials run under those products.
+// with P = 2^(factor S - lse') and dS = P (dP - delta), both packed in registers as the first operand of the products
+// that add them up. delta = rowsum(grad out) - grad_lse is found by the kernel of the queries, which leaves it and lse'
+// (lse in base 2) to the other one, for whose columns they are. The dS of a step are multiplied together with the scores
+// of the next, so that exponentials run under products: of the queries under dS k and dP, of the keys under dP alone,
+// where registers do not allow weights to be packed while dS is still in use.
 //
 // Queries and keys held are counted from the last one, as in the forward; queries passed by too, so that only the first
 // can be missing: there lse' is infinite and weights are 0. Keys passed by are counted from the first.
@@ -27,11 +28,11 @@ struct Tile {
   using T = Element;
   static constexpr bool kOfKeys = kKeysAreHeld;
   static constexpr bool kMany = kOfKeys && !kAlone;  // whether several heads may share keys; it costs registers
-  static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
-  static constexpr int kPassed = kPassedCount;  // rows of a step
-  static constexpr int kStages = kStageCount;
-  static constexpr int kSlots = kSlotCount;     // 1, or 2: the next tile is copied while this one is worked on
   static constexpr int kGroups = kGroupCount;        // warpgroups that calculate
+  static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
+  static constexpr int kPassed = kPassedCount;       // rows of a step
+  static constexpr int kStages = kStageCount;
+  static constexpr int kSlots = kSlotCount;          // 1, or 2: the next tile is copied while this one is worked on
   static constexpr int kRows = kHeldRows * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
@@ -191,8 +192,8 @@ struct Rows {
   float lse[2], delta[2];
 };
 
-// delta and lse' of a thread's two rows, which are written for the kernel of the keys as well. `grad` is the warpgroup's
-// tile of it in shared memory.
+// delta and lse' of a thread's two rows, which are written for the kernel of the keys as well. `grad` is the
+// warpgroup's tile of it in shared memory.
 template <typename Shape>
 __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& place, int first, const char* grad,
                                           Rows& rows) {
@@ -216,7 +217,8 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
     for (int i = 0; i < Shape::kWidth / 32; ++i) {
       const int unit = 4 * i + lane % 4;
       uint4 one{};
-      if (row >= 0 && unit * 8 < args.width) one = __ldg(reinterpret_cast<const uint4*>(out + row * args.out_row) + unit);
+      if (row >= 0 && unit * 8 < args.width)
+        one = __ldg(reinterpret_cast<const uint4*>(out + row * args.out_row) + unit);
       const uint4 other = *reinterpret_cast<const uint4*>(grad + unit / 8 * kHeldBox + (own_row + 8 * h) * 128 +
                                                           ((unit % 8 ^ own_row % 8) << 4));
       const uint32_t left[4] = {one.x, one.y, one.z, one.w}, right[4] = {other.x, other.y, other.z, other.w};

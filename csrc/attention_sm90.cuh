@@ -1,5 +1,5 @@
-// What the attention kernels for compute capability 9.0 share: the order of tiles, where scales begin and end, the ring of
-// stages, small arithmetic, and the maps of tensors for the copy engine.
+// What the attention kernels for compute capability 9.0 share: the order of tiles, where scales begin and end, the ring
+// of stages, small arithmetic, results, and the maps of tensors for the copy engine.
 #pragma once
 
 #include <cuda.h>

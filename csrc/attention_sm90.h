@@ -40,15 +40,15 @@ cudaError_t launch_attention_forward(const AttentionArgs& args, DType dtype, Att
 
 // Its gradients.
 struct AttentionBackwardArgs {
-  HeadsView grad, out;                // [batch, heads, queries, width]
-  HeadsView q, k, v;                  // as the forward's
-  HeadsView grad_q, grad_k, grad_v;   // like q, k, v; written
-  const float *lse, *grad_lse;        // [batch, heads, queries], contiguous; grad_lse may be null
-  float* workspace;                   // aligned to 16 bytes, 2 (queries + 127) numbers a head; written
-  const void* lengths;                // these and what follows as the forward's
+  HeadsView grad, out;               // [batch, heads, queries, width]
+  HeadsView q, k, v;                 // as the forward's
+  HeadsView grad_q, grad_k, grad_v;  // like q, k, v; written
+  const float *lse, *grad_lse;       // [batch, heads, queries], contiguous; grad_lse may be null
+  float* workspace;                  // aligned to 16 bytes, 2 (queries + 127) numbers a head; written
+  const void* lengths;               // these and what follows as the forward's
   bool wide_lengths;
   int batch, heads, share, queries, keys, width, scales, prefix;
-  int query_group, key_group;         // as group: heads of queries, and heads of keys
+  int query_group, key_group;        // as the forward's group, of heads of queries and of heads of keys
   float softmax_scale;
 };
 
