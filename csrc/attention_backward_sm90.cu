@@ -354,8 +354,6 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             }
             signs |= __float_as_uint(score[i]);
           }
-          // The exponentials are to run under the products: see the forward. Weights are not negative.
-          barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
           if constexpr (kOfKeys) {
             pack<T>(score, word);
             settle(value_sum);
@@ -365,6 +363,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             settle(grad);
             settle(value_sum);
           } else {
+            // The exponentials are to run under the products: see the forward. Weights are not negative.
+            barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
             products_wait<0>();
             settle(grad);
             settle(sum);
