@@ -291,8 +291,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
       const int position[2] = {max(first + own_row, 0) + ahead, max(first + own_row + 8, 0) + ahead};
       if constexpr (kOfKeys) {
         begins_seen_from(begin_of_scale, args.scales, position, limit);
-        whole = min((args.queries - first_query(args, begin_of_scale, first + kHeldRows - 1)) / kPassed, steps);
-        if (first_query(args, begin_of_scale, first + kHeldRows - 1) == 0) whole = steps;
+        const int last = first_query(args, begin_of_scale, first + kHeldRows - 1);
+        whole = last == 0 ? steps : (args.queries - last) / kPassed;
         limit[0] -= offset + passed_begin<Shape>(args, 0) + own_column;
         limit[1] -= offset + passed_begin<Shape>(args, 0) + own_column;
       } else {
@@ -325,6 +325,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           settle(grad);
           settle(sum);
           products_begin();
+          // The dS of the step before: of the keys first of all, so that their registers are free for weights.
           if constexpr (!kFirst && kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
           score_products<Shape>(score, held, passed);
           if constexpr (!kFirst && !kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
@@ -397,7 +398,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         settle(sum);
         done_with(before.at);
       }
-      // Those that the other warpgroup needs.
+      // Those that other warpgroups need.
 #pragma unroll 1
       for (int step = steps; step < all_steps; ++step) {
         barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
