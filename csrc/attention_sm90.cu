@@ -1,16 +1,4 @@
-#include "attention_sm90.h"
-
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-#include <climits>
-
-#include "device/barrier.cuh"
-#include "device/pack.cuh"
-#include "device/tma.cuh"
-#include "device/wgmma.cuh"
+#include "attention_sm90.cuh"
 
 // One block a multiprocessor, which works through tiles of queries. The first warp copies: queries of the next tile, and
 // keys and values of this one in a ring of stages. Each of the other warpgroups has 64 rows of the tile and runs through
@@ -24,10 +12,6 @@
 namespace unifiedar {
 namespace {
 
-constexpr uint32_t kWarp = ~0u;  // all lanes
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kHeldRows = 64;  // of a warpgroup
-constexpr int kBox = 64;       // channels of a box: 128 bytes
 constexpr int kTurnsName = 1;  // of the named barriers: by these, one a warpgroup, they take turns
 constexpr int kGroupName = 4;  // by these each waits for its own warps
 
@@ -70,49 +54,10 @@ struct KernelArgs {
 
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
-struct Place {
-  int batch, head;
-  int begin;  // first query, which may be before 0
-};
-
-// The block's tile of a turn; false when there is none. Tiles lie in groups of heads, in a group the longest first; the
-// blocks take them in turns, every other turn in reverse, which evens out what each has to do.
+// First query of a tile, which may be before 0.
 template <typename Shape>
-__device__ __forceinline__ bool find_place(const KernelArgs& args, int turn, Place* place) {
-  const int blocks = gridDim.x, block = blockIdx.x;
-  const int64_t at = int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block);
-  if (at >= int64_t(args.tiles) * args.rows) return false;
-  const int tile = int(at);
-  const int first = tile / (args.group * args.tiles) * args.group;
-  const int size = min(args.group, args.rows - first);
-  const int within = tile - first * args.tiles;
-  const int rank = within / size, row = first + within - rank * size;
-  place->batch = row / args.heads;
-  place->head = row - place->batch * args.heads;
-  place->begin = args.queries - (rank + 1) * Shape::kRows;
-  return true;
-}
-
-// First token of the scale of this lane's number; of scales that are not there, a place that no token has.
-__device__ __forceinline__ int scale_begin(const KernelArgs& args) {
-  const int lane = threadIdx.x % 32;
-  int length = 0;
-  if (lane < args.scales) {
-    length = args.wide_lengths ? int(static_cast<const int64_t*>(args.lengths)[lane])
-                               : static_cast<const int*>(args.lengths)[lane];
-  }
-  unsigned through = length;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const unsigned other = __shfl_up_sync(kWarp, through, step);
-    if (lane >= step) through += other;
-  }
-  return lane < args.scales ? int(args.prefix + through - length) : INT_MAX;
-}
-
-// End of what a position sees, which never is before the position's own end. All lanes ask for the same one.
-__device__ __forceinline__ int end_of(int begin, int position, int keys) {
-  return min(__reduce_min_sync(kWarp, begin > position ? begin : keys), keys);
+__device__ __forceinline__ int begin_of(const KernelArgs& args, const Place& place) {
+  return args.queries - (place.rank + 1) * Shape::kRows;
 }
 
 // Steps through the keys of a tile: up to the end of its last row, which is a query.
@@ -120,18 +65,6 @@ template <typename Shape>
 __device__ __forceinline__ int steps_of(const KernelArgs& args, int begin_of_scale, int last_row) {
   return (end_of(begin_of_scale, last_row + args.keys - args.queries, args.keys) + Shape::kKeys - 1) / Shape::kKeys;
 }
-
-// A stage of the ring, and the parity of its barriers' phase.
-template <int kStages>
-struct Stage {
-  uint32_t at = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == kStages) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
 
@@ -153,12 +86,13 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
   Stage<Shape::kStages> keys, values;
   uint32_t held[kGroups] = {};  // tiles that each warpgroup had
   Place place;
-  for (int turn = 0; find_place<Shape>(args, turn, &place); ++turn) {
-    const int steps = steps_of<Shape>(args, begin_of_scale, place.begin + Shape::kRows - 1);
+  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+    const int begin = begin_of<Shape>(args, place);
+    const int steps = steps_of<Shape>(args, begin_of_scale, begin + Shape::kRows - 1);
     const int key_head = place.head / args.share;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const int first = place.begin + group * kHeldRows;
+      const int first = begin + group * kHeldRows;
       if (first <= -kHeldRows) continue;
       const uint32_t slot = (held[group] & 1) * kGroups + group, parity = held[group] >> 1 & 1;
       ++held[group];
@@ -199,22 +133,6 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
 
 // ---- softmax ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Of the four lanes that share a row.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kWarp, x, 1);
-  return x + __shfl_xor_sync(kWarp, x, 2);
-}
-
 // A thread's two rows: the largest score so far, in base 2, and the lane's share of the sum of weights.
 struct Rows {
   float top[2], weight[2];
@@ -250,12 +168,6 @@ __device__ __forceinline__ void weigh(float (&score)[kCount], Rows& rows, float 
     score[i] = exp2_of(kMasked ? score[i] - top[h] : fmaf(score[i], factor, -top[h]));
     rows.weight[h] += score[i];
   }
-}
-
-template <typename T, int kCount>
-__device__ __forceinline__ void pack(const float (&weight)[kCount], uint32_t (&word)[kCount / 2]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) word[i] = pack_word(weight[2 * i], weight[2 * i + 1], T{});
 }
 
 // ---- products --------------------------------------------------------------------------------------------------------
@@ -317,9 +229,9 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   if (group == kGroups - 1) named_arrive(kTurnsName, 256);  // the first turn is the first group's
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; find_place<Shape>(args, turn, &place); ++turn) {
-    const int first = place.begin + group * kHeldRows;
-    const int all_steps = steps_of<Shape>(args, begin_of_scale, place.begin + Shape::kRows - 1);
+  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+    const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
+    const int all_steps = steps_of<Shape>(args, begin_of_scale, begin + Shape::kRows - 1);
     int steps = 0;
     if (first > -kHeldRows) {
       steps = steps_of<Shape>(args, begin_of_scale, first + kHeldRows - 1);
@@ -329,13 +241,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
       if (whole < steps) {
         // Rows differ, or all end within a step.
         const int position[2] = {max(first + own_row, 0) + offset, max(first + own_row + 8, 0) + offset};
-        end[0] = end[1] = args.keys;
-        for (int i = 0; i < args.scales; ++i) {
-          const int begin = __shfl_sync(kWarp, begin_of_scale, i);
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            if (begin > position[h]) end[h] = min(end[h], begin);
-        }
+        ends_of(begin_of_scale, args.scales, position, args.keys, end);
       }
       end[0] -= own_column;
       end[1] -= own_column;
@@ -423,13 +329,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
       pack<T>(sum, word);
       named_sync(kGroupName + group, 128);
       if (first >= 0) {
-        char* const to = shared + slot * Shape::kHeldBytes + own_row * 128 + own_column * 2;
-#pragma unroll
-        for (int i = 0; i < kWidth / 4; ++i) {
-          const int unit = i / 2, h = i % 2;  // rows 8 apart have the same swizzle
-          *reinterpret_cast<uint32_t*>(to + unit / 8 * Shape::kHeldBox + h * 1024 + ((unit % 8 ^ own_row % 8) << 4)) =
-              word[i];
-        }
+        write_boxes(word, shared + slot * Shape::kHeldBytes);
         shared_written();
         named_sync(kGroupName + group, 128);
         if (thread == 0) {
@@ -441,11 +341,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
         }
       } else {
         T* const to = static_cast<T*>(args.out_data) + place.batch * args.out_batch + place.head * args.out_head;
-#pragma unroll
-        for (int i = 0; i < kWidth / 4; ++i) {
-          const int column = i / 2 * 8 + own_column, row = first + own_row + i % 2 * 8;
-          if (row >= 0 && column < args.width) *reinterpret_cast<uint32_t*>(to + row * args.out_row + column) = word[i];
-        }
+        write_rows(word, to, args.out_row, first, args.width);
       }
       leaving = true;
     }
@@ -464,12 +360,6 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   }
   if (thread == 0) store_wait();
 }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kHasProducts = true;
-#else
-constexpr bool kHasProducts = false;
-#endif
 
 // Grid: as many blocks as there are multiprocessors, or tiles.
 template <typename Shape>
@@ -510,41 +400,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 }
 
 // ---- launcher --------------------------------------------------------------------------------------------------------
-
-using EncodeTiled = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, through the runtime: the library is not linked with the driver.
-EncodeTiled* find_encode_tiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled*>(function)
-                                                                      : nullptr;
-}
-
-// A tensor [batch, heads, length, width] in boxes of `rows` by 64 channels.
-cudaError_t describe_tensor(CUtensorMap* map, const HeadsView& view, DType dtype, int batch, int heads, int length,
-                            int width, int rows) {
-  static EncodeTiled* const encode = find_encode_tiled();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[4] = {cuuint64_t(width), cuuint64_t(length), cuuint64_t(heads), cuuint64_t(batch)};
-  const int64_t steps[3] = {view.row_stride, view.head_stride, view.batch_stride};
-  cuuint64_t strides[3];
-  for (int i = 0; i < 3; ++i) strides[i] = sizes[i + 1] == 1 ? 16 : cuuint64_t(steps[i]) * 2;
-  const cuuint32_t box[4] = {kBox, cuuint32_t(rows), 1, 1}, element_strides[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             view.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 template <typename Shape>
 cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, cudaStream_t stream) {
@@ -612,13 +467,9 @@ cudaError_t launch_forward(const AttentionArgs& args, DType dtype, AttentionTile
 }  // namespace
 
 cudaError_t launch_attention_forward(const AttentionArgs& args, DType dtype, AttentionTile tile, cudaStream_t stream) {
-  int device = 0, major = 0, minor = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  const cudaError_t error = count_processors(&processors);
   if (error != cudaSuccess) return error;
-  if (major != 9 || minor != 0) return cudaErrorNotSupported;
   switch (dtype) {
     case DType::kBFloat16:
       return launch_forward<__nv_bfloat16>(args, dtype, tile, processors, stream);

@@ -38,4 +38,21 @@ enum class AttentionTile : int { kChosen = -1, kRows192Keys112 = 0, kRows128Keys
 // cudaErrorNotSupported.
 cudaError_t launch_attention_forward(const AttentionArgs& args, DType dtype, AttentionTile tile, cudaStream_t stream);
 
+// Its gradients.
+struct AttentionBackwardArgs {
+  HeadsView grad, out;               // [batch, heads, queries, width]
+  HeadsView q, k, v;                 // as the forward's
+  HeadsView grad_q, grad_k, grad_v;  // like q, k, v; written
+  const float *lse, *grad_lse;       // [batch, heads, queries], contiguous; grad_lse may be null
+  float* workspace;                  // aligned to 16 bytes, 2 (queries + 127) numbers a head; written
+  const void* lengths;               // these and what follows as the forward's
+  bool wide_lengths;
+  int batch, heads, share, queries, keys, width, scales, prefix;
+  int query_group, key_group;        // as the forward's group, of heads of queries and of heads of keys
+  float softmax_scale;
+};
+
+// Takes what the forward takes.
+cudaError_t launch_attention_backward(const AttentionBackwardArgs& args, DType dtype, cudaStream_t stream);
+
 }  // namespace unifiedar

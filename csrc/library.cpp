@@ -12,6 +12,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <climits>
+#include <optional>
+#include <utility>
 
 #include "attention_sm90.h"
 #include "codes.h"
@@ -150,9 +152,10 @@ HeadsView heads_view(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, Tensor out,
-                            Tensor lse, int64_t prefix, double softmax_scale, int64_t group, int64_t tile) {
-  AttentionArgs args{};
+// What forward and backward have in common.
+template <typename Args>
+void attention_sizes(Args& args, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                     const Tensor& lengths, int64_t prefix, double softmax_scale) {
   args.q = heads_view(q);
   args.k = heads_view(k);
   args.v = heads_view(v);
@@ -163,26 +166,68 @@ void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   args.width = int_of(q.size(3));
   args.keys = int_of(k.size(2));
   args.prefix = int_of(prefix);
-  args.group = int_of(group);
   args.scales = int_of(lengths.numel());
   args.wide_lengths = lengths.scalar_type() == ScalarType::Long;
   args.softmax_scale = static_cast<float>(softmax_scale);
   const int64_t key_heads = k.size(1);
   bool matches = q.numel() > 0 && k.numel() > 0 && args.heads % key_heads == 0 && args.queries <= args.keys &&
-                 args.group >= 1 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
+                 lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
                  lse.numel() == int64_t(args.batch) * args.heads * args.queries && args.width % 8 == 0 &&
                  args.width <= 128 && lengths.is_contiguous() && args.scales >= 1 && args.scales <= 32 &&
                  (args.wide_lengths || lengths.scalar_type() == ScalarType::Int) &&
                  k.size(0) == args.batch && k.size(3) == args.width;
   for (int i = 0; i < 4; ++i) matches = matches && v.size(i) == k.size(i) && out.size(i) == q.size(i);
-  for (const Tensor* other : {&k, &v}) matches = matches && other->scalar_type() == q.scalar_type();
-  STD_TORCH_CHECK(matches && out.scalar_type() == q.scalar_type(),
-                  "block_causal_attention_cuda: sizes or dtypes do not match, or are not such as it takes");
+  for (const Tensor* other : {&k, &v, &out}) matches = matches && other->scalar_type() == q.scalar_type();
+  STD_TORCH_CHECK(matches, "block_causal_attention_cuda: sizes or dtypes do not match, or are not such as it takes");
   args.share = args.heads / int_of(key_heads);
   args.lengths = lengths.data_ptr();
   args.lse = static_cast<float*>(lse.data_ptr());
+}
+
+int group_of(int64_t group) {
+  STD_TORCH_CHECK(group >= 1, "block_causal_attention_cuda: needs a group of at least 1, got ", group);
+  return int_of(group);
+}
+
+void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, Tensor out,
+                            Tensor lse, int64_t prefix, double softmax_scale, int64_t group, int64_t tile) {
+  AttentionArgs args{};
+  attention_sizes(args, q, k, v, out, lse, lengths, prefix, softmax_scale);
+  args.group = group_of(group);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   STD_CUDA_CHECK(launch_attention_forward(args, dtype_of(q), static_cast<AttentionTile>(tile), current_stream(q)));
+}
+
+void block_causal_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q,
+                                     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                     const Tensor& lengths, Tensor workspace, Tensor grad_q, Tensor grad_k,
+                                     Tensor grad_v, int64_t prefix, double softmax_scale, int64_t query_group,
+                                     int64_t key_group) {
+  AttentionBackwardArgs args{};
+  attention_sizes(args, q, k, v, out, lse, lengths, prefix, softmax_scale);
+  args.grad = heads_view(grad);
+  args.grad_q = heads_view(grad_q);
+  args.grad_k = heads_view(grad_k);
+  args.grad_v = heads_view(grad_v);
+  args.query_group = group_of(query_group);
+  args.key_group = group_of(key_group);
+  bool matches = workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Float &&
+                 workspace.numel() >= 2 * int64_t(args.batch) * args.heads * (args.queries + 127) &&
+                 reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0;
+  for (int i = 0; i < 4; ++i)
+    matches = matches && grad.size(i) == q.size(i) && grad_q.size(i) == q.size(i) && grad_k.size(i) == k.size(i) &&
+              grad_v.size(i) == k.size(i);
+  for (const Tensor* other : {&grad, &std::as_const(grad_q), &std::as_const(grad_k), &std::as_const(grad_v)})
+    matches = matches && other->scalar_type() == q.scalar_type();
+  if (grad_lse.has_value()) {
+    matches = matches && grad_lse->is_contiguous() && grad_lse->scalar_type() == ScalarType::Float &&
+              grad_lse->numel() == lse.numel();
+    args.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
+  }
+  STD_TORCH_CHECK(matches, "block_causal_attention_backward_cuda: sizes or dtypes do not match");
+  args.workspace = static_cast<float*>(workspace.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  STD_CUDA_CHECK(launch_attention_backward(args, dtype_of(q), current_stream(q)));
 }
 
 }  // namespace
@@ -193,6 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
   m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
   m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
+  m.impl("block_causal_attention_backward_cuda", TORCH_BOX(&unifiedar::block_causal_attention_backward));
   m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));
 }
 #endif  // USE_CUDA

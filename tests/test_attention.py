@@ -36,11 +36,6 @@ gpu_kernels = chosen(lambda *room: room[1] == "cuda" and room[0] != "eager" and 
 gpu_cuda = chosen(lambda *room: room[0] == "cuda" and served(*room))
 
 
-def backward_of(room):
-    """The backend of the gradients: the CUDA version has a forward alone."""
-    return "triton" if room[0] == "cuda" else room[0]
-
-
 def tensors(room, seed, batch, heads, groups, queries, keys, width, scale=1.0):
     """q, k, v, and gradients of out and lse."""
     _, device, dtype = room
@@ -267,7 +262,7 @@ def test_lengths_that_do_not_add_up_stay_inside(room):
     for lengths in ([-5, 60, -40, 25], [-1, -1], [2**31 - 1, 5]):
         schedule = torch.tensor(lengths, device=room[1])
         out, lse = FORWARD(q, k, v, [], schedule, 0, 0.2, room[0])
-        BACKWARD(grad, grad_lse, q, k, v, out, lse, [], schedule, 0, 0.2, backward_of(room))
+        BACKWARD(grad, grad_lse, q, k, v, out, lse, [], schedule, 0, 0.2, room[0])
 
 
 @rooms
@@ -565,6 +560,60 @@ def test_every_tile(room, tile):
             assert torch.equal(one, other)
 
 
+def gradients_cuda(values, lengths, prefix=0, groups=(None, None)):
+    """Gradients of the CUDA version, heads in groups of that many, in guarded buffers, from the eager out and lse."""
+    q, k, v, grad, grad_lse = values
+    out, lse = block_causal_attention(q, k, v, lengths, prefix=prefix, return_lse=True, backend="eager")
+    batch, heads, queries, width = q.shape
+    needed = batch * heads * 2 * (queries + 127)
+    workspace = torch.full((needed + 64,), torch.nan, device="cuda")
+    filled = [guarded(x.shape, x.dtype, "cuda") for x in (q, k, v)]
+    schedule = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    family._attention_backward_cuda(
+        grad, grad_lse, q, k, v, out, lse, schedule, workspace[:needed], *[buffer for buffer, _ in filled],
+        prefix, width**-0.5, groups[0] or batch * heads, groups[1] or batch * k.shape[1],
+    )  # fmt: skip
+    assert workspace[needed:].isnan().all(), "wrote behind the workspace"
+    for _, ok in filled:
+        ok()
+    return [buffer for buffer, _ in filled]
+
+
+def check_gradients_cuda(room, values, lengths, prefix=0, **where):
+    *inputs, grad, grad_lse = values
+
+    def eager(*args):
+        return block_causal_attention(*args, lengths, prefix=prefix, return_lse=True, backend="eager")
+
+    wide = [x.double() for x in inputs]
+    exact = everything(
+        lambda *args: oracle(*args, lengths, prefix, inputs[0].shape[3] ** -0.5), wide, grad.double(), grad_lse
+    )
+    peer = everything(eager, inputs, grad, grad_lse)
+    for name, *triple in zip(
+        NAMES[2:], gradients_cuda(values, lengths, prefix, **where), peer[2:], exact[2:], strict=True
+    ):
+        try:
+            assert_as_good_as_eager(*triple)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, D {inputs[0].shape[3]}, {lengths}: {error}") from error
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("width", [64, 96, 128, 32, 72, 104])
+def test_gradients_of_every_tile(room, width):
+    """One row more or less than so many tiles of rows held (64, 128) and passed by (48 to 128)."""
+    for length in (1, 47, 48, 49, 63, 64, 65, 95, 96, 97, 112, 127, 128, 129, 193, 257, 385):
+        lengths = [length // 3, length - length // 3]
+        check_gradients_cuda(room, tensors(room, length, 2, 2, 2, length, length, width), lengths)
+    values = tensors(room, 33, 5, 4, 2, 300, 680, width)
+    want = gradients_cuda(values, VAR_256)
+    for groups in ((1, 1), (3, 2), (19, 9), (20, 3)):
+        for one, other in zip(gradients_cuda(values, VAR_256, groups=groups), want, strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.gpu
 @gpu_kernels
 def test_sweep_of_schedules(room):
@@ -590,7 +639,7 @@ def test_two_thousand_launches_are_equal(room, width):
 
     def run():
         out, lse = FORWARD(q, k, v, VAR_256, None, 0, 0.125, room[0])
-        return out, lse, *BACKWARD(grad, grad_lse, q, k, v, out, lse, VAR_256, None, 0, 0.125, backward_of(room))
+        return out, lse, *BACKWARD(grad, grad_lse, q, k, v, out, lse, VAR_256, None, 0, 0.125, room[0])
 
     first = run()
     differ = torch.zeros((), dtype=torch.int64, device=room[1])
@@ -608,7 +657,7 @@ def test_cuda_graph_with_a_schedule_that_changes(room):
 
     def run(lengths):
         out, lse = FORWARD(*inputs, *lengths, 0, 0.125, room[0])
-        return out, lse, *BACKWARD(grad, grad_lse, *inputs, out, lse, *lengths, 0, 0.125, backward_of(room))
+        return out, lse, *BACKWARD(grad, grad_lse, *inputs, out, lse, *lengths, 0, 0.125, room[0])
 
     run(([], schedule))
     graph = torch.cuda.CUDAGraph()

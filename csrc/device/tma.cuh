@@ -23,6 +23,13 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& map, ui
       : "memory");
 }
 
+// Bytes of global memory as they lie there; addresses and count are multiples of 16. PTX ISA: cp.async.bulk.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // What threads wrote to shared memory before becomes visible to the copy engine and the matrix units.
 __device__ __forceinline__ void shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

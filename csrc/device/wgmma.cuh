@@ -37,7 +37,10 @@ __device__ __forceinline__ uint64_t describe_columns(uint32_t address, uint32_t 
 }
 constexpr uint32_t kNextRows = 2048;
 
-__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+// In 32 bits: the address has room to grow, and the upper half stays the constant that it is.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+  return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
 
 // Before the first product after other instructions touched its registers.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -74,10 +77,14 @@ __device__ __forceinline__ void settle(float (&d)[kCount]) {
 #define UNIFIEDAR_E48 "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
 #define UNIFIEDAR_E56 "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 #define UNIFIEDAR_E64 "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-#define UNIFIEDAR_DS64 UNIFIEDAR_D0 UNIFIEDAR_D8 UNIFIEDAR_D16 UNIFIEDAR_D24
-#define UNIFIEDAR_ES64 UNIFIEDAR_E0, UNIFIEDAR_E8, UNIFIEDAR_E16, UNIFIEDAR_E24
-#define UNIFIEDAR_DS96 UNIFIEDAR_DS64 UNIFIEDAR_D32 UNIFIEDAR_D40
-#define UNIFIEDAR_ES96 UNIFIEDAR_ES64, UNIFIEDAR_E32, UNIFIEDAR_E40
+#define UNIFIEDAR_DS48 UNIFIEDAR_D0 UNIFIEDAR_D8 UNIFIEDAR_D16
+#define UNIFIEDAR_ES48 UNIFIEDAR_E0, UNIFIEDAR_E8, UNIFIEDAR_E16
+#define UNIFIEDAR_DS64 UNIFIEDAR_DS48 UNIFIEDAR_D24
+#define UNIFIEDAR_ES64 UNIFIEDAR_ES48, UNIFIEDAR_E24
+#define UNIFIEDAR_DS80 UNIFIEDAR_DS64 UNIFIEDAR_D32
+#define UNIFIEDAR_ES80 UNIFIEDAR_ES64, UNIFIEDAR_E32
+#define UNIFIEDAR_DS96 UNIFIEDAR_DS80 UNIFIEDAR_D40
+#define UNIFIEDAR_ES96 UNIFIEDAR_ES80, UNIFIEDAR_E40
 #define UNIFIEDAR_DS112 UNIFIEDAR_DS96 UNIFIEDAR_D48
 #define UNIFIEDAR_ES112 UNIFIEDAR_ES96, UNIFIEDAR_E48
 #define UNIFIEDAR_DS128 UNIFIEDAR_DS112 UNIFIEDAR_D56
@@ -96,8 +103,32 @@ __device__ __forceinline__ void settle(float (&d)[kCount]) {
 // D = A B (`add` false) or D += A B, A by rows and B with its columns as rows, both in shared memory.
 template <typename T, int kColumns>
 __device__ __forceinline__ void multiply_rows(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(kColumns == 112 || kColumns == 128 || kColumns == 144, "no instruction of this size here");
-  if constexpr (kColumns == 112) {
+  static_assert(kColumns % 16 == 0 && kColumns >= 48 && kColumns <= 144, "no instruction of this size here");
+  if constexpr (kColumns == 48) {
+    if constexpr (std::is_same_v<T, __half>) {
+      UNIFIEDAR_WGMMA(48, "f16", "%24", "%25", "%26", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    } else {
+      UNIFIEDAR_WGMMA(48, "bf16", "%24", "%25", "%26", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    }
+  } else if constexpr (kColumns == 64) {
+    if constexpr (std::is_same_v<T, __half>) {
+      UNIFIEDAR_WGMMA(64, "f16", "%32", "%33", "%34", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    } else {
+      UNIFIEDAR_WGMMA(64, "bf16", "%32", "%33", "%34", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    }
+  } else if constexpr (kColumns == 80) {
+    if constexpr (std::is_same_v<T, __half>) {
+      UNIFIEDAR_WGMMA(80, "f16", "%40", "%41", "%42", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    } else {
+      UNIFIEDAR_WGMMA(80, "bf16", "%40", "%41", "%42", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    }
+  } else if constexpr (kColumns == 96) {
+    if constexpr (std::is_same_v<T, __half>) {
+      UNIFIEDAR_WGMMA(96, "f16", "%48", "%49", "%50", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    } else {
+      UNIFIEDAR_WGMMA(96, "bf16", "%48", "%49", "%50", "0, 0", "l"(a), "l"(b), "r"(int(add)));
+    }
+  } else if constexpr (kColumns == 112) {
     if constexpr (std::is_same_v<T, __half>) {
       UNIFIEDAR_WGMMA(112, "f16", "%56", "%57", "%58", "0, 0", "l"(a), "l"(b), "r"(int(add)));
     } else {

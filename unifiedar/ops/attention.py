@@ -145,9 +145,8 @@ def _attention_gradient(ctx, grad, grad_lse):
         return None, None, None, *nothing
     if grad is None:
         grad = torch.zeros_like(out)
-    backend = "triton" if ctx.backend == "cuda" else ctx.backend  # the forward alone has a CUDA version
     gradients = _block_causal_attention_backward(
-        grad, grad_lse, q, k, v, out, lse, ctx.lengths, schedule, ctx.prefix, ctx.softmax_scale, backend
+        grad, grad_lse, q, k, v, out, lse, ctx.lengths, schedule, ctx.prefix, ctx.softmax_scale, ctx.backend
     )
     return *gradients, *nothing
 
@@ -158,7 +157,12 @@ _attention_cuda = _native.define(
     "block_causal_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor(a!) out, Tensor(b!) lse, "
     "int prefix, float softmax_scale, int group, int tile) -> ()"
 )
-NEAR_BYTES = 16 << 20  # of keys and values in use at a time, a third of an H100's L2
+_attention_backward_cuda = _native.define(
+    "block_causal_attention_backward_cuda(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor lengths, Tensor(a!) workspace, Tensor(b!) grad_q, Tensor(c!) grad_k, Tensor(d!) grad_v, "
+    "int prefix, float softmax_scale, int query_group, int key_group) -> ()"
+)
+NEAR_BYTES = 16 << 20  # of keys and values (or queries and gradients) in use at a time, a third of an H100's L2
 CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes
 
 
@@ -186,6 +190,12 @@ def _attention_unfit_triton(q, k, v, lengths, schedule, prefix, softmax_scale) -
     return reason or _sizes_unfit(q, k)
 
 
+def _attention_backward_unfit_cuda(
+    grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale
+) -> str | None:
+    return _attention_unfit_cuda(q, k, v, lengths, schedule, prefix, softmax_scale)
+
+
 def _attention_backward_unfit_triton(
     grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale
 ) -> str | None:
@@ -206,13 +216,17 @@ def _in_boxes(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _group(rows: int, length: int, width: int) -> int:
+    """Heads whose tiles are interleaved: as many as there are, or as L2 holds two tensors (length, width) of."""
+    return min(rows, max(16, NEAR_BYTES // (2 * length * width * 2)))
+
+
 def _run_attention_cuda(q, k, v, lengths, schedule, prefix, softmax_scale):
     out, lse = _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale)
     if lse.numel():
-        near = max(16, NEAR_BYTES // (2 * k.shape[2] * k.shape[3] * k.element_size()))
         _attention_cuda(
             _in_boxes(q), _in_boxes(k), _in_boxes(v), _lengths_on(q.device, lengths, schedule), out, lse,
-            prefix, softmax_scale, min(q.shape[0] * q.shape[1], near), CHOSEN,
+            prefix, softmax_scale, _group(q.shape[0] * q.shape[1], *k.shape[2:]), CHOSEN,
         )  # fmt: skip
     return out, lse
 
@@ -227,6 +241,24 @@ def _run_attention_triton(q, k, v, lengths, schedule, prefix, softmax_scale):
             _native.capability(q), out, lse,
         )  # fmt: skip
     return out, lse
+
+
+def _run_attention_backward_cuda(
+    grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale
+):  # fmt: skip
+    gradients = _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale)
+    if not lse.numel():
+        return _all_zero(gradients)
+    batch, heads, queries, width = q.shape
+    groups, keys = k.shape[1:3]
+    workspace = lse.new_empty(batch * heads * 2 * (queries + 127))
+    _attention_backward_cuda(
+        _in_boxes(grad), None if grad_lse is None else grad_lse.contiguous(),
+        _in_boxes(q), _in_boxes(k), _in_boxes(v), _in_boxes(out), lse.contiguous(),
+        _lengths_on(q.device, lengths, schedule), workspace, *gradients, prefix, softmax_scale,
+        _group(batch * heads, keys, width), _group(batch * groups, heads // groups * queries, width),
+    )  # fmt: skip
+    return gradients
 
 
 def _run_attention_backward_triton(
@@ -265,7 +297,10 @@ _block_causal_attention_backward = Op(
     "Tensor lse, SymInt[] lengths, Tensor? schedule, SymInt prefix, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     eager=_attention_backward_eager,
     fake=_attention_backward_fake,
-    backends=(Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton),),
+    backends=(
+        Backend("cuda", _run_attention_backward_cuda, _attention_backward_unfit_cuda, "not run on a GPU yet"),
+        Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton),
+    ),
 )
 
 
@@ -321,8 +356,7 @@ def block_causal_attention(
         prefix: tokens in front that everybody sees.
         softmax_scale: factor on the scores, at least 0; None is 1 / sqrt(D).
         return_lse: whether to return the logarithm of the sum of exponentials too.
-        backend: "auto", "cuda" (compute capability 9.0, bfloat16 or float16; its gradients are Triton's), "triton" or
-            "eager".
+        backend: "auto", "cuda" (compute capability 9.0, bfloat16 or float16), "triton" or "eager".
 
     Returns:
         (B, H, Lq, D) in q's dtype and, if D is innermost there, memory order; with `return_lse` also lse (B, H, Lq),
