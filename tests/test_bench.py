@@ -498,7 +498,8 @@ def test_the_committed_scoreboard_is_what_the_committed_results_give(tmp_path, m
 def test_command_lists_the_cases(capsys):
     assert main(["list", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["attention", "codes", "models", "norm"]
+    found = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert found == ["attention", "codes", "models", "norm", "sample"]
     assert "vila-u-384/cumulative" in out
     assert "F.embedding_bag" in out
 
