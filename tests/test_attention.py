@@ -494,11 +494,11 @@ def test_what_the_kernels_do_not_take(monkeypatch):
 
 
 def test_lengths_are_copied_once():
-    family._kept_lengths.cache_clear()
+    _native._kept_integers.cache_clear()
     for _ in range(3):
         block_causal_attention(Q, K, K, [4, 6])
         block_causal_attention(Q, K, K, (4, 6))
-    assert family._kept_lengths.cache_info().misses == 1
+    assert _native._kept_integers.cache_info().misses == 1
 
 
 # ---- on a GPU only ---------------------------------------------------------------------------------------------------
