@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains the model "emoji" from the icon sets to the figures of its card:
+# Trains the model "emoji" from the icon sets. The weights that ship are of an earlier state of it: MODEL_CARD.md says what
+# has changed since ("What falls short").
 #   bash docs/recipes/emoji.sh PACKAGES OUT [GPUS]
 # PACKAGES: folder with the unpacked npm packages @iconify-json/{noto,twemoji,fluent-emoji-flat}, e.g. node_modules/@iconify-json
 # OUT: gets data/, tower/, unified/, model/ (8 bits, what ships) and quality/. GPUS: how many, 1 if absent.

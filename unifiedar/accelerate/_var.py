@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unifiedar.accelerate._swap import Adapter, Swap, class_of, original, overridden
+from unifiedar.nn.codes_multiscale import phi_of
 from unifiedar.ops import Phi, multiscale_inputs, multiscale_lookup, multiscale_quantize, next_scale_input
 
 __all__ = ["ADAPTERS"]
@@ -32,14 +33,8 @@ def _convolutions(module: Any) -> list[nn.Conv2d]:
 def _phi(module: Any, scale: int | None = None) -> Phi | None:
     """Its convolutions, or the one of a scale, uncopied."""
     convs: list[Any] = _convolutions(module)
-    if not convs:
-        return None
-    if scale is not None:
-        convs = [convs[Phi.indices_of(len(convs), len(module.v_patch_nums))[scale]]]
-    if len(convs) == 1:
-        return Phi(convs[0].weight[None], convs[0].bias[None], convs[0].resi_ratio)
-    weight, bias = (torch.stack([getattr(one, name) for one in convs]) for name in ("weight", "bias"))
-    return Phi(weight, bias, convs[0].resi_ratio)
+    ratio = convs[0].resi_ratio if convs else 0.0
+    return phi_of(module.quant_resi, ratio, scale, len(module.v_patch_nums))
 
 
 def _why_not(module: Any) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unifiedar.ops import Phi, multiscale_inputs, multiscale_lookup, multiscale_quantize, next_scale_input
 
-__all__ = ["MultiScaleQuantized", "MultiScaleQuantizer"]
+__all__ = ["MultiScaleQuantized", "MultiScaleQuantizer", "phi_of"]
 
 Scale = int | tuple[int, int]
 
@@ -25,6 +25,26 @@ class MultiScaleQuantized(NamedTuple):
     features: Tensor  # (B, C, H, W) float32
     usages: list[float] | None  # percent of the codes in use, by scale
     loss: Tensor  # () float32
+
+
+def phi_of(module: nn.Module, ratio: float, step: int | None = None, steps: int = 1) -> Phi | None:
+    """The convolutions in a module as the ops take them, None if there are none.
+
+    Args:
+        module: holds the 3 x 3 convolutions, in VAR's order.
+        ratio: share of the convolution in what follows upsampling.
+        step, steps: ask for the one convolution of scale `step` of `steps`, uncopied; else all of them, stacked.
+    """
+    convs = [one for one in module.modules() if isinstance(one, nn.Conv2d)]
+    if not convs:
+        return None
+    if step is not None:
+        convs = [convs[Phi.indices_of(len(convs), steps)[step]]]
+    pairs = [(one.weight, cast(Tensor, one.bias)) for one in convs]
+    if len(pairs) == 1:
+        return Phi(pairs[0][0][None], pairs[0][1][None], ratio)
+    weight, bias = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    return Phi(weight, bias, ratio)
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -88,21 +108,10 @@ class MultiScaleQuantizer(nn.Module):
     @property
     def phi(self) -> Phi | None:
         """The convolutions as the ops take them: stacked, so one copy of them."""
-        convs = cast(list[nn.Conv2d], [one for one in self.quant_resi.modules() if isinstance(one, nn.Conv2d)])
-        if not convs:
-            return None
-        if len(convs) == 1:
-            return Phi(convs[0].weight[None], cast(Tensor, convs[0].bias)[None], self.ratio)
-        bias = torch.stack([cast(Tensor, one.bias) for one in convs])
-        return Phi(torch.stack([one.weight for one in convs]), bias, self.ratio)
+        return phi_of(self.quant_resi, self.ratio)
 
     def _phi_of(self, step: int) -> Phi | None:
-        """The one convolution of a scale, uncopied."""
-        convs = cast(list[nn.Conv2d], [one for one in self.quant_resi.modules() if isinstance(one, nn.Conv2d)])
-        if not convs:
-            return None
-        one = convs[Phi.indices_of(len(convs), len(self.scales))[step]]
-        return Phi(one.weight[None], cast(Tensor, one.bias)[None], self.ratio)
+        return phi_of(self.quant_resi, self.ratio, step, len(self.scales))
 
     def forward(self, x: Tensor, ret_usages: bool = False) -> MultiScaleQuantized:
         """Quantize x (B, C, H, W) float for training the tokenizer; in float32 whatever the dtype of x, or autocast.

@@ -31,6 +31,18 @@ def check_same_device(function: str, argument: str, value: torch.Tensor, other: 
         raise ValueError(f"{function}: {argument} must be on the device of {other} ({like.device}), got {value.device}")
 
 
+def check_heads(function: str, **tensors: Any) -> None:
+    """Raises unless all are tensors (batch, heads, length, D) of one dtype, on one device: the first one's."""
+    first, like = next(iter(tensors.items()))
+    for argument, value in tensors.items():
+        check_tensor(function, argument, value)
+        if value.ndim != 4:
+            raise ValueError(f"{function}: {argument} must be (batch, heads, length, D), got {tuple(value.shape)}")
+        if value.dtype != like.dtype:
+            raise TypeError(f"{function}: {argument} must have the dtype of {first}, {like.dtype}, got {value.dtype}")
+        check_same_device(function, argument, value, first, like)
+
+
 def check_integer(function: str, argument: str, value: Any, low: int) -> None:
     """Raises TypeError unless `value` is an integer, ValueError if it is below `low`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -371,19 +371,13 @@ def block_causal_attention(
     Note:
         Differentiable once in q, k and v, through lse too. Softmax and sums are float32; the eager backend rounds
         scores and weights to the dtype of q, as products in that dtype do, and holds them all (B H Lq L). The kernels
-        (for now on request alone: backend="cuda", backend="triton") hold none and are bit-equal between runs, forward
-        and backward; Triton's float32 products are three TF32 products each. Never under autocast. No host sync with a
-        tensor; integers are copied to the device at the first call with that schedule (in a CUDA graph, if that is
-        captured). A new schedule compiles nothing.
+        (CUDA's, for Hopper and forward alone, for now only where asked for) hold none and are bit-equal between runs,
+        forward and backward; Triton's float32 products are three TF32 products each. Never under autocast. No host sync
+        with a tensor; integers are copied to the device at the first call with that schedule (in a CUDA graph, if that
+        is captured). A new schedule compiles nothing.
     """
     function = "block_causal_attention"
-    for argument, value in (("q", q), ("k", k), ("v", v)):
-        _checks.check_tensor(function, argument, value)
-        if value.ndim != 4:
-            raise ValueError(f"{function}: {argument} must be (batch, heads, length, D), got {tuple(value.shape)}")
-        if value.dtype != q.dtype:
-            raise TypeError(f"{function}: {argument} must have the dtype of q, {q.dtype}, got {value.dtype}")
-        _checks.check_same_device(function, argument, value, "q", q)
+    _checks.check_heads(function, q=q, k=k, v=v)
     batch, heads, queries, width = q.shape
     groups, length = k.shape[1:3]
     if width % 8 or not 32 <= width <= 128:

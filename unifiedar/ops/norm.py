@@ -396,15 +396,7 @@ def qk_norm_rope(
 
 
 def _check_heads(function: str, q: Any, k: Any, v: Any) -> None:
-    for argument, value in (("q", q), ("k", k), ("v", v)):
-        if value is None and argument == "v":
-            continue
-        _checks.check_tensor(function, argument, value)
-        if value.ndim != 4:
-            raise ValueError(f"{function}: {argument} must be (batch, heads, length, D), got {tuple(value.shape)}")
-        if value.dtype != q.dtype:
-            raise TypeError(f"{function}: {argument} must have the dtype of q, {q.dtype}, got {value.dtype}")
-        _checks.check_same_device(function, argument, value, "q", q)
+    _checks.check_heads(function, q=q, k=k, **({} if v is None else {"v": v}))
     batch, _, length, width = q.shape
     if width < 1:
         raise ValueError(f"{function}: q must have at least one channel, got {tuple(q.shape)}")
