@@ -561,9 +561,12 @@ def test_every_tile(room, tile):
 
 
 def gradients_cuda(values, lengths, prefix=0, groups=(None, None)):
-    """Gradients of the CUDA version, heads in groups of that many, in guarded buffers, from the eager out and lse."""
+    """Gradients of the CUDA version, heads in groups of that many, in guarded buffers, from its own out and lse.
+
+    (Eager's lse is of scores rounded to half precision; weights that do not add up to one would come of it.)
+    """
     q, k, v, grad, grad_lse = values
-    out, lse = block_causal_attention(q, k, v, lengths, prefix=prefix, return_lse=True, backend="eager")
+    out, lse = block_causal_attention(q, k, v, lengths, prefix=prefix, return_lse=True, backend="cuda")
     batch, heads, queries, width = q.shape
     needed = batch * heads * 2 * (queries + 127)
     workspace = torch.full((needed + 64,), torch.nan, device="cuda")

@@ -328,9 +328,12 @@ def check_statistics(residuals, codes, num_codes, backend):
     want, exact = statistics_oracle(residuals, codes, num_codes)
     assert counts.tolist() == want.tolist()
     assert counts.dtype == sums.dtype == (torch.float64 if residuals.dtype == torch.float64 else torch.float32)
-    # Eager on the CPU: on a GPU it adds with atomics, in another order every time.
+    # Eager on the CPU: on a GPU it adds with atomics, in another order every time, now better and now worse.
     _, eager = ops.code_statistics(residuals.cpu(), codes.cpu(), num_codes, backend="eager")
-    assert_as_good_as_eager(sums.cpu(), eager, exact.cpu())
+    if backend == "eager" and sums.is_cuda:
+        torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-2)
+    else:
+        assert_as_good_as_eager(sums.cpu(), eager, exact.cpu())
     return counts, sums
 
 
