@@ -177,6 +177,8 @@ def run_family(
         commit: of the sources (see `bench._results.environment`).
         budget_s: seconds of samples per case.
         report: called with a line of text per variant as results come in.
+
+    An interrupt (Ctrl-C) ends the run at the case before.
     """
     device = torch.device(device)
     on_matrix_units = any(case.on_matrix_units for case in cases)
@@ -187,8 +189,14 @@ def run_family(
     before = ceilings()
     rows = []
     for case in cases:
-        prepared = prepare(case, device)
-        timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s)
+        try:
+            prepared = prepare(case, device)
+            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            report(f"interrupted at {case.name}; what was measured before is kept")
+            break
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
@@ -212,9 +220,9 @@ def run_family(
     # A roof is the best seen: one measured once is low when something else is going on, and no work can be above it.
     copy, best_matmul = map(max, before, ceilings())
     matmul = best_matmul or None
-    for i, case in enumerate(cases):
-        floor_ms, floor = _floor(case, copy, matmul)
-        rows[i] = replace(rows[i], floor_ms=floor_ms, floor=floor)
+    for i, row in enumerate(rows):
+        floor_ms, floor = _floor(cases[i], copy, matmul)
+        rows[i] = replace(row, floor_ms=floor_ms, floor=floor)
     return Run(family, environment(device, copy_bytes_per_s=copy, matmul_flops_per_s=matmul, commit=commit), rows)
 
 

@@ -253,7 +253,7 @@ def _pool_columns(pooled, i, j, inside, h, w, height, width):
 @triton.jit
 def _corner(place, extent, size):
     """Of each place on a side of `size`: the two neighbours on a side of `extent`, and the second one's weight."""
-    scale = tl.div_rn(extent.to(tl.float32), size.to(tl.float32))
+    scale = tl.div_rn(extent * 1.0, size * 1.0)  # a size of one is a constant, which has no .to
     source = tl.maximum((place.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     low = tl.minimum(source.to(tl.int32), extent - 1)
     return low, tl.minimum(low + 1, extent - 1), source - low.to(tl.float32)

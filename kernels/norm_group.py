@@ -79,7 +79,7 @@ def group_norm_parts_kernel(
         at = start + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
         tile = tl.load(at, mask=present, other=0.0).to(tl.float32)
         count = tl.minimum(tl.maximum(left - begin, 0), BLOCK_P).to(tl.float32)
-        own = tl.sum(tile, axis=0) / tl.maximum(count, 1.0)
+        own = tl.div_rn(tl.sum(tile, axis=0), tl.maximum(count, 1.0))  # of a constant, exactly the constant
         apart = tl.where(present, tile - own[None, :], 0.0)
         # A tile beyond the last pixel counts nothing: its factors are zero.
         total = seen + count
@@ -121,7 +121,7 @@ def group_norm_moments_kernel(
         share = tl.minimum(run, pixels - chunk * run).to(tl.float32)
         means = tl.load(at, mask=present, other=0.0)
         total += tl.sum(tl.where(present, means * share[:, None], 0.0), axis=0)
-    mean = tl.sum(total, axis=0) / entries
+    mean = tl.div_rn(tl.sum(total, axis=0), entries)
     total = tl.zeros([BLOCK_W], tl.float32)
     for begin in range(0, chunks, BLOCK_N):
         chunk = begin + tl.arange(0, BLOCK_N)

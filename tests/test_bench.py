@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))
 
 from bench import _results, _scoreboard, _time  # noqa: E402
 from bench.__main__ import main  # noqa: E402
-from bench._case import Case, Variant, against, families, family_cases, run_family  # noqa: E402
+from bench._case import Case, Variant, against, families, family_cases, prepare, run_family  # noqa: E402
 from bench._pytest import CLOCK, run  # noqa: E402
 from bench._results import CaseResult, Environment, ResultsError, Run  # noqa: E402
 from bench._time import Timing, measure  # noqa: E402
@@ -358,6 +358,23 @@ def test_run_family_times_ours_backends_and_peers(tmp_path):
     assert (case.sets, case.backend, case.dtype) == (4, "eager", "float32")
     assert len(lines) == 5
     assert _results.read(_results.write(run, tmp_path)) == run
+
+
+def test_an_interrupt_keeps_what_was_measured(monkeypatch):
+    cases = [_case(), replace(_case(), name="second")]
+
+    def interrupted(case, device):
+        if case.name == "second":
+            raise KeyboardInterrupt
+        return prepare(case, device)
+
+    monkeypatch.setattr("bench._case.prepare", interrupted)
+    lines = []
+    run = run_family("toy", cases, CPU, budget_s=0.02, commit="c", report=lines.append)
+    assert [case.name for case in run.cases] == [cases[0].name]
+    assert "second" in lines[-1]
+    with pytest.raises(KeyboardInterrupt):
+        run_family("toy", cases[1:], CPU)
 
 
 def test_matrix_work_has_a_floor_by_operations():

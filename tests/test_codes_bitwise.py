@@ -623,12 +623,6 @@ def test_what_the_kernels_do_not_take(monkeypatch):
         assert "bfloat16" in registry["bitwise_lookup"].explain(labels, 0, True, torch.bfloat16)["triton"]
 
 
-def test_auto_leaves_what_has_not_run_alone():
-    for name in KERNELS:
-        assert [backend.name for backend in registry[name].backends] == ["triton", "eager"]
-        assert registry[name].backends[0].on_request == "not run on a GPU yet"
-
-
 # ---- torch.library, torch.compile ------------------------------------------------------------------------------------
 
 

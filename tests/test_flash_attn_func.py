@@ -33,9 +33,9 @@ def test_vectors_stand_for_scales(device, lengths, dtype):
         *inputs, dropout_p=0, softmax_scale=1.0, VAR_visible_kvlen=visible, VAR_invisible_qlen=invisible
     )
     want = masked(*inputs, mask_of(lengths, device=device), 1.0)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for one, other in zip(*(torch.autograd.grad(x.sin().sum(), inputs) for x in (got, want)), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)
     named = flash_attn_func(
         *inputs, softmax_scale=1.0, Infinity_visible_kvlen=visible, Infinity_invisible_qlen=invisible
     )

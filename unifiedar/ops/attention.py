@@ -285,7 +285,7 @@ _block_causal_attention = Op(
     eager=_attention_eager,
     fake=_attention_fake,
     backends=(
-        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda, "its repeats have not run on a GPU yet"),
+        Backend("cuda", _run_attention_cuda, _attention_unfit_cuda),
         Backend("triton", _run_attention_triton, _attention_unfit_triton),
     ),
     setup_context=_attention_setup,
@@ -298,7 +298,7 @@ _block_causal_attention_backward = Op(
     eager=_attention_backward_eager,
     fake=_attention_backward_fake,
     backends=(
-        Backend("cuda", _run_attention_backward_cuda, _attention_backward_unfit_cuda, "not run on a GPU yet"),
+        Backend("cuda", _run_attention_backward_cuda, _attention_backward_unfit_cuda),
         Backend("triton", _run_attention_backward_triton, _attention_backward_unfit_triton),
     ),
 )

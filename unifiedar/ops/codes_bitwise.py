@@ -393,8 +393,6 @@ def _sum_gradient(ctx, grad_total, grad_inputs):
 
 # ---- backends --------------------------------------------------------------------------------------------------------
 
-_UNTRIED = "not run on a GPU yet"
-
 
 def _unfit_rows(tensor: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no kernel can run on rows of a tensor, with features of a dtype."""
@@ -555,28 +553,28 @@ _bitwise_pack = Op(
     "bitwise_pack(Tensor bits) -> Tensor",
     eager=_pack_eager,
     fake=_pack_fake,
-    backends=(Backend("triton", _run_pack_triton, _pack_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_pack_triton, _pack_unfit_triton),),
 )
 
 _bitwise_unpack = Op(
     "bitwise_unpack(Tensor packed, SymInt dim) -> Tensor",
     eager=_unpack_eager,
     fake=_unpack_fake,
-    backends=(Backend("triton", _run_unpack_triton, _unpack_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_unpack_triton, _unpack_unfit_triton),),
 )
 
 _bitwise_lookup = Op(
     "bitwise_lookup(Tensor bits, SymInt dim, bool spherical, ScalarType dtype) -> Tensor",
     eager=_lookup_eager,
     fake=_lookup_fake,
-    backends=(Backend("triton", _run_lookup_triton, _lookup_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_lookup_triton, _lookup_unfit_triton),),
 )
 
 _bitwise_quantize = Op(
     "bitwise_quantize(Tensor x, bool spherical, bool packed, float? inv_temperature) -> (Tensor, Tensor, Tensor)",
     eager=_quantize_eager,
     fake=_quantize_fake,
-    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton),),
     setup_context=_quantize_setup,
     backward=_quantize_gradient,
 )
@@ -586,7 +584,7 @@ _bitwise_quantize_backward = Op(
     "-> Tensor",
     eager=_quantize_backward_eager,
     fake=_quantize_backward_fake,
-    backends=(Backend("triton", _run_quantize_backward_triton, _quantize_backward_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_quantize_backward_triton, _quantize_backward_unfit_triton),),
 )
 
 _bitwise_pyramid = Op(
@@ -594,7 +592,7 @@ _bitwise_pyramid = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     eager=_pyramid_eager,
     fake=_pyramid_fake,
-    backends=(Backend("triton", _run_pyramid_triton, _pyramid_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_pyramid_triton, _pyramid_unfit_triton),),
     setup_context=_pyramid_setup,
     backward=_pyramid_gradient,
 )
@@ -604,7 +602,7 @@ _bitwise_sum = Op(
     "bool inputs) -> (Tensor, Tensor)",
     eager=_sum_eager,
     fake=_sum_fake,
-    backends=(Backend("triton", _run_sum_triton, _sum_unfit_triton, _UNTRIED),),
+    backends=(Backend("triton", _run_sum_triton, _sum_unfit_triton),),
     setup_context=_sum_setup,
     backward=_sum_gradient,
 )

@@ -320,8 +320,6 @@ def _lookup_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 # ---- backends --------------------------------------------------------------------------------------------------------
 
-_ON_REQUEST = "not run on a GPU yet"
-
 
 def _unfit_triton(*tensors: Tensor) -> str | None:
     """Why the kernels cannot take these tensors; the last two are the codebook and the convolutions' weight."""
@@ -439,7 +437,7 @@ _multiscale_quantize = Op(
     "str metric) -> Tensor",
     eager=_quantize_eager,
     fake=_quantize_fake,
-    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton, _ON_REQUEST),),
+    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton),),
 )
 
 _multiscale_lookup = Op(
@@ -447,7 +445,7 @@ _multiscale_lookup = Op(
     "str what) -> Tensor",
     eager=_lookup_eager,
     fake=_lookup_fake,
-    backends=(Backend("triton", _run_lookup_triton, _lookup_unfit_triton, _ON_REQUEST),),
+    backends=(Backend("triton", _run_lookup_triton, _lookup_unfit_triton),),
     setup_context=_lookup_setup,
     backward=_lookup_gradient,
 )
@@ -464,7 +462,7 @@ _next_scale_input = Op(
     "int[] scales, int step) -> (Tensor, Tensor)",
     eager=_next_eager,
     fake=_next_fake,
-    backends=(Backend("triton", _run_next_triton, _next_unfit_triton, _ON_REQUEST),),
+    backends=(Backend("triton", _run_next_triton, _next_unfit_triton),),
 )
 
 

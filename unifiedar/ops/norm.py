@@ -280,14 +280,13 @@ def _given(grad: Tensor | None, like: Tensor) -> Tensor:
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
-_NOT_RUN = "not run on a GPU yet"
 _SETTINGS = "str norm, float eps, Tensor? gain, Tensor? q_weight, Tensor? k_weight, Tensor? rope"
 
 _qk_norm_rope = Op(
     f"qk_norm_rope(Tensor q, Tensor k, {_SETTINGS}) -> (Tensor, Tensor)",
     eager=_qk_eager,
     fake=_qk_fake,
-    backends=(Backend("triton", _run_qk_triton, _unfit_triton, _NOT_RUN),),
+    backends=(Backend("triton", _run_qk_triton, _unfit_triton),),
     setup_context=_qk_setup,
     backward=_qk_gradient,
 )
@@ -297,7 +296,7 @@ _qk_norm_rope_backward = Op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     eager=_qk_backward_eager,
     fake=_qk_backward_fake,
-    backends=(Backend("triton", _run_backward_triton, _backward_unfit_triton, _NOT_RUN),),
+    backends=(Backend("triton", _run_backward_triton, _backward_unfit_triton),),
 )
 
 _qk_norm_rope_out = Op(
@@ -305,7 +304,7 @@ _qk_norm_rope_out = Op(
     "Tensor(c!)? out_v) -> ()",
     eager=_out_eager,
     fake=_out_fake,
-    backends=(Backend("triton", _fill_triton, _out_unfit_triton, _NOT_RUN),),
+    backends=(Backend("triton", _fill_triton, _out_unfit_triton),),
 )
 
 

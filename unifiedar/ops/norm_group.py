@@ -113,7 +113,7 @@ _group_norm = Op(
     "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor",
     eager=_norm_eager,
     fake=_norm_fake,
-    backends=(Backend("triton", _run_norm_triton, _norm_unfit_triton, on_request="not run on a GPU yet"),),
+    backends=(Backend("triton", _run_norm_triton, _norm_unfit_triton),),
     setup_context=_norm_setup,
     backward=_norm_gradient,
 )

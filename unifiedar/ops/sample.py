@@ -157,7 +157,7 @@ _sample_codes = Op(
     "Tensor? top_k_rows, float top_p, Tensor? top_p_rows, Tensor? noise) -> Tensor",
     eager=_sample_eager,
     fake=_sample_fake,
-    backends=(Backend("triton", _run_triton, _unfit_triton, on_request="not run on a GPU yet"),),
+    backends=(Backend("triton", _run_triton, _unfit_triton),),
 )
 
 
