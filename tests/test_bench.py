@@ -361,7 +361,7 @@ def test_run_family_times_ours_backends_and_peers(tmp_path):
 
 
 def test_an_interrupt_keeps_what_was_measured(monkeypatch):
-    cases = [_case(), replace(_case(), name="second")]
+    cases = [_case(), dataclasses.replace(_case(), name="second")]
 
     def interrupted(case, device):
         if case.name == "second":
