@@ -108,7 +108,7 @@ def _published(vision: SiglipConfig, resolution: int, depth: int, latent_grid: i
 
 
 # For models that know their few thousand pictures by heart: guidance, or a bold draw, leads away from what is known.
-_BY_HEART = Sampling(guidance=1.0, temperature=0.5, top_k=0, top_p=0.9)
+_BY_HEART = Sampling(guidance=1.0, temperature=0.25, top_k=0, top_p=0.9)
 
 
 class VisionTower(nn.Module):
