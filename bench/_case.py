@@ -187,7 +187,7 @@ def run_family(
         return copy_rate(device), matmul_rate(device) if on_matrix_units else 0.0
 
     before = ceilings()
-    rows = []
+    rows: list[CaseResult] = []
     for case in cases:
         try:
             prepared = prepare(case, device)
