@@ -1,12 +1,12 @@
 // Depth-transformer decoding in one launch: a block on every multiprocessor streams its share of the weights from the
 // first depth to the last, and all wait for each other between one matrix and the next.
 //
-// A matrix is cut into tiles of 16 outputs; a block computes whole tiles (every gridDim-th), its 16 warps sharing the
+// A matrix is cut into tiles of 16 outputs; a block computes whole tiles (every gridDim-th), its 8 warps sharing the
 // inputs by chunks of 64, and adds their parts in shared memory in the order of the warps: no partial sums between blocks,
 // no atomics on numbers, one result. Weights lie packed as the matrix units take them (see DepthLayout), so that a lane
-// loads its 16 bytes of a 16 x 16 piece from global memory to registers. Each warp has two chunks (8 loads a lane, 64 KB a
-// block) in flight; the next matrix' first two are asked for before the wait for what it is multiplied with, and the ones
-// behind them are fetched into the second cache. So memory works while blocks wait.
+// loads its 16 bytes of a 16 x 16 piece from global memory to registers. Each warp has four chunks (16 loads a lane, 64 KB
+// a block) in flight; the next matrix' first four are asked for before the wait for what it is multiplied with, and the
+// ones behind them are fetched into the second cache. So memory works while blocks wait.
 //
 // The k-th input of a 64-wide chunk goes where its lane can read eight neighbours at once: piece j (0..3) of the chunk has
 // at column slot 2 t + e of the instruction the input 32 (j / 2) + 8 t + 4 (j % 2) + e, and at slot 2 t + 8 + e the one two
@@ -22,7 +22,8 @@
 namespace unifiedar {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // few, so that each has registers for its loads in flight
+constexpr int kSlots = 4;                  // chunks that a warp has in flight
 constexpr int kChunk = 64;                 // inputs that a warp takes at a time
 constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
@@ -32,7 +33,7 @@ constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
 constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
 constexpr int kStageAt = kRedBytes + kStatBytes;
 constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
-constexpr int kHeld = 4;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
+constexpr int kHeld = 6;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
 constexpr int kAhead = 48, kAheadDrawing = 96;  // chunks that a block fetches into the second cache (2 KB each)
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 
@@ -46,10 +47,10 @@ struct DepthLayout {
   int64_t block, qkv, proj, up, down;                        // a block's matrices, and where they are in it
   int64_t block_vectors;                                     // norm1 gain, bias; qkv, proj; norm2 gain, bias; up, down
 
-  __host__ __device__ static int64_t matrix(int64_t outputs, int64_t inputs) {
+  static int64_t matrix(int64_t outputs, int64_t inputs) {
     return (outputs + 15) / 16 * 16 * ((inputs + kChunk - 1) / kChunk * kChunk);
   }
-  __host__ __device__ explicit DepthLayout(const DepthSizes& s) {
+  explicit DepthLayout(const DepthSizes& s) {
     const int64_t dim = s.dim;
     code = 0;
     hidden = code + matrix(dim, s.code_dim);
@@ -114,17 +115,18 @@ __device__ __forceinline__ uint4 pack(const float (&value)[8]) {
           pack_word(value[6], value[7], T{})};
 }
 
-// The weights that a warp reads of one matrix after another. Unit u of a matrix is chunk warp + 16 (u % own) of the
+// The weights that a warp reads of one matrix after another. Unit u of a matrix is chunk warp + 8 (u % own) of the
 // block's tile u / own.
 struct Stream {
-  uint4 ring[2][kPieces];
+  uint4 ring[kSlots][kPieces];
   const uint4* next;  // of the unit that is asked for next
   int own;            // chunks of a tile that are this warp's
   int chunk, left;    // of those the next one; units not asked for yet
   int64_t over;       // from a tile's last chunk of this warp to the next tile's first
   int tiles;          // of the block
+  bool started;
 
-  __device__ __forceinline__ void begin(const Matrix& matrix) {
+  __device__ __forceinline__ void aim(const Matrix& matrix) {
     const int warp = threadIdx.x / 32;
     tiles = (matrix.tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
     own = (matrix.chunks - warp + kWarps - 1) / kWarps;
@@ -133,16 +135,21 @@ struct Stream {
     left = tiles * own;
     over = (int64_t(gridDim.x) * matrix.chunks - int64_t(own - 1) * kWarps) * kChunkLoads;
     next = matrix.weights + (int64_t(blockIdx.x) * matrix.chunks + warp) * kChunkLoads + threadIdx.x % 32;
-    ask<0>();
-    ask<1>();
+    started = false;
   }
 
-  template <int kSlot>
-  __device__ __forceinline__ void ask() {
+  __device__ __forceinline__ void start() {
+    started = true;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) ask(slot);
+  }
+
+  // The slot must be known to the compiler: registers have no index.
+  __device__ __forceinline__ void ask(int slot) {
     if (left <= 0) return;
     --left;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) ring[kSlot][i] = load_weights(next + i * 32);
+    for (int i = 0; i < kPieces; ++i) ring[slot][i] = load_weights(next + i * 32);
     if (++chunk == own) {
       chunk = 0;
       next += over;
@@ -152,12 +159,12 @@ struct Stream {
   }
 };
 
-// Has chunks first .. last - 1 of the block's share of a matrix fetched into the second cache, by the first warp.
+// Has chunks first .. last - 1 of the block's share of a matrix fetched into the second cache, by one warp.
 __device__ __forceinline__ int fetch_share(const Matrix& matrix, int first, int last) {
   if (matrix.tiles == 0) return last - first;
   const int tiles = (matrix.tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
   const int end = min(last, max(tiles, 0) * matrix.chunks);
-  for (int i = first + int(threadIdx.x); i < end; i += 32) {
+  for (int i = first + int(threadIdx.x % 32); i < end; i += 32) {
     const int tile = i / matrix.chunks, chunk = i - tile * matrix.chunks;
     fetch_ahead(matrix.weights + ((int64_t(tile) * gridDim.x + blockIdx.x) * matrix.chunks + chunk) * kChunkLoads);
   }
@@ -405,6 +412,7 @@ __device__ __forceinline__ float add_rounded(Book* total, const Book* row, int c
 struct Kernel {
   DepthArgs args;
   DepthWorkspace at;
+  DepthLayout layout;
   int shared_bytes;
 };
 
@@ -413,13 +421,14 @@ struct Decoder {
   const DepthArgs& a;
   const DepthSizes& s;
   const DepthWorkspace& at;
-  const DepthLayout layout;
+  const DepthLayout& layout;
   unsigned char* const memory;
-  const int shared_bytes, rows, dim, warp, lane;
+  const int &shared_bytes, &rows, &dim;
+  const int warp, lane;
   uint32_t waits = 0;
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
-      : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.args.sizes),
+      : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
         memory(reinterpret_cast<unsigned char*>(shared_memory())), shared_bytes(kernel.shared_bytes),
         rows(kernel.args.sizes.rows), dim(kernel.args.sizes.dim), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
 
@@ -461,9 +470,11 @@ struct Decoder {
     }
   }
 
-  __device__ __forceinline__ bool wait() {
+  __device__ __forceinline__ bool wait(Stream& stream) {
     ++waits;
-    grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x);
+    grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
+      if (!stream.started) stream.start();
+    });
     return int(waits) == a.stop;
   }
 
@@ -657,13 +668,12 @@ struct Decoder {
   template <int kFirst, bool kShared>
   __device__ __forceinline__ void tile(Stream& stream, int own, float (&sum)[kGroups][4], const unsigned char* from,
                                        int64_t pitch) {
-    for (int i = 0; i < own; i += 2) {
-      multiply(sum, stream.ring[kFirst], from, pitch, kShared);
-      stream.template ask<kFirst>();
-      from += kWarps * kChunk * 2;
-      if (i + 1 < own) {
-        multiply(sum, stream.ring[1 - kFirst], from, pitch, kShared);
-        stream.template ask<1 - kFirst>();
+    for (int i = 0; i < own; i += kSlots) {
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j) {
+        if (i + j >= own) break;
+        multiply(sum, stream.ring[(kFirst + j) % kSlots], from, pitch, kShared);
+        stream.ask((kFirst + j) % kSlots);
         from += kWarps * kChunk * 2;
       }
     }
@@ -757,11 +767,20 @@ struct Decoder {
       const int count = min(kTiles, tiles - first);
       for (int t = 0; t < count; ++t) {
         float sum[kGroups][4] = {};
-        if (slot)
-          tile<1, kShared>(stream, own, sum, from, pitch);
-        else
-          tile<0, kShared>(stream, own, sum, from, pitch);
-        slot ^= own & 1;
+        switch (slot) {
+          case 0:
+            tile<0, kShared>(stream, own, sum, from, pitch);
+            break;
+          case 1:
+            tile<1, kShared>(stream, own, sum, from, pitch);
+            break;
+          case 2:
+            tile<2, kShared>(stream, own, sum, from, pitch);
+            break;
+          default:
+            tile<3, kShared>(stream, own, sum, from, pitch);
+        }
+        slot = (slot + own) % kSlots;
         if (own > 0) {
 #pragma unroll
           for (int group = 0; group < kGroups; ++group) {
@@ -825,13 +844,14 @@ struct Decoder {
   __device__ __forceinline__ void run() {
     Stream stream;
     const int steps = 4 * s.layers + 2;
-    stream.begin(matrix(0, s.hidden_dim ? 0 : 1));
+    stream.aim(matrix(0, s.hidden_dim ? 0 : 1));
+    stream.start();
     for (int d = 0; d < s.depth; ++d) {
       for (int index = 0; index < steps; ++index) {
         if (index == 0 && d == 0 && s.hidden_dim == 0) {
           for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
             space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
-          if (wait()) return;
+          if (wait(stream)) return;
           continue;
         }
         const Matrix now = matrix(d, index);
@@ -848,7 +868,7 @@ struct Decoder {
           case kProj:
             if (rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
               attend_apart(layer, d);
-              if (wait()) return;
+              if (wait(stream)) return;
               direct = space<T>(at.y);
             } else {
               stage_attention(layer, d);
@@ -875,10 +895,11 @@ struct Decoder {
           product<false>(stream, direct, d, layer, step, outputs, now.chunks);
         // The next matrix' loads are under way before the last tiles are added up and everyone is waited for.
         const Matrix next = matrix(d, index + 1), after = matrix(d, index + 2);
-        stream.begin(next);
-        if (warp == 0) {
+        stream.aim(next);
+        if (warp > 0) stream.start();
+        if (warp == kWarps - 1) {
           const int budget = step == kHead ? kAheadDrawing : kAhead;
-          const int left = fetch_share(next, 2 * kWarps, 2 * kWarps + budget);
+          const int left = fetch_share(next, kSlots * kWarps, kSlots * kWarps + budget);
           if (left > 0) fetch_share(after, 0, left);
         }
         constexpr int kTiles = kRedTiles / kGroups;
@@ -887,10 +908,10 @@ struct Decoder {
           const int first = (tiles - 1) / kTiles * kTiles;
           finish(d, layer, step, first, tiles - first, outputs, now.chunks);
         }
-        if (wait()) return;
+        if (wait(stream)) return;
       }
       draw(d);
-      if (d + 1 < s.depth && wait()) return;
+      if (d + 1 < s.depth && wait(stream)) return;
     }
   }
 };
@@ -966,7 +987,7 @@ cudaError_t rows_depth_decode(const DepthSizes& sizes, DType dtype, int* rows) {
 }
 
 cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t stream) {
-  Kernel kernel{args, workspace_depth_decode(args.sizes), 0};
+  Kernel kernel{args, workspace_depth_decode(args.sizes), DepthLayout(args.sizes), 0};
   int blocks = 0;
   if (const cudaError_t e = plan(args.sizes, dtype, &blocks, &kernel.shared_bytes); e != cudaSuccess) return e;
   if (blocks == 0 || args.sizes.rows < 1 || args.sizes.rows > kMaxDepthRows || args.sizes.depth > kMaxDepth)

@@ -49,11 +49,15 @@ __device__ __forceinline__ void fetch_ahead(const void* from) {
 
 // Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
 // `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included.
+// `meanwhile` is called by all threads once the block has said that it is there. The first warp's loads belong in it: the
+// fence before that word may wait for every load that its warp has under way.
 // Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
-__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal) {
+template <typename Meanwhile>
+__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
   __syncthreads();
+  if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  meanwhile();
   if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     uint32_t arrived;
 #ifdef UNIFIEDAR_WATCHDOG
     const long long begin = clock64();
