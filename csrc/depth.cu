@@ -43,7 +43,7 @@ __host__ __device__ constexpr int padded(int size, int to) { return (size + to -
 // zeros; lane l's eight are rows l / 4, l / 4 + 8 of slots 2 t + e, then of slots 2 t + 8 + e.
 struct DepthLayout {
   int64_t code, hidden, blocks, head;                        // matrices
-  int64_t position, code_bias, hidden_bias, vectors, norm, head_bias;  // vectors; norm: gain and bias
+  int64_t position, code_bias, hidden_bias, vectors, norm, head_bias, end;  // vectors; norm: gain and bias
   int64_t block, qkv, proj, up, down;                        // a block's matrices, and where they are in it
   int64_t block_vectors;                                     // norm1 gain, bias; qkv, proj; norm2 gain, bias; up, down
 
@@ -68,6 +68,7 @@ struct DepthLayout {
     block_vectors = 13 * dim;
     norm = vectors + s.layers * block_vectors;
     head_bias = norm + 2 * dim;
+    end = head_bias + s.num_codes;
   }
 };
 
@@ -974,6 +975,8 @@ DepthWorkspace workspace_depth_decode(const DepthSizes& s) {
   at.keys = take((s.guided ? rows / 2 : rows) * padded(s.num_codes, 4) * 4);
   return at;
 }
+
+int64_t packed_depth_decode(const DepthSizes& sizes) { return DepthLayout(sizes).end; }
 
 cudaError_t rows_depth_decode(const DepthSizes& sizes, DType dtype, int* rows) {
   DepthSizes one = sizes;

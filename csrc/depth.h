@@ -58,6 +58,9 @@ struct DepthWorkspace {
 };
 DepthWorkspace workspace_depth_decode(const DepthSizes& sizes);
 
+// How many elements `packed` has.
+int64_t packed_depth_decode(const DepthSizes& sizes);
+
 // How many rows one launch can take on the current device; 0 if it cannot run there, where not all of its blocks would be
 // on the device at the same time.
 cudaError_t rows_depth_decode(const DepthSizes& sizes, DType dtype, int* rows);
