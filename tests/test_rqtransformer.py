@@ -18,7 +18,7 @@ from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import RQLogits, RQTransformer, RQTransformerConfig
 from unifiedar.nn import ResidualQuantizer
 from unifiedar.nn.depth import Stack
-from unifiedar.ops import depth_decode
+from unifiedar.ops import depth_decode, sample_codes
 
 FOLDER = Path(__file__).parent
 GOLDENS = FOLDER / "goldens" / "rqtransformer-small.safetensors"

@@ -134,7 +134,8 @@ def _unflatten(tensors: Sequence[Tensor], num_heads: int) -> DepthWeights:
     pairs = list(zip(tensors[1::2], tensors[2::2], strict=True))
     first, size = 1 + projected, len(DepthBlock._fields)
     blocks = tuple(DepthBlock(*pairs[i : i + size]) for i in range(first, len(pairs) - 2, size))
-    return DepthWeights(tensors[0], pairs[0], pairs[1] if projected else None, blocks, *pairs[-2:], num_heads)
+    norm, head = pairs[-2:]
+    return DepthWeights(tensors[0], pairs[0], pairs[1] if projected else None, blocks, norm, head, num_heads)
 
 
 def _decode_eager(
