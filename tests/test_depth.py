@@ -9,7 +9,8 @@ from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
 from unifiedar.nn import DepthTransformer
-from unifiedar.ops import _native, depth_decode, depth_pack, registry, residual_lookup
+from unifiedar.ops import _native, depth_decode, registry, residual_lookup
+from unifiedar.ops.depth import _flatten, depth_pack
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -64,8 +65,6 @@ def test_no_rows(device):
 
 def test_the_operator_is_well_defined():
     case = small_case(rows=2, guidance=2.0, dtype=torch.float32)
-    from unifiedar.ops.depth import _flatten
-
     temperature, top_k, top_p = case.settings
     arguments = (case.hidden, case.codebook, _flatten(case.weights), None, 3, 2.0, None, temperature, top_k, top_p)
     with torch.no_grad():
@@ -251,7 +250,7 @@ def test_kernel(options, dtype):
 @pytest.mark.gpu
 def test_kernel_repeats_bit_for_bit():
     """10,000 positions in a row: no race, no wait that is left too early."""
-    case, kernel = on_gpu(small_case(rows=4, guidance=2.0))
+    _, kernel = on_gpu(small_case(rows=4, guidance=2.0))
     want = kernel(return_logits=True)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(10_000):

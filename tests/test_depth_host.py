@@ -8,7 +8,7 @@ import torch
 from depth_small import drawn_from, small_case
 from host_cuda import compile_on_host
 
-from unifiedar.ops import depth_pack
+from unifiedar.ops.depth import depth_pack
 
 # In place of csrc/depth_device.cuh: a warp's product is computed from what its lanes hold, by its definition in the PTX
 # ISA; all blocks are on the device at the same time, and who goes on is drawn at random.

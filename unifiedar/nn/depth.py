@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unifiedar.ops import DepthBlock, DepthWeights, depth_decode, depth_pack, residual_lookup
-from unifiedar.ops.depth import depth_block, wants_packed
+from unifiedar.ops import DepthBlock, DepthWeights, depth_decode, residual_lookup
+from unifiedar.ops.depth import depth_block, depth_pack, wants_packed
 
 __all__ = ["DepthTransformer"]
 

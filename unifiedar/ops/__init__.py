@@ -28,7 +28,7 @@ from unifiedar.ops.codes_multiscale import (
     multiscale_quantize,
     next_scale_input,
 )
-from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthWeights, depth_decode, depth_pack
+from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthWeights, depth_decode
 from unifiedar.ops.norm import qk_norm_rope
 from unifiedar.ops.norm_group import group_norm
 from unifiedar.ops.sample import sample_codes
@@ -52,7 +52,6 @@ __all__ = [
     "block_causal_attention",
     "code_statistics",
     "depth_decode",
-    "depth_pack",
     "group_norm",
     "multiscale_inputs",
     "multiscale_lookup",

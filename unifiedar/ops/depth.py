@@ -102,7 +102,7 @@ def depth_block(
     rows, length, dim = x.shape
     y = F.layer_norm(x, (dim,), *block.norm1)
     q, k, v = (
-        F.linear(y, *pair).view(rows, length, num_heads, -1).transpose(1, 2)
+        F.linear(y, *pair).view(rows, length, num_heads, dim // num_heads).transpose(1, 2)
         for pair in (block.query, block.key, block.value)
     )
     if cache is not None:
