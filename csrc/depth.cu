@@ -33,7 +33,7 @@ constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
 constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
 constexpr int kStageAt = kRedBytes + kStatBytes;
 constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
-constexpr int kHeld = 6;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
+constexpr int kHeld = 5;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
 constexpr int kAhead = 48, kAheadDrawing = 96;  // chunks that a block fetches into the second cache (2 KB each)
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 
@@ -500,6 +500,7 @@ struct Decoder {
       const bool inside = row < rows;
       const float4* from = reinterpret_cast<const float4*>(x + int64_t(inside ? row : 0) * dim);
       float4 held[kHeld];
+      uint2 gains[kHeld], biases[kHeld];
       // Deviations from the row's first element: a mean far from 0 costs no digits.
       const float origin = __ldcg(reinterpret_cast<const float*>(from));
       float sum = 0, squares = 0;
@@ -513,7 +514,11 @@ struct Decoder {
       };
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        if (first + i * step < packs) held[i] = __ldcg(from + first + i * step);
+        if (first + i * step < packs) {
+          held[i] = __ldcg(from + first + i * step);
+          gains[i] = __ldg(reinterpret_cast<const uint2*>(gain) + first + i * step);
+          biases[i] = __ldg(reinterpret_cast<const uint2*>(bias) + first + i * step);
+        }
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
         if (first + i * step < packs) count(held[i]);
@@ -537,8 +542,7 @@ struct Decoder {
         const float deviation = sum / dim, mean = origin + deviation;
         const float scale = rsqrtf(max(squares / dim - deviation * deviation, 0.f) + 1e-5f);
         unsigned char* to = staged(row, dim);
-        const auto put = [&](int i, const float4& v) {
-          const uint2 g = __ldg(reinterpret_cast<const uint2*>(gain) + i), b = __ldg(reinterpret_cast<const uint2*>(bias) + i);
+        const auto put = [&](int i, const float4& v, const uint2& g, const uint2& b) {
           const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
           const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
           reinterpret_cast<uint2*>(to)[i] = {
@@ -547,8 +551,10 @@ struct Decoder {
         };
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
-          if (first + i * step < packs) put(first + i * step, held[i]);
-        for (int i = first + kHeld * step; i < packs; i += step) put(i, __ldcg(from + i));
+          if (first + i * step < packs) put(first + i * step, held[i], gains[i], biases[i]);
+        for (int i = first + kHeld * step; i < packs; i += step)
+          put(i, __ldcg(from + i), __ldg(reinterpret_cast<const uint2*>(gain) + i),
+              __ldg(reinterpret_cast<const uint2*>(bias) + i));
       }
     }
     __syncthreads();
@@ -558,7 +564,7 @@ struct Decoder {
   __device__ __forceinline__ void stage_rows(const T* from, int width) {
     const int chunks = width / kChunk, own = (chunks - warp + kWarps - 1) / kWarps;
     const int fours = (rows + 3) / 4;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < own * fours; ++i) {
       const int chunk = warp + i / fours * kWarps, row = i % fours * 4 + lane / 8;
       if (row < rows) {
@@ -578,32 +584,49 @@ struct Decoder {
     const T* keys = cache(layer, 0, 0) + offset;
     const T* values = cache(layer, 1, 0) + offset;
     const int64_t next = int64_t(rows) * dim;
-    float q[2][8], y[2][8] = {};
+    constexpr int kBatch = 4;  // depths whose keys and values are in flight together
+    uint4 query[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) unpack<T>(load_shared_by_all(space<T>(at.q) + offset + half * 32), q[half]);
-    float most = -INFINITY, total = 0;
-#pragma unroll 2
-    for (int j = 0; j <= d; ++j) {
-      float score = 0, part[2][8];
+    for (int half = 0; half < 2; ++half) query[half] = load_shared_by_all(space<T>(at.q) + offset + half * 32);
+    float y[2][8] = {}, most = -INFINITY, total = 0;
+    for (int first = 0; first <= d; first += kBatch) {
+      uint4 key[kBatch][2], value[kBatch][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        unpack<T>(load_shared_by_all(keys + j * next + half * 32), part[half]);
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j > d) continue;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) score += q[half][e] * part[half][e];
+        for (int half = 0; half < 2; ++half) {
+          key[j][half] = load_shared_by_all(keys + (first + j) * next + half * 32);
+          value[j][half] = load_shared_by_all(values + (first + j) * next + half * 32);
+        }
       }
+      float q[2][8];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) unpack<T>(load_shared_by_all(values + j * next + half * 32), part[half]);
-      score += __shfl_xor_sync(~0u, score, 1);
-      score += __shfl_xor_sync(~0u, score, 2);
-      score *= 0.125f;  // 1 / sqrt(64)
-      const float now = max(most, score);
-      const float old = __expf(most - now), weight = __expf(score - now);
-      most = now;
-      total = total * old + weight;
+      for (int half = 0; half < 2; ++half) unpack<T>(query[half], q[half]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j > d) continue;
+        float score = 0, part[8];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) y[half][e] = y[half][e] * old + weight * part[half][e];
+        for (int half = 0; half < 2; ++half) {
+          unpack<T>(key[j][half], part);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) score += q[half][e] * part[e];
+        }
+        score += __shfl_xor_sync(~0u, score, 1);
+        score += __shfl_xor_sync(~0u, score, 2);
+        score *= 0.125f;  // 1 / sqrt(64)
+        const float now = max(most, score);
+        const float old = __expf(most - now), weight = __expf(score - now);
+        most = now;
+        total = total * old + weight;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          unpack<T>(value[j][half], part);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) y[half][e] = y[half][e] * old + weight * part[e];
+        }
+      }
     }
     const float share = 1 / total;
 #pragma unroll
@@ -666,51 +689,55 @@ struct Decoder {
   }
 
   // The warp's chunks of one tile, the first of which is in the ring's slot kFirst.
-  template <int kFirst, bool kShared>
+  template <int kFirst>
   __device__ __forceinline__ void tile(Stream& stream, int own, float (&sum)[kGroups][4], const unsigned char* from,
-                                       int64_t pitch) {
+                                       int64_t pitch, bool in_shared) {
     for (int i = 0; i < own; i += kSlots) {
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
         if (i + j >= own) break;
-        multiply(sum, stream.ring[(kFirst + j) % kSlots], from, pitch, kShared);
+        multiply(sum, stream.ring[(kFirst + j) % kSlots], from, pitch, in_shared);
         stream.ask((kFirst + j) % kSlots);
         from += kWarps * kChunk * 2;
       }
     }
   }
 
-  // What becomes of output m of a step, for one row.
-  __device__ __forceinline__ void put(int d, int layer, Step step, int m, int row, float value) {
+  // What is added to output m of a step, for one row, besides the product: bias, position, what x held.
+  __device__ __forceinline__ float addend(int d, int layer, Step step, int m, int row) const {
     const T* vectors = packed(layout.vectors + layer * layout.block_vectors);
-    float* x = space<float>(at.x) + int64_t(row) * dim;
     switch (step) {
       case kInput:
-        x[m] = value + wide(__ldg(packed(d ? layout.code_bias : layout.hidden_bias) + m)) +
+        return wide(__ldg(packed(d ? layout.code_bias : layout.hidden_bias) + m)) +
                wide(__ldg(packed(layout.position) + int64_t(d) * dim + m));
-        return;
-      case kQkv: {
-        const int which = m / dim, channel = m - which * dim;
-        T* to = which ? cache(layer, which - 1, d) : space<T>(at.q);
-        to[int64_t(row) * dim + channel] = narrow<T>(value + wide(__ldg(vectors + 2 * dim + m)));
-        return;
-      }
-      case kProj:
-        x[m] += value + wide(__ldg(vectors + 5 * dim + m));
-        return;
-      case kUp: {
-        const float inner = value + wide(__ldg(vectors + 8 * dim + m));
-        space<T>(at.h)[int64_t(row) * 4 * dim + m] = narrow<T>(0.5f * inner * (1 + erff(inner * 0.70710678118654752f)));
-        return;
-      }
+      case kQkv:
+        return wide(__ldg(vectors + 2 * dim + m));
+      case kUp:
+        return wide(__ldg(vectors + 8 * dim + m));
+      case kHead:
+        return wide(__ldg(packed(layout.head_bias) + m));
       default:
-        x[m] += value + wide(__ldg(vectors + 12 * dim + m));
+        return wide(__ldg(vectors + (step == kProj ? 5 : 12) * dim + m)) +
+               __ldcg(space<float>(at.x) + int64_t(row) * dim + m);
+    }
+  }
+
+  // What becomes of output m of a step, for one row.
+  __device__ __forceinline__ void put(int d, int layer, Step step, int m, int row, float value) const {
+    if (step == kQkv) {
+      const int which = m / dim, channel = m - which * dim;
+      T* to = which ? cache(layer, which - 1, d) : space<T>(at.q);
+      to[int64_t(row) * dim + channel] = narrow<T>(value);
+    } else if (step == kUp) {
+      space<T>(at.h)[int64_t(row) * 4 * dim + m] = narrow<T>(0.5f * value * (1 + erff(value * 0.70710678118654752f)));
+    } else {
+      space<float>(at.x)[int64_t(row) * dim + m] = value;
     }
   }
 
   // Logit m of a row, rounded as it is to be sampled from.
-  __device__ __forceinline__ float put_logit(int d, int m, int row, float value) {
-    const T logit = narrow<T>(value + wide(__ldg(packed(layout.head_bias) + m)));
+  __device__ __forceinline__ float put_logit(int d, int m, int row, float value) const {
+    const T logit = narrow<T>(value);
     if (a.logits != nullptr) static_cast<T*>(a.logits)[(int64_t(row) * s.depth + d) * s.num_codes + m] = logit;
     return wide(logit);
   }
@@ -729,57 +756,44 @@ struct Decoder {
     space<int>(at.keys)[int64_t(row) * padded(s.num_codes, 4) + m] = ordered(score);
   }
 
-  // Adds up the warps' parts of `count` tiles, the first being the block's `first`-th.
-  __device__ __forceinline__ void finish(int d, int layer, Step step, int first, int count, int outputs, int chunks) {
-    constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
-    const float* red = reinterpret_cast<const float*>(memory);
-    const int warps = min(chunks, kWarps), shown = step == kHead && s.guided ? rows / 2 : rows;
-    const auto add = [&](int tile, int row, int m) {
-      float sum = 0;
-      for (int w = 0; w < warps; ++w) sum += red[((w * kTiles + tile) * kColumns + row) * kRedPitch + m];
-      return sum;
-    };
-    for (int i = threadIdx.x; i < count * shown * 16; i += kThreads) {
-      const int m = i % 16, row = i / 16 % shown, tile = i / 16 / shown;
-      const int output = ((first + tile) * int(gridDim.x) + int(blockIdx.x)) * 16 + m;
-      if (output >= outputs) continue;
-      if (step == kHead) {
-        const float conditional = put_logit(d, output, row, add(tile, row, m));
-        const float other = s.guided ? put_logit(d, output, row + shown, add(tile, row + shown, m)) : 0.f;
-        put_key(d, output, row, conditional, other);
-      } else {
-        put(d, layer, step, output, row, add(tile, row, m));
-      }
-    }
-  }
-
-  // One matrix: what it is multiplied with is staged, or at `direct` in global memory.
-  template <bool kShared>
+  // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null. `ahead` is called
+  // once all products are done, before the last ones are added up.
+  template <typename Ahead>
   __device__ __forceinline__ void product(Stream& stream, const T* direct, int d, int layer, Step step, int outputs,
-                                          int chunks) {
+                                          int chunks, const Ahead& ahead) {
     constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
     const int width = chunks * kChunk, own = stream.own, tiles = stream.tiles;
-    const int64_t pitch = kShared ? width * 2 + kPad : width * 2;
-    const unsigned char* from = kShared ? memory + kStageAt : reinterpret_cast<const unsigned char*>(direct);
+    const int warps = min(chunks, kWarps), shown = step == kHead && s.guided ? rows / 2 : rows;
+    const bool in_shared = direct == nullptr;
+    const int64_t pitch = in_shared ? width * 2 + kPad : width * 2;
+    const unsigned char* from = in_shared ? memory + kStageAt : reinterpret_cast<const unsigned char*>(direct);
     from += lane / 4 * pitch + (warp * kChunk + lane % 4 * 8) * 2;
     float* red = reinterpret_cast<float*>(memory);
     int slot = 0;
     for (int first = 0; first < tiles; first += kTiles) {
       const int count = min(kTiles, tiles - first);
+      const bool last = first + kTiles >= tiles;
+      // Output m of a row is this thread's: one of every kThreads. What is added to the first is read while others multiply.
+      const auto output_of = [&](int i) {
+        return ((first + i / 16 / shown) * int(gridDim.x) + int(blockIdx.x)) * 16 + i % 16;
+      };
+      float early = 0;
+      if (int(threadIdx.x) < count * shown * 16 && output_of(threadIdx.x) < outputs)
+        early = addend(d, layer, step, output_of(threadIdx.x), threadIdx.x / 16 % shown);
       for (int t = 0; t < count; ++t) {
         float sum[kGroups][4] = {};
         switch (slot) {
           case 0:
-            tile<0, kShared>(stream, own, sum, from, pitch);
+            tile<0>(stream, own, sum, from, pitch, in_shared);
             break;
           case 1:
-            tile<1, kShared>(stream, own, sum, from, pitch);
+            tile<1>(stream, own, sum, from, pitch, in_shared);
             break;
           case 2:
-            tile<2, kShared>(stream, own, sum, from, pitch);
+            tile<2>(stream, own, sum, from, pitch, in_shared);
             break;
           default:
-            tile<3, kShared>(stream, own, sum, from, pitch);
+            tile<3>(stream, own, sum, from, pitch, in_shared);
         }
         slot = (slot + own) % kSlots;
         if (own > 0) {
@@ -793,11 +807,27 @@ struct Decoder {
           }
         }
       }
-      if (first + kTiles >= tiles) break;
+      if (last) ahead();
       __syncthreads();
-      finish(d, layer, step, first, count, outputs, chunks);
-      __syncthreads();
+      for (int i = threadIdx.x; i < count * shown * 16; i += kThreads) {
+        const int m = i % 16, row = i / 16 % shown, at_tile = i / 16 / shown, output = output_of(i);
+        if (output >= outputs) continue;
+        const float more = i == int(threadIdx.x) ? early : addend(d, layer, step, output, row);
+        const auto add = [&](int row) {
+          float sum = 0;
+          for (int w = 0; w < warps; ++w) sum += red[((w * kTiles + at_tile) * kColumns + row) * kRedPitch + m];
+          return sum + more;
+        };
+        if (step == kHead) {
+          const float conditional = put_logit(d, output, row, add(row));
+          put_key(d, output, row, conditional, s.guided ? put_logit(d, output, row + shown, add(row + shown)) : 0.f);
+        } else {
+          put(d, layer, step, output, row, add(row));
+        }
+      }
+      if (!last) __syncthreads();
     }
+    if (tiles <= 0) ahead();
   }
 
   // ---- a row's code, and what it adds
@@ -842,78 +872,76 @@ struct Decoder {
     }
   }
 
+  // Has vectors that steps to come will read fetched into the second cache, each piece by one block.
+  __device__ __forceinline__ void fetch_vectors(int layer, Step step) const {
+    int64_t begin = layout.position, end = layout.vectors + layout.block_vectors;
+    if (step == kQkv) {
+      begin = layout.vectors + (layer + 1) * layout.block_vectors;
+      end = layer + 1 < s.layers ? begin + layout.block_vectors : layout.end;
+    } else if (step != kHead || s.layers == 0) {
+      return;
+    }
+    for (int64_t i = begin + blockIdx.x * int64_t(1024); i + 1024 <= end; i += gridDim.x * int64_t(1024))
+      fetch_ahead(packed(i));
+  }
+
+  // The matrix of step `index`, and what it is multiplied with.
+  __device__ __forceinline__ void multiply_by(Stream& stream, int d, int index, bool apart) {
+    const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
+    const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
+    const Matrix now = matrix(d, index);
+    const T* direct = nullptr;
+    if (step == kQkv || step == kUp || step == kHead) {
+      const int64_t vectors = layout.vectors + layer * layout.block_vectors;
+      stage_norm(packed(step == kHead ? layout.norm : step == kQkv ? vectors : vectors + 6 * dim));
+    } else if (step == kProj && !apart) {
+      stage_attention(layer, d);
+    } else {
+      direct = step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
+      if (index == 0 && d == 0) direct = static_cast<const T*>(a.hidden);
+      if (fits(now.chunks * kChunk)) {
+        stage_rows(direct, now.chunks * kChunk);
+        direct = nullptr;
+      }
+    }
+    product(stream, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16, now.chunks, [&] {
+      const Matrix next = matrix(d, index + 1);
+      stream.aim(next);
+      if (warp > 0) stream.start();
+      if (warp == kWarps - 1) {
+        const int budget = step == kHead ? kAheadDrawing : kAhead;
+        const int left = fetch_share(next, kSlots * kWarps, kSlots * kWarps + budget);
+        if (left > 0) fetch_share(matrix(d, index + 2), 0, left);
+        if (lane == 0) fetch_vectors(layer, step);
+      }
+    });
+  }
+
   __device__ __forceinline__ void run() {
     Stream stream;
     const int steps = 4 * s.layers + 2;
     stream.aim(matrix(0, s.hidden_dim ? 0 : 1));
     stream.start();
-    for (int d = 0; d < s.depth; ++d) {
-      for (int index = 0; index < steps; ++index) {
-        if (index == 0 && d == 0 && s.hidden_dim == 0) {
-          for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
-            space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
-          if (wait(stream)) return;
-          continue;
-        }
-        const Matrix now = matrix(d, index);
-        const int layer = (index - 1) / 4;
-        const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
-        const T* direct = nullptr;  // else it is staged by the switch
-        switch (step) {
-          case kInput:
-            direct = d ? space<T>(at.sums) : static_cast<const T*>(a.hidden);
-            break;
-          case kQkv:
-            stage_norm(packed(layout.vectors + layer * layout.block_vectors));
-            break;
-          case kProj:
-            if (rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
-              attend_apart(layer, d);
-              if (wait(stream)) return;
-              direct = space<T>(at.y);
-            } else {
-              stage_attention(layer, d);
-            }
-            break;
-          case kUp:
-            stage_norm(packed(layout.vectors + layer * layout.block_vectors + 6 * dim));
-            break;
-          case kDown:
-            direct = space<T>(at.h);
-            break;
-          case kHead:
-            stage_norm(packed(layout.norm));
-        }
-        const int outputs = step == kHead ? s.num_codes : now.tiles * 16, tiles = stream.tiles;
-        bool in_shared = direct == nullptr;
-        if (!in_shared && fits(now.chunks * kChunk)) {
-          stage_rows(direct, now.chunks * kChunk);
-          in_shared = true;
-        }
-        if (in_shared)
-          product<true>(stream, nullptr, d, layer, step, outputs, now.chunks);
-        else
-          product<false>(stream, direct, d, layer, step, outputs, now.chunks);
-        // The next matrix' loads are under way before the last tiles are added up and everyone is waited for.
-        const Matrix next = matrix(d, index + 1), after = matrix(d, index + 2);
-        stream.aim(next);
-        if (warp > 0) stream.start();
-        if (warp == kWarps - 1) {
-          const int budget = step == kHead ? kAheadDrawing : kAhead;
-          const int left = fetch_share(next, kSlots * kWarps, kSlots * kWarps + budget);
-          if (left > 0) fetch_share(after, 0, left);
-        }
-        constexpr int kTiles = kRedTiles / kGroups;
-        if (tiles > 0) {
-          __syncthreads();
-          const int first = (tiles - 1) / kTiles * kTiles;
-          finish(d, layer, step, first, tiles - first, outputs, now.chunks);
-        }
-        if (wait(stream)) return;
+    int d = 0, index = 0;
+    bool apart = false;  // this layer's attention is done, in a phase of its own
+    do {
+      if (index == steps) {
+        draw(d);
+        if (++d == s.depth) return;
+        index = 0;
+      } else if (index == 0 && d == 0 && s.hidden_dim == 0) {
+        for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
+          space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
+        index = 1;
+      } else if (index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
+        attend_apart((index - 1) / 4, d);
+        apart = true;
+      } else {
+        multiply_by(stream, d, index, apart);
+        apart = false;
+        ++index;
       }
-      draw(d);
-      if (d + 1 < s.depth && wait(stream)) return;
-    }
+    } while (!wait(stream));
   }
 };
 
