@@ -33,7 +33,7 @@ constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
 constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
 constexpr int kStageAt = kRedBytes + kStatBytes;
 constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
-constexpr int kHeld = 5;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
+constexpr int kHeld = 4;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
 constexpr int kAhead = 48, kAheadDrawing = 96;  // chunks that a block fetches into the second cache (2 KB each)
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 
@@ -564,7 +564,7 @@ struct Decoder {
   __device__ __forceinline__ void stage_rows(const T* from, int width) {
     const int chunks = width / kChunk, own = (chunks - warp + kWarps - 1) / kWarps;
     const int fours = (rows + 3) / 4;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < own * fours; ++i) {
       const int chunk = warp + i / fours * kWarps, row = i % fours * 4 + lane / 8;
       if (row < rows) {
@@ -584,7 +584,7 @@ struct Decoder {
     const T* keys = cache(layer, 0, 0) + offset;
     const T* values = cache(layer, 1, 0) + offset;
     const int64_t next = int64_t(rows) * dim;
-    constexpr int kBatch = 4;  // depths whose keys and values are in flight together
+    constexpr int kBatch = 3;  // depths whose keys and values are in flight together
     uint4 query[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) query[half] = load_shared_by_all(space<T>(at.q) + offset + half * 32);
