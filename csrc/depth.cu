@@ -79,6 +79,21 @@ struct Matrix {
   int tiles, chunks;
 };
 
+// Division by a number that is known at the launch: exact where value times number is below 2^32.
+struct Divisor {
+  uint32_t number, inverse;
+  explicit Divisor(int number) : number(number), inverse(uint32_t((uint64_t(1) << 32) / number + 1)) {}
+  __device__ __forceinline__ int quotient(int value) const {
+    return number == 1 ? value : int(uint64_t(uint32_t(value)) * inverse >> 32);
+  }
+};
+
+// Tiles of a matrix that are the block's: those from blockIdx.x on, every gridDim.x-th.
+__device__ __forceinline__ int own_tiles(const Matrix& matrix, const Divisor& blocks) {
+  const int rest = matrix.tiles - int(blockIdx.x);
+  return rest > 0 ? blocks.quotient(rest + int(blocks.number) - 1) : 0;
+}
+
 template <typename T>
 __device__ __forceinline__ float wide(T value);
 template <>
@@ -116,6 +131,9 @@ __device__ __forceinline__ uint4 pack(const float (&value)[8]) {
           pack_word(value[6], value[7], T{})};
 }
 
+// Chunks of a tile that are a warp's.
+__device__ __forceinline__ int own_chunks(int chunks, int warp) { return int(uint32_t(chunks - warp + kWarps - 1) / kWarps); }
+
 // The weights that a warp reads of one matrix after another. Unit u of a matrix is chunk warp + 8 (u % own) of the
 // block's tile u / own.
 struct Stream {
@@ -127,11 +145,10 @@ struct Stream {
   int tiles;          // of the block
   bool started;
 
-  __device__ __forceinline__ void aim(const Matrix& matrix) {
+  __device__ __forceinline__ void aim(const Matrix& matrix, const Divisor& blocks) {
     const int warp = threadIdx.x / 32;
-    tiles = (matrix.tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
-    own = (matrix.chunks - warp + kWarps - 1) / kWarps;
-    if (matrix.tiles == 0) tiles = 0;
+    tiles = own_tiles(matrix, blocks);
+    own = own_chunks(matrix.chunks, warp);
     chunk = 0;
     left = tiles * own;
     over = (int64_t(gridDim.x) * matrix.chunks - int64_t(own - 1) * kWarps) * kChunkLoads;
@@ -161,10 +178,8 @@ struct Stream {
 };
 
 // Has chunks first .. last - 1 of the block's share of a matrix fetched into the second cache, by one warp.
-__device__ __forceinline__ int fetch_share(const Matrix& matrix, int first, int last) {
-  if (matrix.tiles == 0) return last - first;
-  const int tiles = (matrix.tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
-  const int end = min(last, max(tiles, 0) * matrix.chunks);
+__device__ __forceinline__ int fetch_share(const Matrix& matrix, const Divisor& blocks, int first, int last) {
+  const int end = min(last, own_tiles(matrix, blocks) * matrix.chunks);
   for (int i = first + int(threadIdx.x % 32); i < end; i += 32) {
     const int tile = i / matrix.chunks, chunk = i - tile * matrix.chunks;
     fetch_ahead(matrix.weights + ((int64_t(tile) * gridDim.x + blockIdx.x) * matrix.chunks + chunk) * kChunkLoads);
@@ -414,6 +429,7 @@ struct Kernel {
   DepthArgs args;
   DepthWorkspace at;
   DepthLayout layout;
+  Divisor blocks, rows, pairs;  // pairs: rows that share codes
   int shared_bytes;
 };
 
@@ -423,6 +439,7 @@ struct Decoder {
   const DepthSizes& s;
   const DepthWorkspace& at;
   const DepthLayout& layout;
+  const Divisor &blocks, &all_rows, &pairs;
   unsigned char* const memory;
   const int &shared_bytes, &rows, &dim;
   const int warp, lane;
@@ -430,6 +447,7 @@ struct Decoder {
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
+        blocks(kernel.blocks), all_rows(kernel.rows), pairs(kernel.pairs),
         memory(reinterpret_cast<unsigned char*>(shared_memory())), shared_bytes(kernel.shared_bytes),
         rows(kernel.args.sizes.rows), dim(kernel.args.sizes.dim), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
 
@@ -491,12 +509,14 @@ struct Decoder {
     const T* bias = gain + dim;
     const float* x = space<float>(at.x);
     float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
-    int parts = kWarps;
-    while (parts > 1 && rows * parts > kWarps) parts /= 2;
+    int shift = 3;  // warps a row: 8, or fewer for more rows
+    static_assert(kWarps == 8, "a power of two");
+    while (shift > 0 && rows << shift > kWarps) --shift;
+    const int parts = 1 << shift, part = warp & (parts - 1);
     const int packs = dim / 4, step = 32 * parts;
-    const int first = warp % parts * 32 + lane;
-    for (int base = 0; base < rows; base += kWarps / parts) {
-      const int row = base + warp / parts;
+    const int first = part * 32 + lane;
+    for (int base = 0; base < rows; base += kWarps >> shift) {
+      const int row = base + (warp >> shift);
       const bool inside = row < rows;
       const float4* from = reinterpret_cast<const float4*>(x + int64_t(inside ? row : 0) * dim);
       float4 held[kHeld];
@@ -528,7 +548,7 @@ struct Decoder {
         sum += __shfl_xor_sync(~0u, sum, distance);
         squares += __shfl_xor_sync(~0u, squares, distance);
       }
-      if (inside && lane == 0) stats[row * kWarps + warp % parts] = {sum, squares};
+      if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
       if (parts > 1)
         __syncthreads();
       else
@@ -562,16 +582,13 @@ struct Decoder {
 
   // Rows as they lie in memory; each warp copies the chunks that it multiplies.
   __device__ __forceinline__ void stage_rows(const T* from, int width) {
-    const int chunks = width / kChunk, own = (chunks - warp + kWarps - 1) / kWarps;
-    const int fours = (rows + 3) / 4;
+    const int own = own_chunks(width / kChunk, warp);
+    for (int row = lane / 8; row < rows; row += 4) {
+      const T* own_row = from + int64_t(row) * width + warp * kChunk + lane % 8 * 8;
+      unsigned char* to = staged(row, width) + (warp * kChunk + lane % 8 * 8) * 2;
 #pragma unroll 4
-    for (int i = 0; i < own * fours; ++i) {
-      const int chunk = warp + i / fours * kWarps, row = i % fours * 4 + lane / 8;
-      if (row < rows) {
-        const int channel = chunk * kChunk + lane % 8 * 8;
-        *reinterpret_cast<uint4*>(staged(row, width) + channel * 2) =
-            load_shared_by_all(from + int64_t(row) * width + channel);
-      }
+      for (int i = 0; i < own; ++i)
+        *reinterpret_cast<uint4*>(to + i * kWarps * kChunk * 2) = load_shared_by_all(own_row + i * kWarps * kChunk);
     }
     __syncwarp();
   }
@@ -725,7 +742,7 @@ struct Decoder {
   // What becomes of output m of a step, for one row.
   __device__ __forceinline__ void put(int d, int layer, Step step, int m, int row, float value) const {
     if (step == kQkv) {
-      const int which = m / dim, channel = m - which * dim;
+      const int which = int(m >= dim) + int(m >= 2 * dim), channel = m - which * dim;
       T* to = which ? cache(layer, which - 1, d) : space<T>(at.q);
       to[int64_t(row) * dim + channel] = narrow<T>(value);
     } else if (step == kUp) {
@@ -763,7 +780,9 @@ struct Decoder {
                                           int chunks, const Ahead& ahead) {
     constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
     const int width = chunks * kChunk, own = stream.own, tiles = stream.tiles;
-    const int warps = min(chunks, kWarps), shown = step == kHead && s.guided ? rows / 2 : rows;
+    const int warps = min(chunks, kWarps);
+    const Divisor& sharing = step == kHead ? pairs : all_rows;
+    const int shown = int(sharing.number);
     const bool in_shared = direct == nullptr;
     const int64_t pitch = in_shared ? width * 2 + kPad : width * 2;
     const unsigned char* from = in_shared ? memory + kStageAt : reinterpret_cast<const unsigned char*>(direct);
@@ -774,12 +793,13 @@ struct Decoder {
       const int count = min(kTiles, tiles - first);
       const bool last = first + kTiles >= tiles;
       // Output m of a row is this thread's: one of every kThreads. What is added to the first is read while others multiply.
-      const auto output_of = [&](int i) {
-        return ((first + i / 16 / shown) * int(gridDim.x) + int(blockIdx.x)) * 16 + i % 16;
+      const auto output_of = [&](int tile, int i) {
+        return ((first + tile) * int(gridDim.x) + int(blockIdx.x)) * 16 + i % 16;
       };
+      const int early_tile = sharing.quotient(threadIdx.x / 16), early_output = output_of(early_tile, threadIdx.x);
       float early = 0;
-      if (int(threadIdx.x) < count * shown * 16 && output_of(threadIdx.x) < outputs)
-        early = addend(d, layer, step, output_of(threadIdx.x), threadIdx.x / 16 % shown);
+      if (early_tile < count && early_output < outputs)
+        early = addend(d, layer, step, early_output, int(threadIdx.x / 16) - early_tile * shown);
       for (int t = 0; t < count; ++t) {
         float sum[kGroups][4] = {};
         switch (slot) {
@@ -810,7 +830,8 @@ struct Decoder {
       if (last) ahead();
       __syncthreads();
       for (int i = threadIdx.x; i < count * shown * 16; i += kThreads) {
-        const int m = i % 16, row = i / 16 % shown, at_tile = i / 16 / shown, output = output_of(i);
+        const int m = i % 16, at_tile = sharing.quotient(i / 16), row = i / 16 - at_tile * shown;
+        const int output = output_of(at_tile, i);
         if (output >= outputs) continue;
         const float more = i == int(threadIdx.x) ? early : addend(d, layer, step, output, row);
         const auto add = [&](int row) {
@@ -906,12 +927,12 @@ struct Decoder {
     }
     product(stream, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16, now.chunks, [&] {
       const Matrix next = matrix(d, index + 1);
-      stream.aim(next);
+      stream.aim(next, blocks);
       if (warp > 0) stream.start();
       if (warp == kWarps - 1) {
         const int budget = step == kHead ? kAheadDrawing : kAhead;
-        const int left = fetch_share(next, kSlots * kWarps, kSlots * kWarps + budget);
-        if (left > 0) fetch_share(matrix(d, index + 2), 0, left);
+        const int left = fetch_share(next, blocks, kSlots * kWarps, kSlots * kWarps + budget);
+        if (left > 0) fetch_share(matrix(d, index + 2), blocks, 0, left);
         if (lane == 0) fetch_vectors(layer, step);
       }
     });
@@ -920,7 +941,7 @@ struct Decoder {
   __device__ __forceinline__ void run() {
     Stream stream;
     const int steps = 4 * s.layers + 2;
-    stream.aim(matrix(0, s.hidden_dim ? 0 : 1));
+    stream.aim(matrix(0, s.hidden_dim ? 0 : 1), blocks);
     stream.start();
     int d = 0, index = 0;
     bool apart = false;  // this layer's attention is done, in a phase of its own
@@ -1018,11 +1039,14 @@ cudaError_t rows_depth_decode(const DepthSizes& sizes, DType dtype, int* rows) {
 }
 
 cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t stream) {
-  Kernel kernel{args, workspace_depth_decode(args.sizes), DepthLayout(args.sizes), 0};
-  int blocks = 0;
-  if (const cudaError_t e = plan(args.sizes, dtype, &blocks, &kernel.shared_bytes); e != cudaSuccess) return e;
-  if (blocks == 0 || args.sizes.rows < 1 || args.sizes.rows > kMaxDepthRows || args.sizes.depth > kMaxDepth)
+  int blocks = 0, shared = 0;
+  if (args.sizes.rows < 1 || args.sizes.rows > kMaxDepthRows || args.sizes.depth > kMaxDepth)
     return cudaErrorInvalidConfiguration;
+  if (const cudaError_t e = plan(args.sizes, dtype, &blocks, &shared); e != cudaSuccess) return e;
+  if (blocks == 0) return cudaErrorInvalidConfiguration;
+  const int rows = args.sizes.rows;
+  Kernel kernel{args, workspace_depth_decode(args.sizes), DepthLayout(args.sizes), Divisor(blocks), Divisor(rows),
+                Divisor(args.sizes.guided ? rows / 2 : rows), shared};
   void* counter = static_cast<unsigned char*>(args.workspace) + kernel.at.barrier;
   if (const cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(uint32_t), stream); e != cudaSuccess) return e;
   void* arguments[] = {&kernel};
