@@ -307,8 +307,9 @@ struct Draw {
 };
 
 // A code from one row of keys, of which there are at least `entries` up to a multiple of four; by the whole block.
-// `room` is how many keys fit behind kKeysAt.
-__device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys, int entries, int room, const Draw& draw) {
+// `room` is how many keys fit behind kKeysAt; `unsound` becomes whether there is NaN among the scores.
+__device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys, int entries, int room, const Draw& draw,
+                                         bool* unsound) {
   uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
   int2* list = reinterpret_cast<int2*>(memory + kListAt);
   Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
@@ -327,6 +328,7 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   }
   best = block_max(misc, best);  // its waits also make the copy of the keys visible
   const int top = int(uint32_t(best >> 32) ^ 0x80000000u);
+  *unsound = top == kNaN;
   if (draw.inverse_temperature == 0) return int(~uint32_t(best));
   if (top <= kLeast || top >= kInfinite) return 0;
 
@@ -872,14 +874,19 @@ struct Decoder {
     const int count = s.guided ? rows / 2 : rows, stride = padded(s.num_codes, 4);
     for (int row = blockIdx.x; row < count; row += gridDim.x) {
       int64_t code;
+      bool unsound = false;
       if (a.forced != nullptr) {
         code = a.forced[int64_t(row) * s.depth + d];
       } else {
         const float* noise = a.noise == nullptr ? nullptr : a.noise + row * a.noise_row + d * a.noise_depth;
         code = draw_code(memory, space<int>(at.keys) + int64_t(row) * stride, s.num_codes, (shared_bytes - kKeysAt) / 4 & ~3,
-                         {noise, a.inverse_temperature[d], a.top_k[d], a.top_p[d]});
+                         {noise, a.inverse_temperature[d], a.top_k[d], a.top_p[d]}, &unsound);
       }
-      if (threadIdx.x == 0) a.codes[int64_t(row) * s.depth + d] = code;
+      if (threadIdx.x == 0) {
+        a.codes[int64_t(row) * s.depth + d] = code;
+        if (d == 0) a.unsound[row] = -1;
+        if (unsound && a.unsound[row] < 0) a.unsound[row] = d;
+      }
       switch (a.book_dtype) {
         case DType::kFloat32:
           add_code<float>(d, row, code);

@@ -33,6 +33,7 @@ struct DepthArgs {
   const float* guidance_rows;  // [count], or null: guidance
   const int64_t* forced;       // [count, depth], contiguous; or null: drawn
   int64_t* codes;        // [count, depth]; count is rows, or half of them if guided
+  int* unsound;          // [count]: the first depth at which scores to be drawn from had NaN; -1: none
   void* total;           // [count, code_dim]
   void* logits;          // [rows, depth, num_codes], or null
   void* workspace;       // aligned to 256 bytes, of workspace_depth_decode's size

@@ -266,7 +266,8 @@ void depth_decode_plan(const Tensor& hidden, int64_t rows, int64_t dim, int64_t 
 void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& codebook, const std::optional<Tensor>& noise,
                   const std::optional<Tensor>& guidance_rows, const std::optional<Tensor>& forced, const Tensor& settings,
                   int64_t dim, int64_t layers, int64_t num_codes, bool projected, bool guided, double guidance,
-                  Tensor workspace, Tensor codes, Tensor total, const std::optional<Tensor>& logits, int64_t stop) {
+                  Tensor workspace, Tensor codes, Tensor total, Tensor unsound, const std::optional<Tensor>& logits,
+                  int64_t stop) {
   DepthArgs args{};
   const int64_t depth = settings.size(1), rows = hidden.size(0), count = guided ? rows / 2 : rows;
   args.sizes = depth_sizes(rows, dim, layers, depth, num_codes, codebook.size(codebook.dim() - 1), hidden, projected, guided);
@@ -276,6 +277,7 @@ void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& code
   args.codebook = codebook.data_ptr();
   args.codes = static_cast<int64_t*>(codes.data_ptr());
   args.total = total.data_ptr();
+  args.unsound = static_cast<int*>(unsound.data_ptr());
   args.workspace = workspace.data_ptr();
   args.book_dtype = dtype_of(codebook);
   args.guidance = static_cast<float>(guidance);
@@ -286,6 +288,7 @@ void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& code
                  reinterpret_cast<uintptr_t>(args.workspace) % 256 == 0 && workspace.is_contiguous() &&
                  size_t(workspace.numel() * workspace.element_size()) >= workspace_depth_decode(s).bytes &&
                  codes.is_contiguous() && codes.scalar_type() == ScalarType::Long && codes.numel() == count * depth &&
+                 unsound.is_contiguous() && unsound.scalar_type() == ScalarType::Int && unsound.numel() == count &&
                  total.is_contiguous() && total.scalar_type() == codebook.scalar_type() &&
                  total.numel() == count * s.code_dim && codebook.stride(codebook.dim() - 1) == 1 &&
                  codebook.size(codebook.dim() - 2) == num_codes && rows <= kMaxDepthRows;

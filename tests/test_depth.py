@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 def test_logits_equal_teacher_forced_ones(guidance, shared, device):
     """A step at a time with a cache, against all depths at once without one."""
     case = small_case(rows=6, guidance=guidance, shared=shared, projected=shared, dtype=torch.float64).to(device)
-    codes, total, logits = case.run("eager", return_logits=True)
+    codes, total, _, logits = case.run("eager", return_logits=True)
     codes = torch.cat([codes, codes]) if guidance else codes
     sums = residual_lookup(codes, case.codebook, cumulative=True)
     torch.testing.assert_close(logits, case.module(case.hidden, sums), rtol=0, atol=1e-11)
@@ -33,7 +33,7 @@ def test_logits_equal_teacher_forced_ones(guidance, shared, device):
 @pytest.mark.parametrize("guidance", [None, 2.5, "rows"])
 def test_draws_are_those_of_sample_codes(guidance, device):
     case = small_case(rows=8, guidance=guidance, dtype=torch.float32, depth=4).to(device)
-    codes, _, logits = case.run("eager", return_logits=True)
+    codes, _, _, logits = case.run("eager", return_logits=True)
     assert torch.equal(codes, drawn_from(logits, case))
     assert len(set(codes.flatten().tolist())) > 8
 
@@ -49,9 +49,9 @@ def test_noise_is_drawn_a_depth_at_a_time():
 
 def test_forced_codes_are_gone_through():
     case = small_case(rows=4, guidance=2.0, dtype=torch.float32)
-    codes, total, logits = case.run("eager", return_logits=True)
+    codes, total, _, logits = case.run("eager", return_logits=True)
     again = case.run("eager", forced=codes, return_logits=True)
-    for one, other in zip((codes, total, logits), again, strict=True):
+    for one, other in zip((codes, total, logits), (again.codes, again.total, again.logits), strict=True):
         assert torch.equal(one, other)
     assert case.run("eager", forced=codes).logits is None
     unknown = case.run("eager", forced=torch.full_like(codes, -1))
@@ -59,7 +59,7 @@ def test_forced_codes_are_gone_through():
 
 
 def test_no_rows(device):
-    codes, total, logits = small_case(rows=0).to(device).run("eager", return_logits=True)
+    codes, total, _, logits = small_case(rows=0).to(device).run("eager", return_logits=True)
     assert (codes.shape, total.shape, logits.shape) == ((0, 3), (0, 40), (0, 3, 101))
 
 
@@ -82,6 +82,16 @@ def test_it_compiles_whole(fresh_compiler):
     weights = case.weights
     want = depth_decode(case.hidden, case.codebook, weights, guidance=2.0, top_k=7, noise=case.noise).codes
     assert torch.equal(call(case.hidden, case.noise), want)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_nan_is_told_by_its_depth(guidance, device):
+    """Where a code's embedding brings it: the depth after the first that can draw another code."""
+    case = small_case(rows=2, guidance=guidance, dtype=torch.float32, depth=4).to(device)
+    codes = case.run("eager").codes
+    case.codebook[codes[0, 1]] = torch.nan
+    first = 1 + int((codes[0] == codes[0, 1]).nonzero()[0])
+    assert case.run("eager").unsound[0] == first
 
 
 # ---- bad input
@@ -130,8 +140,13 @@ def test_a_greedy_depth_needs_no_noise():
 def test_a_row_with_nan_draws_zero_and_leaves_the_others_alone(device):
     case = small_case(rows=3, dtype=torch.float32).to(device)
     want = case.run("eager").codes
+    case.run("eager").check()
     case.hidden[1, 5] = torch.nan
-    codes = case.run("eager").codes
+    result = case.run("eager")
+    codes = result.codes
+    assert result.unsound.tolist() == [-1, 0, -1]
+    with pytest.raises(FloatingPointError, match="row 1 at depth 0"):
+        result.check()
     assert torch.equal(codes[1], torch.zeros_like(codes[1]))
     assert torch.equal(codes[[0, 2]], want[[0, 2]])
 
@@ -209,7 +224,7 @@ def on_gpu(case):
 
 def check_kernel(case):
     case, kernel = on_gpu(case)
-    codes, total, logits = kernel(return_logits=True)
+    codes, total, _, logits = kernel(return_logits=True)
     exact = case.to(torch.float64).run("eager", forced=codes, return_logits=True).logits
     eager = case.run("eager", forced=codes, return_logits=True)
     assert_as_good_as_eager(logits, eager.logits, exact)
@@ -297,7 +312,9 @@ def test_kernel_draws_zero_where_logits_are_nan():
     case, kernel = on_gpu(small_case(rows=3))
     want = kernel().codes
     case.hidden[1, 5] = torch.nan
-    codes = kernel().codes
+    result = kernel()
+    codes = result.codes
+    assert result.unsound.tolist() == [-1, 0, -1]
     assert torch.equal(codes[1], torch.zeros_like(codes[1]))
     assert torch.equal(codes[[0, 2]], want[[0, 2]])
 

@@ -115,6 +115,7 @@ extern "C" int decode(const int* n, void** p, const double* settings, float guid
   args.hidden = p[0], args.packed = p[1], args.codebook = p[2], args.noise = static_cast<float*>(p[3]);
   args.guidance_rows = static_cast<float*>(p[4]), args.forced = static_cast<int64_t*>(p[5]);
   args.codes = static_cast<int64_t*>(p[6]), args.total = p[7], args.logits = p[8], args.workspace = p[9];
+  args.unsound = static_cast<int*>(p[10]);
   args.book_level = level, args.book_entry = s.code_dim;
   args.noise_row = int64_t(s.depth) * s.num_codes, args.noise_depth = s.num_codes;
   args.book_dtype = DType(book), args.guidance = guidance, args.stop = stop;
@@ -155,12 +156,14 @@ def on_host(library, case, device=0, forced=None):
     tensors = (hidden, packed, codebook, case.noise, rows_of, forced, codes, total, logits)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     pointers.append(workspace.data_ptr() + -workspace.data_ptr() % 256)
+    unsound = torch.full((count,), -9, dtype=torch.int32)
+    pointers.append(unsound.data_ptr())
     temperature, top_k, top_p = case.settings
     settings = [*(1 / t if t else 0.0 for t in temperature), *top_k, *top_p]
     library.use_device(device)
     error = library.decode(
         sizes,
-        (ctypes.c_void_p * 10)(*pointers),
+        (ctypes.c_void_p * 11)(*pointers),
         (ctypes.c_double * len(settings))(*settings),
         ctypes.c_float(0.0 if case.guidance is None or rows_of is not None else case.guidance),
         ctypes.c_int64(0 if codebook.ndim == 2 else codebook.stride(0)),
@@ -169,7 +172,7 @@ def on_host(library, case, device=0, forced=None):
         -1,
     )
     assert error == 0
-    return codes, total, logits
+    return codes, total, logits, unsound
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ def test_kernel_on_the_host(library, options):
     options = {"dtype": torch.bfloat16} | options
     device = options.pop("device", 0)
     case = small_case(**options)
-    codes, total, logits = on_host(library, case, device)
+    codes, total, logits, unsound = on_host(library, case, device)
     # Through the same codes the logits are those of the definition, as near as its own rounding leaves them.
     exact = case.to(torch.float64).run("eager", forced=codes, return_logits=True).logits
     eager = case.run("eager", forced=codes, return_logits=True)
@@ -198,6 +201,7 @@ def test_kernel_on_the_host(library, options):
     assert error <= 2 * allowed + 1e-5
     assert torch.equal(codes, drawn_from(logits, case))
     assert torch.equal(total, eager.total)
+    assert torch.equal(unsound, eager.unsound)
 
 
 @pytest.mark.parametrize("device", [0, 2])
@@ -210,7 +214,7 @@ def test_draws_of_many_codes_on_the_host(library, device, ties):
         with torch.no_grad():
             case.weights.head[0].zero_()
             case.weights.head[1].copy_(torch.arange(9001) % 3)
-    codes, _, logits = on_host(library, case, device)
+    codes, _, logits, _ = on_host(library, case, device)
     assert torch.equal(codes, drawn_from(logits, case))
     assert len(set(codes.flatten().tolist())) > 4
 
@@ -218,13 +222,15 @@ def test_draws_of_many_codes_on_the_host(library, device, ties):
 def test_forced_codes_and_unsound_logits_on_the_host(library):
     case = small_case(rows=3, depth=2, layers=1, seed=2)
     forced = torch.tensor([[4, 100], [-1, 0], [7, 7]])
-    codes, total, logits = on_host(library, case, forced=forced)
+    codes, total, logits, unsound = on_host(library, case, forced=forced)
     want = case.run("eager", forced=forced, return_logits=True)
     assert torch.equal(codes, forced)
     assert torch.equal(total, want.total)
+    assert torch.equal(unsound, want.unsound)
     torch.testing.assert_close(logits, want.logits, rtol=0.05, atol=0.05)
     case.hidden[1, 3] = torch.nan
-    codes, _, logits = on_host(library, case)
+    codes, _, logits, unsound = on_host(library, case)
+    assert unsound.tolist() == [-1, 0, -1]
     assert logits[1].isnan().all()
     assert torch.equal(codes[1], torch.zeros(2, dtype=torch.int64))
     assert torch.equal(codes, drawn_from(logits, case))

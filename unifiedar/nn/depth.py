@@ -193,7 +193,7 @@ class DepthTransformer(nn.Module):
         """
         weights = self.weights()
         packed = self._packed(weights) if wants_packed(hidden, codebook, weights, backend) else None
-        codes, total, _ = depth_decode(
+        result = depth_decode(
             hidden,
             codebook,
             weights,
@@ -206,4 +206,4 @@ class DepthTransformer(nn.Module):
             packed=packed,
             backend=backend,
         )
-        return codes, total
+        return result.codes, result.total

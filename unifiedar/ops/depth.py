@@ -71,12 +71,22 @@ class DepthCodes(NamedTuple):
     Fields:
         codes: (N, D) int64.
         total: (N, C), the sum of the codes' embeddings, in the codebook's dtype.
+        unsound: (N,) int32, the first depth at which the scores to be drawn from had NaN; -1 if none had.
         logits: (rows, D, K) before guidance, in the dtype of hidden, if they were asked for; else None.
     """
 
     codes: Tensor
     total: Tensor
+    unsound: Tensor
     logits: Tensor | None
+
+    def check(self) -> None:
+        """Raises FloatingPointError, naming row and depth, if there was NaN; waits for the GPU to look."""
+        for row, depth in enumerate(self.unsound.tolist()):
+            if depth >= 0:
+                raise FloatingPointError(
+                    f"depth_decode: logits must not be NaN, got some in row {row} at depth {depth}"
+                )
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
@@ -152,17 +162,18 @@ def _decode_eager(
     noise: Tensor | None,
     forced: Tensor | None,
     return_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         weights = _unflatten(tensors, num_heads)
         guided = guidance is not None or guidance_rows is not None
         depth, dim, rows = len(temperature), weights.position.shape[-1], len(hidden)
         sample, lookup = registry["sample_codes"], registry["residual_lookup"]
-        codes, total, all_logits = _decode_fake(
+        codes, total, unsound, all_logits = _decode_fake(
             hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise,
             forced, return_logits,
         )  # fmt: skip
         total.zero_()
+        unsound.fill_(-1)
         x = hidden if weights.hidden is None else F.linear(hidden, *weights.hidden)
         cache = x.new_empty(len(weights.blocks), 2, rows, num_heads, depth, dim // num_heads)
         for d in range(depth):
@@ -175,6 +186,11 @@ def _decode_eager(
             if forced is not None:
                 codes[:, d] = forced[:, d]
             else:
+                scores = logits
+                if guided:
+                    conditional, unconditional = logits.chunk(2)
+                    scores = unconditional + (conditional - unconditional)
+                unsound.masked_fill_(scores.isnan().any(-1) & (unsound < 0), d)
                 drawn = None if noise is None or temperature[d] == 0 else noise[:, d]
                 codes[:, d] = sample(
                     logits, guidance, guidance_rows, temperature[d], top_k[d], None, top_p[d], None, drawn, "auto"
@@ -184,7 +200,7 @@ def _decode_eager(
             if d + 1 < depth:
                 x = F.linear(total.to(hidden.dtype), *weights.code)
                 x = torch.cat([x, x]) if guided else x
-        return codes, total, all_logits
+        return codes, total, unsound, all_logits
 
 
 # ---- shape of the outputs --------------------------------------------------------------------------------------------
@@ -200,6 +216,7 @@ def _decode_fake(
     return (
         hidden.new_empty((count, depth), dtype=torch.int64),
         codebook.new_empty((count, codebook.shape[-1])),
+        hidden.new_empty((count,), dtype=torch.int32),
         hidden.new_empty((rows, depth, tensors[-1].shape[0]) if return_logits else (0,)),
     )
 
@@ -277,7 +294,7 @@ def wants_packed(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backen
 _decode_cuda = _native.define(
     "depth_decode_cuda(Tensor hidden, Tensor packed, Tensor codebook, Tensor? noise, Tensor? guidance_rows, "
     "Tensor? forced, Tensor settings, int dim, int layers, int num_codes, bool projected, bool guided, float guidance, "
-    "Tensor(a!) workspace, Tensor(b!) codes, Tensor(c!) total, Tensor(d!)? logits, int stop) -> ()"
+    "Tensor(a!) workspace, Tensor(b!) codes, Tensor(c!) total, Tensor(d!) unsound, Tensor(e!)? logits, int stop) -> ()"
 )
 _decode_plan = _native.define(
     "depth_decode_plan_cuda(Tensor hidden, int rows, int dim, int layers, int depth, int num_codes, int code_dim, "
@@ -353,7 +370,7 @@ def _run_cuda(
     hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
     return_logits, stop=-1,
 ):  # fmt: skip
-    codes, total, logits = _decode_fake(
+    codes, total, unsound, logits = _decode_fake(
         hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
         return_logits,
     )  # fmt: skip
@@ -393,13 +410,14 @@ def _run_cuda(
             workspace,
             codes[part],
             total[part],
+            unsound[part],
             part_logits if return_logits else None,
             stop,
         )
         if return_logits and not whole:
             for to, made in zip(logits.chunk(1 + guided), part_logits.chunk(1 + guided), strict=True):
                 to[part] = made
-    return (codes, total, logits) if stop < 0 else workspace
+    return (codes, total, unsound, logits) if stop < 0 else workspace
 
 
 # ---- operator --------------------------------------------------------------------------------------------------------
@@ -407,7 +425,7 @@ def _run_cuda(
 _depth_decode = Op(
     "depth_decode(Tensor hidden, Tensor codebook, Tensor[] weights, Tensor? packed, SymInt num_heads, float? guidance, "
     "Tensor? guidance_rows, float[] temperature, SymInt[] top_k, float[] top_p, Tensor? noise, Tensor? forced, "
-    "bool return_logits) -> (Tensor, Tensor, Tensor)",
+    "bool return_logits) -> (Tensor, Tensor, Tensor, Tensor)",
     eager=_decode_eager,
     fake=_decode_fake,
     backends=(Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),),
@@ -451,7 +469,8 @@ def depth_decode(
         backend: "auto", "cuda" or "eager".
 
     Returns:
-        `DepthCodes`: codes (N, D) int64, total (N, C) in the codebook's dtype, logits (N or 2N, D, K) or None.
+        `DepthCodes`: codes (N, D) int64, total (N, C) in the codebook's dtype, unsound (N,) int32, logits (N or 2N, D,
+        K) or None.
 
     Raises:
         TypeError: for an argument of another type or dtype.
@@ -463,7 +482,8 @@ def depth_decode(
         The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
         draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
-        in several launches. A row with NaN draws 0 (see `sample_codes`). No gradient, no host sync; may be captured in
+        in several launches. A row with NaN draws 0 (see `sample_codes`), and
+        `check` of the result tells. No gradient, no host sync; may be captured in
         a CUDA graph with noise given.
     """
     function = "depth_decode"
@@ -511,11 +531,11 @@ def depth_decode(
     if packed is not None:
         _checks.check_tensor(function, "packed", packed, (hidden.dtype,))
         _checks.check_same_device(function, "packed", packed, "hidden", hidden)
-    codes, total, logits = _depth_decode(
+    codes, total, unsound, logits = _depth_decode(
         hidden, codebook, _flatten(weights), packed, weights.num_heads, number, per_row, temperatures, top_ks, top_ps,
         noise, forced, return_logits, backend,
     )  # fmt: skip
-    return DepthCodes(codes, total, logits if return_logits else None)
+    return DepthCodes(codes, total, unsound, logits if return_logits else None)
 
 
 def _check_sizes(function: str, hidden: Tensor, codebook: Tensor, weights: DepthWeights) -> int:
