@@ -186,6 +186,10 @@ def on_host(library, case, device=0, forced=None):
             {"rows": 32, "guidance": 2.0, "dim": 384, "layers": 1, "device": 2}, id="states too large to be staged"
         ),
         pytest.param({"layers": 0, "greedy": True}, id="greedy, no layer"),
+        pytest.param(
+            {"rows": 32, "guidance": 2.7, "dim": 64, "layers": 1, "num_codes": 2000, "greedy": True},
+            id="greedy and guided, where rounding decides",
+        ),
         pytest.param({"rows": 2, "dim": 640, "layers": 1, "depth": 2, "num_codes": 1100}, id="many chunks, many tiles"),
     ],
 )
@@ -217,6 +221,19 @@ def test_draws_of_many_codes_on_the_host(library, device, ties):
     codes, _, logits, _ = on_host(library, case, device)
     assert torch.equal(codes, drawn_from(logits, case))
     assert len(set(codes.flatten().tolist())) > 4
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(200, 0.0), (0, 0.9), (300, 0.8), (1, 0.0)])
+def test_cuts_on_the_host(library, top_k, top_p):
+    """Noise that lets the least of the entries that are kept win: who is at the edge decides the draw."""
+    case = small_case(rows=24, guidance=2.7, dim=64, layers=1, depth=1, num_codes=2000)
+    conditional, unconditional = case.run("eager", return_logits=True).logits.float().chunk(2)
+    scores = unconditional + 2.7 * (conditional - unconditional)
+    noise = (1.5 * (scores - scores.amax(-1, keepdim=True))).clamp(min=-80).exp()
+    case = replace(case, noise=noise.contiguous(), settings=([1.0], [top_k], [top_p]))
+    codes, _, logits, _ = on_host(library, case)
+    assert torch.equal(codes, drawn_from(logits, case))
+    assert len(set(codes.flatten().tolist())) > 8
 
 
 def test_forced_codes_and_unsound_logits_on_the_host(library):
