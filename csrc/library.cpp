@@ -17,6 +17,7 @@
 
 #include "attention_sm90.h"
 #include "codes.h"
+#include "depth.h"
 
 // These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA
 // tensor exists and they are never called.
@@ -230,6 +231,108 @@ void block_causal_attention_backward(const Tensor& grad, const std::optional<Ten
   STD_CUDA_CHECK(launch_attention_backward(args, dtype_of(q), current_stream(q)));
 }
 
+DepthSizes depth_sizes(int64_t rows, int64_t dim, int64_t layers, int64_t depth, int64_t num_codes, int64_t code_dim,
+                       const Tensor& hidden, bool projected, bool guided) {
+  DepthSizes sizes;
+  sizes.rows = int_of(rows);
+  sizes.dim = int_of(dim);
+  sizes.layers = int_of(layers);
+  sizes.depth = int_of(depth);
+  sizes.num_codes = int_of(num_codes);
+  sizes.code_dim = int_of(code_dim);
+  sizes.hidden_dim = projected ? int_of(hidden.size(1)) : 0;
+  sizes.guided = guided;
+  STD_TORCH_CHECK(hidden.dim() == 2 && rows > 0 && (!guided || rows % 2 == 0) && dim > 0 && dim % kHeadDim == 0 &&
+                      depth > 0 && depth <= kMaxDepth && num_codes > 0 && code_dim > 0 &&
+                      (projected ? hidden.size(1) > 0 && hidden.size(1) % 64 == 0 : hidden.size(1) == dim),
+                  "depth_decode_cuda: sizes are not such as it takes");
+  return sizes;
+}
+
+// plan: how many rows a launch takes, the parts of the workspace in the order of DepthWorkspace, and its size.
+void depth_decode_plan(const Tensor& hidden, int64_t rows, int64_t dim, int64_t layers, int64_t depth, int64_t num_codes,
+                       int64_t code_dim, bool projected, bool guided, Tensor plan) {
+  STD_TORCH_CHECK(plan.is_contiguous() && plan.numel() == 10 && plan.scalar_type() == ScalarType::Long && plan.is_cpu(),
+                  "depth_decode_plan_cuda: needs ten int64 on the CPU");
+  const DepthSizes sizes = depth_sizes(rows, dim, layers, depth, num_codes, code_dim, hidden, projected, guided);
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  int limit = 0;
+  STD_CUDA_CHECK(rows_depth_decode(sizes, dtype_of(hidden), &limit));
+  const DepthWorkspace at = workspace_depth_decode(sizes);
+  const size_t values[10] = {size_t(limit), at.barrier, at.x, at.q, at.y, at.h, at.cache, at.sums, at.keys, at.bytes};
+  for (int i = 0; i < 10; ++i) static_cast<int64_t*>(plan.data_ptr())[i] = static_cast<int64_t>(values[i]);
+}
+
+void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& codebook, const std::optional<Tensor>& noise,
+                  const std::optional<Tensor>& guidance_rows, const std::optional<Tensor>& forced, const Tensor& settings,
+                  int64_t dim, int64_t layers, int64_t num_codes, bool projected, bool guided, double guidance,
+                  Tensor workspace, Tensor codes, Tensor total, Tensor unsound, const std::optional<Tensor>& logits,
+                  int64_t stop) {
+  DepthArgs args{};
+  const int64_t depth = settings.size(1), rows = hidden.size(0), count = guided ? rows / 2 : rows;
+  args.sizes = depth_sizes(rows, dim, layers, depth, num_codes, codebook.size(codebook.dim() - 1), hidden, projected, guided);
+  const DepthSizes& s = args.sizes;
+  args.hidden = hidden.data_ptr();
+  args.packed = packed.data_ptr();
+  args.codebook = codebook.data_ptr();
+  args.codes = static_cast<int64_t*>(codes.data_ptr());
+  args.total = total.data_ptr();
+  args.unsound = static_cast<int*>(unsound.data_ptr());
+  args.workspace = workspace.data_ptr();
+  args.book_dtype = dtype_of(codebook);
+  args.guidance = static_cast<float>(guidance);
+  args.stop = static_cast<int>(stop);
+  bool matches = hidden.is_contiguous() && packed.is_contiguous() && hidden.element_size() == 2 &&
+                 packed.scalar_type() == hidden.scalar_type() && packed.numel() == packed_depth_decode(s) &&
+                 reinterpret_cast<uintptr_t>(args.hidden) % 16 == 0 && reinterpret_cast<uintptr_t>(args.packed) % 16 == 0 &&
+                 reinterpret_cast<uintptr_t>(args.workspace) % 256 == 0 && workspace.is_contiguous() &&
+                 size_t(workspace.numel() * workspace.element_size()) >= workspace_depth_decode(s).bytes &&
+                 codes.is_contiguous() && codes.scalar_type() == ScalarType::Long && codes.numel() == count * depth &&
+                 unsound.is_contiguous() && unsound.scalar_type() == ScalarType::Int && unsound.numel() == count &&
+                 total.is_contiguous() && total.scalar_type() == codebook.scalar_type() &&
+                 total.numel() == count * s.code_dim && codebook.stride(codebook.dim() - 1) == 1 &&
+                 codebook.size(codebook.dim() - 2) == num_codes && rows <= kMaxDepthRows;
+  args.book_entry = codebook.stride(codebook.dim() - 2);
+  if (codebook.dim() == 3) {
+    args.book_level = codebook.stride(0);
+    matches = matches && codebook.size(0) == depth;
+  }
+  if (noise.has_value()) {
+    args.noise = static_cast<const float*>(noise->data_ptr());
+    args.noise_row = noise->stride(0);
+    args.noise_depth = noise->stride(1);
+    matches = matches && noise->scalar_type() == ScalarType::Float && noise->dim() == 3 && noise->size(0) == count &&
+              noise->size(1) == depth && noise->size(2) == num_codes && (noise->stride(2) == 1 || num_codes == 1);
+  }
+  if (guidance_rows.has_value()) {
+    args.guidance_rows = static_cast<const float*>(guidance_rows->data_ptr());
+    matches = matches && guidance_rows->scalar_type() == ScalarType::Float && guidance_rows->is_contiguous() &&
+              guidance_rows->numel() == count && guided;
+  }
+  if (forced.has_value()) {
+    args.forced = forced->const_data_ptr<int64_t>();
+    matches = matches && forced->is_contiguous() && forced->scalar_type() == ScalarType::Long &&
+              forced->numel() == count * depth;
+  }
+  if (logits.has_value()) {
+    args.logits = logits->data_ptr();
+    matches = matches && logits->is_contiguous() && logits->scalar_type() == hidden.scalar_type() &&
+              logits->numel() == rows * depth * num_codes;
+  }
+  matches = matches && settings.is_cpu() && settings.is_contiguous() && settings.scalar_type() == ScalarType::Double &&
+            settings.dim() == 2 && settings.size(0) == 3;
+  STD_TORCH_CHECK(matches, "depth_decode_cuda: sizes or dtypes do not match");
+  const double* values = static_cast<const double*>(settings.data_ptr());
+  for (int d = 0; d < s.depth; ++d) {
+    args.inverse_temperature[d] = static_cast<float>(values[d]);
+    args.top_k[d] = static_cast<int>(values[depth + d]);
+    args.top_p[d] = values[2 * depth + d];
+    STD_TORCH_CHECK(forced.has_value() || noise.has_value() || values[d] == 0, "depth_decode_cuda: needs noise");
+  }
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  STD_CUDA_CHECK(launch_depth_decode(args, dtype_of(hidden), current_stream(hidden)));
+}
+
 }  // namespace
 }  // namespace unifiedar
 
@@ -237,6 +340,8 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_cuda", TORCH_BOX(&unifiedar::residual_lookup));
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
   m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
+  m.impl("depth_decode_cuda", TORCH_BOX(&unifiedar::depth_decode));
+  m.impl("depth_decode_plan_cuda", TORCH_BOX(&unifiedar::depth_decode_plan));
   m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
   m.impl("block_causal_attention_backward_cuda", TORCH_BOX(&unifiedar::block_causal_attention_backward));
   m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));

@@ -71,9 +71,11 @@ inline unsigned host_seed = 1;
 extern "C" __attribute__((weak)) void use_device(int device) { host_device = device; }
 extern "C" __attribute__((weak)) cudaError_t cudaGetDevice(int* device) { return *device = host_device, cudaSuccess; }
 extern "C" __attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (attribute == cudaDevAttrCooperativeLaunch) return *value = 1, cudaSuccess;
   if (attribute == cudaDevAttrClusterLaunch) return *value = device > 0, cudaSuccess;
   if (attribute == cudaDevAttrMultiProcessorCount) return *value = 8 * device + 4, cudaSuccess;
-  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) return *value = 232448, cudaSuccess;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    return *value = device == 2 ? 101376 : 232448, cudaSuccess;  // 2: as GPUs of compute capability 8.6 have it
   return cudaErrorInvalidValue;
 }
 extern "C" __attribute__((weak)) cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
@@ -309,18 +311,21 @@ def _host_source(name: str) -> str:
     text, launches = re.subn(r"(\w+(?:<[\w, ]+>)?)<<<(\w+), (\w+), 0, stream>>>\((.*?)\);",
                              r"if (const cudaError_t e = launch(\2, \3, [&] { \1(\4); }); e != cudaSuccess) return e;",
                              text)  # fmt: skip
-    assert launches or "cudaLaunchKernelEx" in text, "found no launch"
+    assert launches or re.search("cudaLaunch(KernelEx|CooperativeKernel)", text), "found no launch"
     assert "<<<" not in text, "a launch of another form"
     return SHIM + text.replace("cudaGetLastError()", "cudaSuccess").replace("#pragma unroll", "//")
 
 
-def compile_on_host(sources: list[str], exports: str, folder: Path) -> ctypes.CDLL:
+def compile_on_host(
+    sources: list[str], exports: str, folder: Path, instead: dict[str, str] | None = None
+) -> ctypes.CDLL:
     """Compiles files of csrc/ for the host; skips the test where no C++ compiler or no CUDA header is.
 
     Args:
         sources: the files' names.
         exports: C++ that ends the first file: functions in C linkage around its launchers.
         folder: where to build.
+        instead: text of files of csrc/ that are included, in place of what they hold.
 
     Returns:
         The library. Its `use_device(n)` chooses a GPU that runs n clusters at a time; 0, at first, has none.
@@ -334,6 +339,8 @@ def compile_on_host(sources: list[str], exports: str, folder: Path) -> ctypes.CD
     (folder / "cub/device/device_radix_sort.cuh").write_text(SORT, encoding="utf-8")
     (folder / "device").mkdir()
     (folder / "device/cluster.cuh").write_text(CLUSTER, encoding="utf-8")
+    for name, text in (instead or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
     files = []
     for source in sources:
         files.append(f"{Path(source).stem}.cpp")

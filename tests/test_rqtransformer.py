@@ -18,7 +18,7 @@ from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import RQLogits, RQTransformer, RQTransformerConfig
 from unifiedar.nn import ResidualQuantizer
 from unifiedar.nn.depth import Stack
-from unifiedar.ops import sample_codes
+from unifiedar.ops import depth_decode, sample_codes
 
 FOLDER = Path(__file__).parent
 GOLDENS = FOLDER / "goldens" / "rqtransformer-small.safetensors"
@@ -172,11 +172,12 @@ def test_cached_logits_equal_teacher_forced_ones(name, monkeypatch, device):
     partial, table, cond = partial.to(device), table.double().to(device), None if cond is None else cond.to(device)
     seen = []
 
-    def record(logits, **options):
-        seen.append(logits)
-        return sample_codes(logits, **options)
+    def record(*args, **options):
+        result = depth_decode(*args, **options, return_logits=True)
+        seen.extend(result.logits.unbind(1))
+        return result
 
-    monkeypatch.setattr(unifiedar.nn.depth, "sample_codes", record)
+    monkeypatch.setattr(unifiedar.nn.depth, "depth_decode", record)
     codes = model.sample(partial, table, cond=cond, start=(0, 2), generator=torch.Generator(device).manual_seed(1))
     forced = model(codes, table, cond).codes.flatten(1, 2)[:, 2:].flatten(1, 2)
     torch.testing.assert_close(torch.stack(seen, dim=1), forced, rtol=0, atol=1e-12)
@@ -189,9 +190,15 @@ def test_no_position_is_computed_twice(monkeypatch):
     partial, table, cond = inputs("text")
     lengths: dict[str, list[int]] = {"body": [], "head": []}
     model.body_transformer.blocks[0].register_forward_pre_hook(lambda _, x: lengths["body"].append(x[0].shape[1]))
-    model.head.head_transformer.blocks[0].register_forward_pre_hook(lambda _, x: lengths["head"].append(x[0].shape[1]))
+    inner = unifiedar.ops.depth.depth_block
+
+    def record(x, *args):
+        lengths["head"].append(x.shape[1])
+        return inner(x, *args)
+
+    monkeypatch.setattr(unifiedar.ops.depth, "depth_block", record)
     model.sample(partial, table, cond=cond, start=(0, 2))
-    assert lengths == {"body": [4 + 2, 1, 1, 1], "head": [1] * 4 * 3}
+    assert lengths == {"body": [4 + 2, 1, 1, 1], "head": [1] * 4 * 3 * len(model.head.head_transformer.blocks)}
 
 
 def test_greedy_is_the_largest_logit(name):

@@ -6,49 +6,45 @@ blocks, over the positions of a picture.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.ops import residual_lookup, sample_codes
+from unifiedar.ops import DepthBlock, DepthWeights, depth_decode, residual_lookup
+from unifiedar.ops.depth import depth_block, depth_pack, wants_packed
 
 __all__ = ["DepthTransformer"]
 
 
 class _Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, dropout: float):
+    """Parameters of the attention, by their published names."""
+
+    def __init__(self, dim: int):
         super().__init__()
         self.key, self.query, self.value, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.num_heads, self.dropout = num_heads, nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, cache: Tensor | None, begin: int) -> Tensor:
-        rows, length, dim = x.shape
-        q, k, v = (
-            f(x).view(rows, length, self.num_heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value)
-        )
-        if cache is not None:  # (2, rows, heads, D, head_dim): a step writes its own depth and reads all before
-            cache[0, :, :, begin : begin + length] = k
-            cache[1, :, :, begin : begin + length] = v
-            k, v = cache[:, :, :, : begin + length]
-        mask = None
-        if begin and length > 1:  # is_causal would align the last query with key length - 1
-            mask = torch.ones(length, begin + length, dtype=torch.bool, device=x.device).tril(begin)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
-        return self.dropout(self.proj(y.transpose(1, 2).reshape(rows, length, dim)))
 
 
 class _Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = _Attention(dim, num_heads, dropout)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout))
+        self.attn = _Attention(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.num_heads, self.dropout = num_heads, dropout
+
+    def weights(self) -> DepthBlock:
+        attn, up, down = self.attn, self.mlp[0], self.mlp[2]
+        modules = (self.ln1, attn.query, attn.key, attn.value, attn.proj, self.ln2, up, down)
+        return DepthBlock(*(_pair(module) for module in modules))
 
     def forward(self, x: Tensor, cache: Tensor | None = None, begin: int = 0) -> Tensor:
-        x = x + self.attn(self.ln1(x), cache, begin)
-        return x + self.mlp(self.ln2(x))
+        dropout = self.dropout if self.training else 0.0
+        return depth_block(x, self.weights(), self.num_heads, cache, begin, dropout)
+
+
+def _pair(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, module.weight), cast(Tensor, module.bias)
 
 
 class Stack(nn.Module):
@@ -115,6 +111,7 @@ class DepthTransformer(nn.Module):
         self.head_transformer = Stack(dim, num_layers, num_heads, dropout)
         self.classifier_mlp = Classifier(dim, num_codes)
         self.depth, self.num_codes = depth, num_codes
+        self._kept: tuple[list[tuple[int, int, int]], Tensor, list[nn.Parameter]] | None = None
         nn.init.normal_(self.pos_emb_d, std=0.02)
 
     def running_sums(self, codes: Tensor, codebook: Tensor) -> Tensor:
@@ -142,11 +139,26 @@ class DepthTransformer(nn.Module):
         x = torch.cat([self.in_mlp_2(hidden).unsqueeze(1), self.in_mlp_1(running_sums[:, :-1])], dim=1) + self.pos_emb_d
         return self.classifier_mlp(self.head_transformer(x))
 
-    def _per_depth(self, argument: str, value: float | Sequence[float]) -> list[Any]:
-        values = [value] * self.depth if isinstance(value, int | float) else list(value)
-        if len(values) != self.depth:
-            raise ValueError(f"decode: {argument} must be one number or {self.depth}, got {len(values)}")
-        return values
+    def weights(self) -> DepthWeights:
+        """The parameters as `unifiedar.ops.depth_decode` takes them."""
+        hidden = None if isinstance(self.in_mlp_2, nn.Identity) else _pair(self.in_mlp_2)
+        blocks = tuple(cast(_Block, block).weights() for block in self.head_transformer.blocks)
+        head = self.classifier_mlp
+        norm, linear = _pair(head.layer_norm), _pair(head.linear)
+        heads = self.head_transformer.num_heads
+        return DepthWeights(self.pos_emb_d, _pair(self.in_mlp_1), hidden, blocks, norm, linear, heads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a copy or a file of the module has no use for packed weights
+
+    def _packed(self, weights: DepthWeights) -> Tensor:
+        """The packed weights, made anew when a parameter was replaced, moved or written to."""
+        parameters = list(self.parameters())
+        state = [(id(p), p._version, p.data_ptr()) for p in parameters]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = None  # its memory is free while the new ones are made
+            self._kept = (state, depth_pack(weights), parameters)  # parameters are held: their ids stay theirs
+        return self._kept[1]
 
     @torch.no_grad()
     def decode(
@@ -160,6 +172,7 @@ class DepthTransformer(nn.Module):
         top_p: float | Sequence[float] = 0.0,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Emit the D codes of each position; keys and values of earlier depths are kept, so that no work is repeated.
 
@@ -168,37 +181,29 @@ class DepthTransformer(nn.Module):
             codebook: (K, C) or (D, K, C), as `unifiedar.ops.residual_lookup` takes it.
             guidance, temperature, top_k, top_p, generator: as `unifiedar.ops.sample_codes`; temperature, top_k and
                 top_p may be one number for each depth.
-            noise: (N, D, K) float32 ~ Exp(1) that decides the draws, drawn from `generator` if None.
+            noise: (N, D, K) ~ Exp(1) that decides the draws, drawn from `generator` if None.
+            backend: "auto", "cuda" or "eager". The CUDA kernel reads a packed copy of the weights, which is made at the
+                first call, kept beside them and made anew when they change.
 
         Returns:
             codes (N, D) int64 and the sum of their embeddings (N, C), in the codebook's dtype.
 
         Raises:
-            ValueError: for a list of settings that is not D long, and what `sample_codes` and `residual_lookup` refuse.
+            TypeError, ValueError: as `unifiedar.ops.depth_decode` says.
         """
-        temperatures = self._per_depth("temperature", temperature)
-        top_ks, top_ps = self._per_depth("top_k", top_k), self._per_depth("top_p", top_p)
-        rows, paired = len(hidden), guidance is not None
-        codes: list[Tensor] = []
-        total = codebook.new_zeros(rows // 2 if paired else rows, codebook.shape[-1])
-        x = self.in_mlp_2(hidden)
-        cache = self.head_transformer.cache(x, self.depth)
-        for d in range(self.depth):
-            x = self.head_transformer((x + self.pos_emb_d[:, d]).unsqueeze(1), cache, d)
-            logits = self.classifier_mlp(x[:, 0])
-            code = sample_codes(
-                logits,
-                guidance=guidance,
-                temperature=temperatures[d],
-                top_k=top_ks[d],
-                top_p=top_ps[d],
-                noise=None if noise is None else noise[:, d],
-                generator=generator,
-            )
-            codes.append(code)
-            table = codebook if codebook.ndim == 2 else codebook[d]
-            total = total + residual_lookup(code.unsqueeze(-1), table)
-            if d + 1 < self.depth:
-                x = self.in_mlp_1(total.to(hidden.dtype))
-                x = torch.cat([x, x]) if paired else x
-        return torch.stack(codes, dim=-1), total
+        weights = self.weights()
+        packed = self._packed(weights) if wants_packed(hidden, codebook, weights, backend) else None
+        result = depth_decode(
+            hidden,
+            codebook,
+            weights,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            noise=noise,
+            generator=generator,
+            packed=packed,
+            backend=backend,
+        )
+        return result.codes, result.total

@@ -28,6 +28,7 @@ from unifiedar.ops.codes_multiscale import (
     multiscale_quantize,
     next_scale_input,
 )
+from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthWeights, depth_decode
 from unifiedar.ops.norm import qk_norm_rope
 from unifiedar.ops.norm_group import group_norm
 from unifiedar.ops.sample import sample_codes
@@ -37,6 +38,9 @@ __all__ = [
     "Backend",
     "BitwiseCodes",
     "BitwiseLosses",
+    "DepthBlock",
+    "DepthCodes",
+    "DepthWeights",
     "Op",
     "Phi",
     "ResidualCodes",
@@ -47,6 +51,7 @@ __all__ = [
     "bitwise_unpack",
     "block_causal_attention",
     "code_statistics",
+    "depth_decode",
     "group_norm",
     "multiscale_inputs",
     "multiscale_lookup",

@@ -1,0 +1,213 @@
+"""Cases of the family `depth`: all codes of a position by published depth transformers, on random weights.
+
+`<model>/r<rows>`: so many rows, half of them unconditional (guidance 3, top-k 900, top-p 0.96, as VILA-U draws), in
+bfloat16, with noise given. `width-1024` is a head of 98 M weights; `rq-1.4b` and `rq-3.8b` are the heads of
+RQ-Transformer's ImageNet models. Least traffic: every weight that a depth needs, once a depth. The weights are the same
+in all input sets: they are larger than the cache.
+
+Peers: the published way (no cache, the whole prefix at each depth), our definition (a cache; it is also the backend
+"eager"), that in a CUDA graph, and that under torch.compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench._case import OURS, Case, Check, Variant
+from unifiedar.nn import DepthTransformer
+from unifiedar.ops import registry, residual_lookup, sample_codes
+
+__all__ = ["cases"]
+
+SETTINGS: dict[str, Any] = {"guidance": 3.0, "top_k": 900, "top_p": 0.96}
+
+Inputs = dict[str, Any]
+"""module; hidden (rows, hidden_dim); codebook (K, C); noise (rows / 2, D, K); weights, the module's tensors."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A depth transformer's sizes; hidden_dim None is a state that enters as it is."""
+
+    name: str
+    hidden_dim: int | None
+    code_dim: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    depth: int
+    num_codes: int
+
+    def streamed(self) -> int:
+        """Numbers that decoding a position reads."""
+        block = 12 * self.dim**2 + 13 * self.dim
+        each = self.num_layers * block + (self.num_codes + 2) * self.dim + self.num_codes + self.dim
+        first = 0 if self.hidden_dim is None else (self.hidden_dim + 1) * self.dim
+        return self.depth * each + (self.depth - 1) * (self.code_dim + 1) * self.dim + first
+
+
+MODELS = (
+    (Model("width-1024", 4096, 1024, 1024, 6, 16, 4, 16384), (2, 16, 32)),
+    (Model("vila-u-256", 4096, 1024, 2560, 6, 40, 4, 16384), (2, 16, 32)),
+    (Model("vila-u-384", 4096, 1152, 2560, 6, 40, 16, 16384), (2, 16)),
+    (Model("rq-1.4b", None, 256, 1536, 6, 24, 4, 16384), (2, 16)),
+    (Model("rq-3.8b", None, 256, 2560, 6, 40, 4, 16384), (16,)),
+)
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Every model and number of rows; on the CPU narrow ones of two layers, so that it takes seconds."""
+    if device.type == "cuda":
+        return [_case(model, rows, device) for model, counts in MODELS for rows in counts]
+    narrow = Model("narrow", 128, 32, 128, 2, 2, 4, 1024)
+    return [_case(narrow, 2, device)]
+
+
+@functools.lru_cache(maxsize=1)  # of one model at a time: the largest are 1 GB
+def _module(model: Model, device: torch.device) -> tuple[DepthTransformer, Tensor]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        module = DepthTransformer(
+            model.hidden_dim, model.code_dim, model.dim, model.num_layers, model.num_heads, model.depth, model.num_codes
+        )
+        codebook = torch.randn(model.num_codes, model.code_dim).bfloat16()
+    with torch.no_grad():
+        module.classifier_mlp.linear.weight.mul_(5)  # logits as spread out as a trained head's
+    return module.bfloat16().eval().requires_grad_(False), codebook
+
+
+def _case(model: Model, rows: int, device: torch.device) -> Case:
+    small = device.type != "cuda"
+
+    def make(seed: int, device: torch.device) -> Inputs:
+        module, codebook = _module(model, device)
+        generator = torch.Generator(device).manual_seed(seed)
+        hidden = torch.randn(rows, model.hidden_dim or model.dim, device=device, generator=generator)
+        noise = torch.empty(rows // 2, model.depth, model.num_codes, device=device).exponential_(generator=generator)
+        weights = list(module.parameters())
+        return {"module": module, "hidden": hidden.bfloat16(), "codebook": codebook, "noise": noise, "weights": weights}
+
+    def decode(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+        return inputs["module"].decode(
+            inputs["hidden"], inputs["codebook"], noise=inputs["noise"], backend=backend, **SETTINGS
+        )
+
+    def variant(name: str, role: str, backend: str) -> Variant:
+        return Variant(name, role, lambda inputs: lambda: decode(inputs, backend))
+
+    variants = [variant(OURS, "ours", "auto")]
+    if not small:
+        variants += [variant(f"{OURS} {name}", "backend", name) for name in ("cuda", "eager")]
+        variants.append(Variant("depth cache, CUDA graph", "peer", lambda inputs: _captured(lambda: _cached(inputs))))
+        compiled = torch.compile(_cached, dynamic=False)
+        variants.append(Variant("depth cache, torch.compile", "peer", lambda inputs: lambda: compiled(inputs)))
+    variants.append(Variant("depth cache", "peer", lambda inputs: lambda: _cached(inputs)))
+    variants.append(Variant("published code", "peer", lambda inputs: lambda: _published(inputs)))
+
+    def backend(inputs: Inputs) -> str:
+        weights = [*inputs["weights"]]
+        arguments = (inputs["hidden"], inputs["codebook"], weights, None, model.num_heads, 3.0, None)
+        lists = ([1.0] * model.depth, [900] * model.depth, [0.96] * model.depth)
+        return registry["depth_decode"].choose("auto", *arguments, *lists, inputs["noise"], None, False).name
+
+    return Case(
+        name=f"{model.name}/r{rows}",
+        shape={"R": rows, "W": model.dim, "D": model.depth, "K": model.num_codes, "C": model.code_dim},
+        dtype=torch.bfloat16,
+        bytes=2 * model.streamed() + 4 * (rows // 2) * model.depth * model.num_codes,
+        flops=2 * rows * model.streamed(),
+        make=make,
+        variants=variants,
+        check=_check,
+        backend=backend,
+    )
+
+
+def _check(inputs: Inputs) -> Check:
+    """Each code is what the definition draws after those before it; one in ten may be lost to the logits' rounding."""
+    module, codebook, hidden, noise = (inputs[key] for key in ("module", "codebook", "hidden", "noise"))
+
+    def check(variant: Variant, output: object) -> None:
+        assert isinstance(output, tuple)
+        codes, total = output
+        sums = residual_lookup(codes, codebook, cumulative=True)
+        with torch.no_grad():
+            logits = module(hidden, torch.cat([sums, sums]))
+        want = torch.stack(
+            [sample_codes(logits[:, d], noise=noise[:, d], **SETTINGS) for d in range(codes.shape[1])], 1
+        )
+        differ = int((codes != want).sum())
+        if differ > codes.numel() / 10 + 1:
+            raise ValueError(f"wrong result: {differ} of {codes.numel()} codes differ")
+        if (total.float() - sums[:, -1].float()).abs().max() > 0.1:
+            raise ValueError("wrong result: total is not the sum of the codes' embeddings")
+
+    return check
+
+
+@torch.no_grad()
+def _cached(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """A step at a time with keys and values kept, as plain modules."""
+    module, codebook, noise = inputs["module"], inputs["codebook"], inputs["noise"]
+    x, codes = module.in_mlp_2(inputs["hidden"]), []
+    total = codebook.new_zeros(len(x) // 2, codebook.shape[1])
+    cache = module.head_transformer.cache(x, module.depth)
+    for d in range(module.depth):
+        x = module.head_transformer((x + module.pos_emb_d[:, d]).unsqueeze(1), cache, d)
+        codes.append(_draw(module.classifier_mlp(x[:, 0]), noise[:, d]))
+        total = total + codebook[codes[-1]]
+        x = module.in_mlp_1(torch.cat([total, total]))
+    return torch.stack(codes, 1), total
+
+
+@torch.no_grad()
+def _published(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """As VILA-U does it: at each depth everything before it once more."""
+    module, codebook, noise = inputs["module"], inputs["codebook"], inputs["noise"]
+    head = module.in_mlp_2(inputs["hidden"]).unsqueeze(1)
+    sums: list[Tensor] = []
+    codes: list[Tensor] = []
+    for d in range(module.depth):
+        x = torch.cat([head, module.in_mlp_1(torch.stack(sums, 1).repeat(2, 1, 1))], 1) if sums else head
+        x = module.head_transformer(x + module.pos_emb_d[:, : d + 1])
+        codes.append(_draw(module.classifier_mlp(x[:, -1]), noise[:, d]))
+        chosen = codebook[codes[-1]]
+        sums.append(sums[-1] + chosen if sums else chosen)
+    return torch.stack(codes, 1), sums[-1]
+
+
+def _draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Guidance, top-k by topk, top-p by a whole sort, and a race: no wait for the host."""
+    conditional, unconditional = logits.chunk(2)
+    scores = (unconditional + (conditional - unconditional) * SETTINGS["guidance"]).float()
+    kth = scores.topk(SETTINGS["top_k"], dim=-1).values[:, -1:]
+    p = scores.masked_fill(scores < kth, -torch.inf).softmax(-1)
+    ordered, index = p.sort(dim=-1, descending=True, stable=True)
+    beyond = (ordered.cumsum(-1) >= SETTINGS["top_p"]).roll(1, -1)
+    beyond[:, 0] = False
+    p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0)
+    return (p / noise).argmax(-1)
+
+
+def _captured(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> tuple[Tensor, Tensor]:
+        graph.replay()
+        return output
+
+    return replay

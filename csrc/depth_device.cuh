@@ -1,0 +1,75 @@
+// Instructions that the depth kernel is built of: the matrix product of a warp, loads that go around the first cache,
+// fetches into the second, and the barrier of a grid.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace unifiedar {
+
+// d (16 x 8, float32) += a (16 x 16) b (16 x 8). PTX ISA, "Matrix Fragments for mma.m16n8k16": lane l has of d the rows
+// l / 4 (words 0, 1) and l / 4 + 8 (words 2, 3), columns 2 (l % 4) + {0, 1}; of a the same rows in words 0, 2 and 1, 3,
+// columns 2 (l % 4) + {0, 1} and 8 more; of b the column l / 4, rows 2 (l % 4) + {0, 1} and 8 more.
+template <typename T>
+__device__ __forceinline__ void multiply_tile(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  }
+}
+
+// Weights: read once a depth, by one warp. Volatile, so that the load stays where it is issued.
+__device__ __forceinline__ uint4 load_weights(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+// Asks for 2,048 bytes, aligned to 16, to be in the second cache.
+__device__ __forceinline__ void fetch_ahead(const void* from) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], 2048;" ::"l"(__cvta_generic_to_global(from)) : "memory");
+#else
+  for (int i = 0; i < 2048; i += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(static_cast<const char*>(from) + i)));
+#endif
+}
+
+// Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
+// `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included.
+// `meanwhile` is called by all threads once the block has said that it is there. The first warp's loads belong in it: the
+// fence before that word may wait for every load that its warp has under way.
+// Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
+template <typename Meanwhile>
+__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
+  __syncthreads();
+  if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  meanwhile();
+  if (threadIdx.x == 0) {
+    uint32_t arrived;
+#ifdef UNIFIEDAR_WATCHDOG
+    const long long begin = clock64();
+#endif
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+#ifdef UNIFIEDAR_WATCHDOG
+      if (clock64() - begin > 2000000000ll) __trap();
+#endif
+    } while (arrived < goal);
+  }
+  __syncthreads();
+}
+
+}  // namespace unifiedar

@@ -1,0 +1,571 @@
+"""Depth-transformer decoding: the D codes of a position, one after another, as one operator.
+
+    x_0 = hidden (projected, or as it is);  x_d = code(e_0 + ... + e_{d-1}), e_i the codebook's row of code i
+    y_d = blocks(x_d + position_d), causal over the depths;  logits_d = head(norm(y_d));  code_d = draw(logits_d)
+
+A block: x += proj(attention(norm1 x));  x += down(gelu(up(norm2 x))), LayerNorm, biases, exact GELU.
+Lee et al., "Autoregressive Image Generation using Residual Quantization" (2022), section 3.2; VILA-U
+(arXiv:2409.04429), section 3.2. Keys and values of earlier depths are kept, so that no work is repeated.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unifiedar.ops import _checks, _native
+from unifiedar.ops._op import VARIABLE, Backend, Op, registry
+
+__all__ = ["DepthBlock", "DepthCodes", "DepthWeights", "depth_block", "depth_decode", "depth_pack", "wants_packed"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class DepthBlock(NamedTuple):
+    """Parameters of a block, each a pair of weight (out, in) and bias (out,), or of a norm's gain and bias (dim,).
+
+    Fields:
+        norm1, query, key, value, proj: of the attention.
+        norm2, up, down: of the MLP.
+    """
+
+    norm1: Pair
+    query: Pair
+    key: Pair
+    value: Pair
+    proj: Pair
+    norm2: Pair
+    up: Pair
+    down: Pair
+
+
+class DepthWeights(NamedTuple):
+    """Parameters of a depth transformer, in one dtype on one device.
+
+    Fields:
+        position: (1, D, dim), added to what enters at each depth.
+        code: weight (dim, C) and bias of the projection of summed embeddings.
+        hidden: weight (dim, hidden_dim) and bias of the projection of the hidden state, or None if it enters as it is.
+        blocks: one `DepthBlock` a layer.
+        norm: gain and bias (dim,) before the head.
+        head: weight (K, dim) and bias.
+        num_heads: of the attention.
+    """
+
+    position: Tensor
+    code: Pair
+    hidden: Pair | None
+    blocks: tuple[DepthBlock, ...]
+    norm: Pair
+    head: Pair
+    num_heads: int
+
+
+class DepthCodes(NamedTuple):
+    """Result of `depth_decode`.
+
+    Fields:
+        codes: (N, D) int64.
+        total: (N, C), the sum of the codes' embeddings, in the codebook's dtype.
+        unsound: (N,) int32, the first depth at which the scores to be drawn from had NaN; -1 if none had.
+        logits: (rows, D, K) before guidance, in the dtype of hidden, if they were asked for; else None.
+    """
+
+    codes: Tensor
+    total: Tensor
+    unsound: Tensor
+    logits: Tensor | None
+
+    def check(self) -> None:
+        """Raises FloatingPointError, naming row and depth, if there was NaN; waits for the GPU to look."""
+        for row, depth in enumerate(self.unsound.tolist()):
+            if depth >= 0:
+                raise FloatingPointError(
+                    f"depth_decode: logits must not be NaN, got some in row {row} at depth {depth}"
+                )
+
+
+# ---- definition ------------------------------------------------------------------------------------------------------
+
+
+def depth_block(
+    x: Tensor, block: DepthBlock, num_heads: int, cache: Tensor | None, begin: int, dropout: float = 0.0
+) -> Tensor:
+    """One block over tokens begin .. begin + T - 1 of each row: what `depth_decode` does in every layer.
+
+    Args:
+        x: (rows, T, dim).
+        block: the layer's parameters.
+        num_heads: heads are dim // num_heads wide.
+        cache: (2, rows, num_heads, length, head_dim), keys and values: this call writes its own tokens' and reads those
+            before; None if there are none before.
+        begin: the first token's place.
+        dropout: share dropped after the attention's projection and after the MLP.
+
+    Returns:
+        (rows, T, dim).
+    """
+    rows, length, dim = x.shape
+    y = F.layer_norm(x, (dim,), *block.norm1)
+    q, k, v = (
+        F.linear(y, *pair).view(rows, length, num_heads, dim // num_heads).transpose(1, 2)
+        for pair in (block.query, block.key, block.value)
+    )
+    if cache is not None:
+        cache[0, :, :, begin : begin + length] = k
+        cache[1, :, :, begin : begin + length] = v
+        k, v = cache[:, :, :, : begin + length]
+    mask = None
+    if begin and length > 1:  # is_causal would align the last query with key length - 1
+        mask = torch.ones(length, begin + length, dtype=torch.bool, device=x.device).tril(begin)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
+    x = x + F.dropout(F.linear(y.transpose(1, 2).reshape(rows, length, dim), *block.proj), dropout)
+    y = F.linear(F.gelu(F.linear(F.layer_norm(x, (dim,), *block.norm2), *block.up)), *block.down)
+    return x + F.dropout(y, dropout)
+
+
+_BLOCK = 2 * len(DepthBlock._fields)
+
+
+def _flatten(weights: DepthWeights) -> list[Tensor]:
+    pairs = [weights.code, *(() if weights.hidden is None else (weights.hidden,))]
+    for block in weights.blocks:
+        pairs += block
+    return [weights.position, *(tensor for pair in (*pairs, weights.norm, weights.head) for tensor in pair)]
+
+
+def _unflatten(tensors: Sequence[Tensor], num_heads: int) -> DepthWeights:
+    """The inverse of `_flatten`: position, code, hidden if there is one, blocks, norm, head."""
+    projected = (len(tensors) - 7) % _BLOCK == 2
+    pairs = list(zip(tensors[1::2], tensors[2::2], strict=True))
+    first, size = 1 + projected, len(DepthBlock._fields)
+    blocks = tuple(DepthBlock(*pairs[i : i + size]) for i in range(first, len(pairs) - 2, size))
+    norm, head = pairs[-2:]
+    return DepthWeights(tensors[0], pairs[0], pairs[1] if projected else None, blocks, norm, head, num_heads)
+
+
+def _decode_eager(
+    hidden: Tensor,
+    codebook: Tensor,
+    tensors: Sequence[Tensor],
+    packed: Tensor | None,
+    num_heads: int,
+    guidance: float | None,
+    guidance_rows: Tensor | None,
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    noise: Tensor | None,
+    forced: Tensor | None,
+    return_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        weights = _unflatten(tensors, num_heads)
+        guided = guidance is not None or guidance_rows is not None
+        depth, dim, rows = len(temperature), weights.position.shape[-1], len(hidden)
+        sample, lookup = registry["sample_codes"], registry["residual_lookup"]
+        codes, total, unsound, all_logits = _decode_fake(
+            hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise,
+            forced, return_logits,
+        )  # fmt: skip
+        total.zero_()
+        unsound.fill_(-1)
+        x = hidden if weights.hidden is None else F.linear(hidden, *weights.hidden)
+        cache = x.new_empty(len(weights.blocks), 2, rows, num_heads, depth, dim // num_heads)
+        for d in range(depth):
+            x = (x + weights.position[:, d]).unsqueeze(1)
+            for block, kept in zip(weights.blocks, cache, strict=True):
+                x = depth_block(x, block, num_heads, kept, d)
+            logits = F.linear(F.layer_norm(x[:, 0], (dim,), *weights.norm), *weights.head)
+            if return_logits:
+                all_logits[:, d] = logits
+            if forced is not None:
+                codes[:, d] = forced[:, d]
+            else:
+                scores = logits
+                if guided:
+                    conditional, unconditional = logits.chunk(2)
+                    scores = unconditional + (conditional - unconditional)
+                unsound.masked_fill_(scores.isnan().any(-1) & (unsound < 0), d)
+                drawn = None if noise is None or temperature[d] == 0 else noise[:, d]
+                codes[:, d] = sample(
+                    logits, guidance, guidance_rows, temperature[d], top_k[d], None, top_p[d], None, drawn, "auto"
+                )
+            table = codebook if codebook.ndim == 2 else codebook[d]
+            total += lookup(codes[:, d : d + 1], table, False, "auto")
+            if d + 1 < depth:
+                x = F.linear(total.to(hidden.dtype), *weights.code)
+                x = torch.cat([x, x]) if guided else x
+        return codes, total, unsound, all_logits
+
+
+# ---- shape of the outputs --------------------------------------------------------------------------------------------
+
+
+def _decode_fake(
+    hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
+    return_logits,
+):  # fmt: skip
+    guided = guidance is not None or guidance_rows is not None
+    rows, depth = hidden.shape[0], len(temperature)
+    count = rows // 2 if guided else rows
+    return (
+        hidden.new_empty((count, depth), dtype=torch.int64),
+        codebook.new_empty((count, codebook.shape[-1])),
+        hidden.new_empty((count,), dtype=torch.int32),
+        hidden.new_empty((rows, depth, tensors[-1].shape[0]) if return_logits else (0,)),
+    )
+
+
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+_TILE, _CHUNK = 16, 64  # outputs and inputs that one warp multiplies at a time (csrc/depth.cu)
+
+
+def _pack_matrix(weight: Tensor) -> Tensor:
+    """(outputs, inputs), padded with zeros, as [tiles][chunks][4 pieces of 16 x 16][32 lanes][8], flat.
+
+    A lane's eight are what the matrix units want of it, so that it loads them at once: of a piece the rows lane / 4 and
+    8 more, at inputs that csrc/depth.cu names.
+    """
+    outputs, inputs = weight.shape
+    tiles, chunks = -(-outputs // _TILE), -(-inputs // _CHUNK)
+    whole = F.pad(weight, (0, chunks * _CHUNK - inputs, 0, tiles * _TILE - outputs))
+    parts = whole.view(
+        tiles, 2, 8, chunks, 2, 4, 2, 2, 2
+    )  # tile, row / 8, row; chunk, half, lane, piece, slot / 8, pair
+    return parts.permute(0, 3, 4, 6, 2, 5, 7, 1, 8).reshape(-1)
+
+
+def depth_pack(weights: DepthWeights) -> Tensor:
+    """The weights in the order in which the CUDA kernel reads them, once at each depth: made once, given to each call.
+
+    Args:
+        weights: float16 or bfloat16.
+
+    Returns:
+        One flat tensor, a little larger than all weights together; a copy that later changes do not reach.
+
+    Raises:
+        TypeError: for weights of another dtype.
+    """
+    _checks.check_tensor("depth_pack", "weights", weights.position, (torch.bfloat16, torch.float16))
+    with torch.no_grad():
+        projected = () if weights.hidden is None else (weights.hidden,)
+        matrices = [pair[0] for pair in (weights.code, *projected)]
+        vectors = [weights.position, *(pair[1] for pair in (weights.code, *projected))]
+        for block in weights.blocks:
+            qkv = (block.query, block.key, block.value)
+            matrices += [torch.cat([w for w, _ in qkv]), block.proj[0], block.up[0], block.down[0]]
+            vectors += [*block.norm1, *(b for _, b in qkv), block.proj[1], *block.norm2, block.up[1], block.down[1]]
+        matrices.append(weights.head[0])
+        vectors += [*weights.norm, weights.head[1]]
+        sizes = [-(-m.shape[0] // _TILE) * _TILE * -(-m.shape[1] // _CHUNK) * _CHUNK for m in matrices]
+        sizes += [vector.numel() for vector in vectors]
+        packed = weights.position.new_empty(sum(sizes))
+        places = packed.split(sizes)
+        for place, matrix in zip(places, matrices, strict=False):  # one at a time: a second copy of all is never held
+            place.copy_(_pack_matrix(matrix))
+        for place, vector in zip(places[len(matrices) :], vectors, strict=True):
+            place.copy_(vector.reshape(-1))
+        return packed
+
+
+def wants_packed(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backend: str = "auto") -> bool:
+    """Whether a call with these arguments would use packed weights if it had them.
+
+    Args:
+        hidden, codebook, weights, backend: as `depth_decode` takes them.
+
+    Returns:
+        True if the CUDA backend is asked for, or would be chosen.
+    """
+    name = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
+    chosen = name == "cuda" or (name == "auto" and hidden.is_cuda and _depth_decode.backends[0].on_request is None)
+    return chosen and _unfit_here(hidden, codebook, weights.num_heads, _flatten(weights)) is None
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+_decode_cuda = _native.define(
+    "depth_decode_cuda(Tensor hidden, Tensor packed, Tensor codebook, Tensor? noise, Tensor? guidance_rows, "
+    "Tensor? forced, Tensor settings, int dim, int layers, int num_codes, bool projected, bool guided, float guidance, "
+    "Tensor(a!) workspace, Tensor(b!) codes, Tensor(c!) total, Tensor(d!) unsound, Tensor(e!)? logits, int stop) -> ()"
+)
+_decode_plan = _native.define(
+    "depth_decode_plan_cuda(Tensor hidden, int rows, int dim, int layers, int depth, int num_codes, int code_dim, "
+    "bool projected, bool guided, Tensor(a!) plan) -> ()"
+)
+
+_PLAN = ("limit", "barrier", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
+_MOST = 64  # codes of a position
+
+
+@functools.cache
+def _kept_plan(device: torch.device, dtype: torch.dtype, hidden_dim: int, *sizes: int) -> dict[str, int]:
+    # Asked of a tensor that is not kept; the answer depends on sizes, dtype and device only.
+    plan = torch.zeros(len(_PLAN), dtype=torch.int64)
+    _decode_plan(torch.empty((0, hidden_dim), dtype=dtype, device=device), *sizes, plan)
+    return dict(zip(_PLAN, plan.tolist(), strict=True))
+
+
+@functools.cache
+def _kept_settings(temperature: tuple[float, ...], top_k: tuple[int, ...], top_p: tuple[float, ...]) -> Tensor:
+    """(3, D) float64 on the CPU: what scores are multiplied with (0: greedy), top-k and top-p."""
+    inverse = [1 / t if t else 0.0 for t in temperature]
+    return torch.tensor([inverse, [float(min(k, 2**31 - 1)) for k in top_k], top_p], dtype=torch.float64)
+
+
+def _sizes(hidden: Tensor, codebook: Tensor, tensors: Sequence[Tensor]) -> tuple[int, int, int, int, bool]:
+    """dim, layers, depth, num_codes, and whether the hidden state is projected."""
+    position, head = tensors[0], tensors[-1]
+    return (
+        position.shape[2],
+        (len(tensors) - 7) // _BLOCK,
+        position.shape[1],
+        head.shape[0],
+        (len(tensors) - 7) % _BLOCK == 2,
+    )
+
+
+def _plan(hidden: Tensor, codebook: Tensor, tensors: Sequence[Tensor], rows: int, guided: bool) -> dict[str, int]:
+    dim, layers, depth, num_codes, projected = _sizes(hidden, codebook, tensors)
+    sizes = (rows, dim, layers, depth, num_codes, codebook.shape[-1], projected, guided)
+    return _kept_plan(hidden.device, hidden.dtype, hidden.shape[1], *sizes)
+
+
+def _unfit_here(hidden: Tensor, codebook: Tensor, num_heads: int, tensors: Sequence[Tensor]) -> str | None:
+    reason = _native.cuda_unfit(hidden)
+    if reason is not None:
+        return reason
+    dim, _, depth, _, projected = _sizes(hidden, codebook, tensors)
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {str(hidden.dtype).removeprefix('torch.')}"
+    if codebook.dtype == torch.float64:
+        return "needs a codebook of float32 or less, got float64"
+    if dim != 64 * num_heads:
+        return f"needs heads 64 wide, got {dim / num_heads:g}"
+    if projected and hidden.shape[1] % _CHUNK:
+        return f"needs a hidden state of a width that is a multiple of {_CHUNK}, got {hidden.shape[1]}"
+    if depth > _MOST:
+        return f"needs at most {_MOST} codes, got {depth}"
+    if _plan(hidden, codebook, tensors, 2, True)["limit"] < 2:
+        return "needs a device that holds all blocks of a grid at once, with shared memory for two rows of this width"
+    return None
+
+
+def _unfit_cuda(
+    hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
+    return_logits,
+) -> str | None:  # fmt: skip
+    reason = _unfit_here(hidden, codebook, num_heads, tensors)
+    return "needs packed weights (depth_pack), got none" if reason is None and packed is None else reason
+
+
+def _run_cuda(
+    hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
+    return_logits, stop=-1,
+):  # fmt: skip
+    codes, total, unsound, logits = _decode_fake(
+        hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
+        return_logits,
+    )  # fmt: skip
+    guided = guidance is not None or guidance_rows is not None
+    count, (dim, layers, _, num_codes, projected) = len(codes), _sizes(hidden, codebook, tensors)
+    limit = _plan(hidden, codebook, tensors, 2, guided)["limit"] // (2 if guided else 1)
+    settings = _kept_settings(tuple(temperature), tuple(top_k), tuple(top_p))
+    hidden = hidden.contiguous()
+    codebook = codebook if codebook.stride(-1) == 1 else codebook.contiguous()
+    if noise is not None:
+        noise = noise.float()
+        noise = noise if noise.stride(-1) == 1 else noise.contiguous()
+    rows_guidance = None if guidance_rows is None else guidance_rows.float().contiguous()
+    forced = None if forced is None else forced.contiguous()
+    workspace = None
+    for begin in range(0, count, limit):
+        end, whole = min(begin + limit, count), limit >= count
+        part = slice(begin, end)
+        x = hidden if whole else torch.cat([half[part] for half in hidden.chunk(1 + guided)])
+        part_logits = logits if whole else logits.new_empty((len(x), *logits.shape[1:]))
+        plan = _plan(hidden, codebook, tensors, len(x), guided)
+        workspace = hidden.new_empty(plan["bytes"], dtype=torch.uint8)
+        _decode_cuda(
+            x,
+            packed,
+            codebook,
+            None if noise is None else noise[part],
+            None if rows_guidance is None else rows_guidance[part],
+            None if forced is None else forced[part],
+            settings,
+            dim,
+            layers,
+            num_codes,
+            projected,
+            guided,
+            0.0 if guidance is None else guidance,
+            workspace,
+            codes[part],
+            total[part],
+            unsound[part],
+            part_logits if return_logits else None,
+            stop,
+        )
+        if return_logits and not whole:
+            for to, made in zip(logits.chunk(1 + guided), part_logits.chunk(1 + guided), strict=True):
+                to[part] = made
+    return (codes, total, unsound, logits) if stop < 0 else workspace
+
+
+# ---- operator --------------------------------------------------------------------------------------------------------
+
+_depth_decode = Op(
+    "depth_decode(Tensor hidden, Tensor codebook, Tensor[] weights, Tensor? packed, SymInt num_heads, float? guidance, "
+    "Tensor? guidance_rows, float[] temperature, SymInt[] top_k, float[] top_p, Tensor? noise, Tensor? forced, "
+    "bool return_logits) -> (Tensor, Tensor, Tensor, Tensor)",
+    eager=_decode_eager,
+    fake=_decode_fake,
+    backends=(Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),),
+)
+
+
+# ---- public function -------------------------------------------------------------------------------------------------
+
+
+def depth_decode(
+    hidden: Tensor,
+    codebook: Tensor,
+    weights: DepthWeights,
+    *,
+    guidance: float | Tensor | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 0.0,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    forced: Tensor | None = None,
+    return_logits: bool = False,
+    packed: Tensor | None = None,
+    backend: str = "auto",
+) -> DepthCodes:
+    """The D codes of each position, each drawn given the ones before it.
+
+    Args:
+        hidden: (N, hidden_dim), the body's state at each position, in the weights' dtype; with `guidance` (2N,
+            hidden_dim), conditional rows first, which share the codes drawn.
+        codebook: (K, C), shared by all depths, or (D, K, C).
+        weights: the depth transformer's parameters.
+        guidance, temperature, top_k, top_p: as `unifiedar.ops.sample_codes`; the last three are one number, or one for
+            each depth.
+        noise: (N, D, K) samples of Exp(1) that decide the draws. None draws float32 samples with `generator`, a
+            depth at a time (float64 for float64 logits).
+        generator: the random generator for `noise`, None for torch's default one.
+        forced: (N, D) int64 codes to go through instead of drawing any (-1 adds nothing), for a look at the logits.
+        return_logits: whether logits are wanted.
+        packed: what `depth_pack` made of the same weights, which the CUDA backend needs.
+        backend: "auto", "cuda" or "eager".
+
+    Returns:
+        `DepthCodes`: codes (N, D) int64, total (N, C) in the codebook's dtype, unsound (N,) int32, logits (N or 2N, D,
+        K) or None.
+
+    Raises:
+        TypeError: for an argument of another type or dtype.
+        ValueError: for widths or depths that do not match, an odd number of guided rows, settings that are not one
+            number or D, noise, forced codes or guidance of another shape or device, noise together with a generator, an
+            unknown backend or one that does not fit.
+
+    Note:
+        The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
+        draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
+        kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
+        in several launches. A row with NaN draws 0 (see `sample_codes`), and
+        `check` of the result tells. No gradient, no host sync; may be captured in
+        a CUDA graph with noise given.
+    """
+    function = "depth_decode"
+    depth = _check_sizes(function, hidden, codebook, weights)
+    rows = len(hidden)
+    number = per_row = None
+    if guidance is not None:
+        if rows % 2:
+            raise ValueError(
+                f"{function}: hidden must be (2N, hidden_dim), conditional rows first, got {tuple(hidden.shape)}"
+            )
+        rows //= 2
+        if isinstance(guidance, Tensor):
+            _checks.check_tensor(function, "guidance", guidance)
+            if guidance.shape != (rows,):
+                raise ValueError(f"{function}: guidance must be a number or ({rows},), got {tuple(guidance.shape)}")
+            _checks.check_same_device(function, "guidance", guidance, "hidden", hidden)
+            per_row = guidance
+        else:
+            _checks.check_number(function, "guidance", guidance)
+            number = float(guidance)
+    temperatures = [float(t) for t in _per_depth(function, "temperature", temperature, depth)]
+    top_ks = [int(k) for k in _per_depth(function, "top_k", top_k, depth, whole=True)]
+    top_ps = [float(p) for p in _per_depth(function, "top_p", top_p, depth)]
+    num_codes = len(weights.head[1])
+    if forced is not None:
+        _checks.check_tensor(function, "forced", forced, (torch.int64,))
+        if forced.shape != (rows, depth):
+            raise ValueError(f"{function}: forced must be {(rows, depth)}, got {tuple(forced.shape)}")
+        _checks.check_same_device(function, "forced", forced, "hidden", hidden)
+    if noise is not None:
+        _checks.check_tensor(function, "noise", noise)
+        if noise.shape != (rows, depth, num_codes):
+            raise ValueError(f"{function}: noise must be {(rows, depth, num_codes)}, got {tuple(noise.shape)}")
+        _checks.check_same_device(function, "noise", noise, "hidden", hidden)
+        if generator is not None:
+            raise ValueError(f"{function}: generator must be None when noise is given, got {generator}")
+    elif forced is None and any(temperatures):
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        drawn = torch.empty((depth, rows, num_codes), dtype=dtype, device=hidden.device)
+        for one, t in zip(drawn, temperatures, strict=True):
+            if t:
+                one.exponential_(generator=generator)
+        noise = drawn.transpose(0, 1)
+    if packed is not None:
+        _checks.check_tensor(function, "packed", packed, (hidden.dtype,))
+        _checks.check_same_device(function, "packed", packed, "hidden", hidden)
+    codes, total, unsound, logits = _depth_decode(
+        hidden, codebook, _flatten(weights), packed, weights.num_heads, number, per_row, temperatures, top_ks, top_ps,
+        noise, forced, return_logits, backend,
+    )  # fmt: skip
+    return DepthCodes(codes, total, unsound, logits if return_logits else None)
+
+
+def _check_sizes(function: str, hidden: Tensor, codebook: Tensor, weights: DepthWeights) -> int:
+    """Raises unless hidden, codebook and weights go together; returns D."""
+    _checks.check_tensor(function, "hidden", hidden)
+    _checks.check_tensor(function, "codebook", codebook)
+    position = weights.position
+    depth, dim = position.shape[1:]
+    if hidden.dtype != position.dtype:
+        raise TypeError(f"{function}: hidden must have the dtype of the weights, {position.dtype}, got {hidden.dtype}")
+    _checks.check_same_device(function, "hidden", hidden, "the weights", position)
+    _checks.check_same_device(function, "codebook", codebook, "hidden", hidden)
+    width = dim if weights.hidden is None else weights.hidden[0].shape[1]
+    if hidden.ndim != 2 or hidden.shape[1] != width:
+        raise ValueError(f"{function}: hidden must be (rows, {width}), got {tuple(hidden.shape)}")
+    shape = (len(weights.head[1]), weights.code[0].shape[1])
+    if codebook.shape not in (shape, (depth, *shape)):
+        raise ValueError(f"{function}: codebook must be {shape} or {(depth, *shape)}, got {tuple(codebook.shape)}")
+    if dim % weights.num_heads:
+        raise ValueError(f"{function}: weights must have heads that divide the width {dim}, got {weights.num_heads}")
+    return depth
+
+
+def _per_depth(function: str, argument: str, value: Any, depth: int, whole: bool = False) -> Sequence[Any]:
+    values = list(value) if isinstance(value, Sequence) else [value] * depth
+    if len(values) != depth:
+        raise ValueError(f"{function}: {argument} must be one number or {depth}, got {len(values)}")
+    for one in values:
+        if whole:
+            _checks.check_integer(function, argument, one, 0)
+        else:
+            _checks.check_number(function, argument, one, 0)
+    return values
