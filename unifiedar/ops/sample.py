@@ -29,13 +29,14 @@ LOWEST = -87.0  # a score so far below the largest has probability 0: what float
 
 def _mixed(logits: Tensor, guidance: float | None, guidance_rows: Tensor | None) -> Tensor:
     """Logits after guidance, in their own dtype."""
-    if guidance is None and guidance_rows is None:
-        return logits
-    conditional, unconditional = logits.chunk(2)
-    if guidance_rows is None:
+    if guidance_rows is not None:
+        conditional, unconditional = logits.chunk(2)
+        strength = _spread(guidance_rows.to(_real(logits.dtype)), logits)
+        return unconditional + ((conditional - unconditional) * strength).to(logits.dtype)
+    if guidance is not None:
+        conditional, unconditional = logits.chunk(2)
         return unconditional + (conditional - unconditional) * guidance
-    strength = _spread(guidance_rows.to(_real(logits.dtype)), logits)
-    return unconditional + ((conditional - unconditional) * strength).to(logits.dtype)
+    return logits
 
 
 def _weighed(
