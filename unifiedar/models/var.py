@@ -308,8 +308,8 @@ class VAR(nn.Module):
 
     Raises:
         TypeError: for a vae that is none.
-        ValueError: for sizes below 1, heads that do not divide dim, a scale larger than the last, or a vae of other
-            codes.
+        ValueError: for sizes below 1, heads that do not divide dim, a scale larger than the last, chances that are none,
+            or a vae of other codes.
     """
 
     configs: ClassVar[dict[str, VARConfig]] = {
@@ -331,6 +331,11 @@ class VAR(nn.Module):
         tall, wide = config.sizes[-1]
         if any(h > tall or w > wide for h, w in config.sizes):
             raise ValueError(f"VAR: scales must not be larger than the last, got {config.scales}")
+        if not (0 <= config.drop_path < 1 and 0 <= config.cond_drop <= 1):
+            raise ValueError(
+                "VAR: drop_path and cond_drop must be chances, drop_path below 1, "
+                f"got {config.drop_path} and {config.cond_drop}"
+            )
         self.config = config
         dim, lengths = config.dim, config.lengths
         self.word_embed = nn.Linear(config.code_dim, dim)
@@ -416,7 +421,7 @@ class VAR(nn.Module):
         return self._vae[0] if self._vae else None
 
     def attach(self, vae: VQVAE) -> None:
-        """Take a tokenizer, in place of the one there is; raises TypeError or ValueError if it does not go with this."""
+        """Take a tokenizer, in place of the one there is; TypeError or ValueError if it does not go with the model."""
         if not isinstance(vae, VQVAE):
             raise TypeError(f"attach: vae must be a VQVAE, got {type(vae).__name__}")
         wanted, found = (self.config.num_codes, self.config.code_dim), (vae.config.num_codes, vae.config.dim)
