@@ -25,7 +25,7 @@ from unifiedar.nn import NextScaleAttention
 from unifiedar.nn.codes_multiscale import phi_of
 from unifiedar.ops import Phi, cut_logits, modulated_norm, multiscale_inputs, next_scale_input, sample_codes
 
-__all__ = ["VAR", "VARConfig"]
+__all__ = ["VAR", "Book", "VARConfig"]
 
 Scale = int | tuple[int, int]
 
@@ -150,14 +150,14 @@ class _Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
 
-class _Book(NamedTuple):
+class Book(NamedTuple):
     """What the transformer needs of a tokenizer's quantizer: code vectors, and what follows upsampling by scale."""
 
     table: Tensor  # (K, code_dim)
     phis: list[Phi | None]
 
     @classmethod
-    def of(cls, table: Tensor, convolutions: nn.Module, ratio: float, steps: int) -> "_Book":
+    def of(cls, table: Tensor, convolutions: nn.Module, ratio: float, steps: int) -> "Book":
         return cls(table.detach(), [phi_of(convolutions, ratio, step, steps) for step in range(steps)])
 
 
@@ -181,7 +181,7 @@ class _Session:
     def __init__(
         self,
         model: "VAR",
-        book: _Book,
+        book: Book,
         paint: Callable[[Tensor], Tensor] | None,
         batch: int,
         *,
@@ -308,8 +308,8 @@ class VAR(nn.Module):
 
     Raises:
         TypeError: for a vae that is none.
-        ValueError: for sizes below 1, heads that do not divide dim, a scale larger than the last, chances that are none,
-            or a vae of other codes.
+        ValueError: for sizes below 1, heads that do not divide dim, a scale larger than the last, chances that are
+            none, or a vae of other codes.
     """
 
     configs: ClassVar[dict[str, VARConfig]] = {
@@ -498,7 +498,8 @@ class VAR(nn.Module):
         }
         part = path.with_name(f".{path.name}.tmp")
         try:
-            torch.save(state, part)
+            with open(part, "wb") as file:
+                torch.save(state, file)
             os.replace(part, path)
         except OSError as error:
             raise checkpoints.CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -633,9 +634,9 @@ class VAR(nn.Module):
             raise ValueError(f"{function}: vae must be on the model's device {self.device}, got {self.vae.device}")
         return self.vae
 
-    def _book(self, vae: VQVAE) -> _Book:
+    def _book(self, vae: VQVAE) -> Book:
         quantizer = vae.quantize
-        return _Book.of(quantizer.embedding.weight, quantizer.quant_resi, quantizer.ratio, len(self.config.scales))
+        return Book.of(quantizer.embedding.weight, quantizer.quant_resi, quantizer.ratio, len(self.config.scales))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -760,6 +761,32 @@ class VAR(nn.Module):
             "generate_codes", labels, cfg, top_k, top_p, seed, False, images_per_call, graphs, paints=False
         )[0]
 
+    def draw_features(
+        self,
+        labels: Tensor | Sequence[int] | int,
+        book: Book,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        more_smooth: bool = False,
+        images_per_call: int | None = None,
+        graphs: bool = True,
+    ) -> Tensor:
+        """As `generate`, for a tokenizer of another make: what its decoder paints, (N, code_dim, h, w).
+
+        Args:
+            labels: (N,) classes; num_classes is none.
+            book: its code vectors and convolutions.
+            seed: a number, or the generator itself.
+            cfg, top_k, top_p, more_smooth, images_per_call, graphs: as `generate`.
+        """
+        return self._draw(
+            "draw_features", labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs,
+            paints=False, book=book,
+        )[1]  # fmt: skip
+
     def edit(
         self,
         images: Tensor | Sequence[Tensor],
@@ -854,7 +881,7 @@ class VAR(nn.Module):
         *,
         paints: bool,
         edit: _Edit | None = None,
-        book: _Book | None = None,
+        book: Book | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Codes (N, h w) of every scale, and pictures (N, 3, H, W) in [-1, 1] or, unless it paints, the sums of all
         scales (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
@@ -906,7 +933,7 @@ class VAR(nn.Module):
         generator: torch.Generator | None,
         more_smooth: bool,
         graphs: bool,
-        book: _Book,
+        book: Book,
         paint: Callable[[Tensor], Tensor] | None,
         edit: _Edit | None,
     ) -> tuple[list[Tensor], Tensor]:
@@ -939,7 +966,7 @@ class VAR(nn.Module):
         smooth: bool,
         edits: bool,
         graphs: bool,
-        book: _Book,
+        book: Book,
         paint: Callable[[Tensor], Tensor] | None,
         count: int,
     ) -> _Session:
