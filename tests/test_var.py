@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autoencoder_small import VQ, pictures, vqvae
+from helpers import interpreter_skip
 from safetensors import safe_open
 from torch import Tensor
 from var_small import BOX, CONFIGS, DRAWS, EDITS, given_codes, var, var_weights
@@ -306,6 +307,20 @@ def test_products_in_half_precision(name, model):
         assert (auto - expected).norm() <= share * expected.norm()
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_drawing_with_triton_kernels(monkeypatch, smooth):
+    """Interpreted: norms, attention, the draw, the sums, and the decoder's norm, which wants its maps channels-last."""
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    model = var()
+    model.vae.fast_decoder(torch.float32)
+    settings = {"cfg": 2.0, "top_k": 30, "top_p": 0.9, "seed": 0, "more_smooth": smooth}
+    expected = model.generate([3], **settings)
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+    got = model.generate([3], **settings)
+    assert (got.int() - expected.int()).abs().max() <= 1
+
+
 # ---- loading
 
 
@@ -495,7 +510,7 @@ def test_pool():
 @pytest.fixture(scope="module")
 def on_gpu() -> VAR:
     model = var(CONFIGS["blocks"])
-    moved = VAR(model.config, vqvae().to("cuda")).eval().requires_grad_(False)
+    moved = VAR(model.config, vqvae().to("cuda").fast_decoder(torch.float32)).eval().requires_grad_(False)
     moved.load_state_dict(model.state_dict())
     return moved.to("cuda")
 

@@ -904,6 +904,7 @@ class VAR(nn.Module):
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
+            torch.cuda.device_of(self.pos_1LC),
         ):
             try:
                 parts = [
@@ -981,12 +982,7 @@ class VAR(nn.Module):
         # A graph knows weights by their addresses, which `.to` and the like change.
         places = tuple(one.data_ptr() for one in weights)
         key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
-
-        def make() -> _Session:
-            with torch.cuda.device(self.device):
-                return _Session(self, book, paint, batch, **options, graphs=True)
-
-        return self._sessions.get(key, make)
+        return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
 
 
 def _rows(edit: _Edit, begin: int, end: int) -> tuple[list[Tensor], Tensor]:

@@ -160,14 +160,14 @@ def _modulated_eager(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype:
     wide = _widest(x, scale, shift)
     with torch.autocast(x.device.type, enabled=False):
         y = torch.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
-    return (y * (1 + scale.to(wide))[:, None] + shift.to(wide)[:, None]).to(dtype)
+    return (y * (1 + scale.to(wide))[:, None] + shift.to(wide)[:, None]).to(dtype).contiguous()
 
 
 def _gated_eager(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     wide = _widest(x, branch, gate)
-    new = (x.to(wide) + branch.to(wide) * gate.to(wide)[:, None]).to(x.dtype)
+    new = (x.to(wide) + branch.to(wide) * gate.to(wide)[:, None]).to(x.dtype).contiguous()
     return _modulated_eager(new, scale, shift, eps, dtype), new
 
 
