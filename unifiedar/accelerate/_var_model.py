@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from unifiedar.accelerate._swap import Adapter, Swap, class_of, original, overridden, rehearse
 from unifiedar.models import VAR, VARConfig
-from unifiedar.models.var import Book
+from unifiedar.nn import ScaleBook
 
 __all__ = ["ADAPTERS"]
 
@@ -242,7 +242,7 @@ def autoregressive_infer_cfg(
     quantizer = self.vae_quant_proxy[0]
     convolutions = [one for one in quantizer.quant_resi.modules() if isinstance(one, nn.Conv2d)]
     ratio: Any = convolutions[0].resi_ratio if convolutions else 0.0
-    book = Book.of(quantizer.embedding.weight, quantizer.quant_resi, ratio, len(self.patch_nums))
+    book = ScaleBook(quantizer.embedding.weight.detach(), quantizer.quant_resi, ratio, tuple(self.patch_nums))
     total = _twin(self).in_dtype(dtype).eval().draw_features(
         label_B, book, cfg=cfg, top_k=top_k, top_p=top_p, seed=generator, more_smooth=more_smooth
     )  # fmt: skip

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from unifiedar import checkpoints, engine
 from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import NextScaleAttention
-from unifiedar.nn.codes_multiscale import phi_of
-from unifiedar.ops import Phi, cut_logits, modulated_norm, multiscale_inputs, next_scale_input, sample_codes
+from unifiedar.nn import CodeSampler, ModulatedNorm, NextScaleAttention, ScaleBook
 
-__all__ = ["VAR", "Book", "VARConfig"]
+__all__ = ["VAR", "VARConfig"]
 
 Scale = int | tuple[int, int]
 
@@ -150,17 +148,6 @@ class _Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
 
-class Book(NamedTuple):
-    """What the transformer needs of a tokenizer's quantizer: code vectors, and what follows upsampling by scale."""
-
-    table: Tensor  # (K, code_dim)
-    phis: list[Phi | None]
-
-    @classmethod
-    def of(cls, table: Tensor, convolutions: nn.Module, ratio: float, steps: int) -> "Book":
-        return cls(table.detach(), [phi_of(convolutions, ratio, step, steps) for step in range(steps)])
-
-
 class _Edit(NamedTuple):
     """Codes to keep, and where: a mask (N, h, w) of the last scale's size, 1 where they stay."""
 
@@ -181,7 +168,7 @@ class _Session:
     def __init__(
         self,
         model: "VAR",
-        book: Book,
+        book: ScaleBook,
         paint: Callable[[Tensor], Tensor] | None,
         batch: int,
         *,
@@ -244,27 +231,29 @@ class _Session:
         return lambda: self._scale(step)
 
     def _scale(self, step: int) -> None:
-        model, config, last = self.model, self.model.config, len(self.lengths) - 1
+        model, last = self.model, len(self.lengths) - 1
         begin = sum(self.lengths[:step])
         ratio = step / max(last, 1)
         logits = model._logits(self.tokens, self.modulations, caches=self._caches(step, begin), begin=begin)
         cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.guided:
             cuts["guidance"] = 1 + self.cfg * ratio
-        drawn = codes = sample_codes(logits, **cuts, noise=self._samples(step, self._noise))
-        if self.smooth:
-            # A Gumbel softmax over what could have been drawn, ever sharper: MaskGIT's temperatures, as published.
-            scores = cut_logits(logits, **cuts) * (1 + ratio) - self._samples(step, self._gumbel).log()
-            shares = (scores / max(0.27 * (1 - ratio * 0.95), 0.005)).softmax(-1)
-            drawn = shares @ self.book.table.to(shares.dtype)
+        drawn = codes = model.sampler(logits, self._samples(step, self._noise), **cuts)
+        if self.smooth:  # ever sharper, by MaskGIT's temperatures as published
+            drawn = model.sampler.average(
+                logits,
+                self.book.table,
+                self._samples(step, self._gumbel),
+                sharpness=1 + ratio,
+                temperature=max(0.27 * (1 - ratio * 0.95), 0.005),
+                **cuts,
+            )
         if self.edits:
             keep, given = self.kept[step], self.given[step]
             codes = torch.where(keep, given, codes)
             drawn = torch.where(keep[..., None], self.book.table[given], drawn) if self.smooth else codes
         self.codes[step] = codes
-        self.total, following = next_scale_input(
-            self.total, drawn, self.book.table, self.book.phis[step], config.scales, step
-        )
+        self.total, following = self.book.add(self.total, drawn, step)
         if following is not None:
             end = begin + self.lengths[step]
             tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
@@ -346,6 +335,7 @@ class VAR(nn.Module):
         self.shared_ada_lin: nn.Module = nn.Identity()
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.norm, self.sampler = ModulatedNorm(config.norm_eps), CodeSampler()
         self.blocks = nn.ModuleList([_Block(config) for _ in range(config.depth)])
         self.head_nm = _Modulation(dim)
         self.head = nn.Linear(dim, config.num_codes)
@@ -561,23 +551,22 @@ class VAR(nn.Module):
         """(B, L, C) to (B, L, K), in `wide`: the tokens of one scale, or of scales of `lengths`."""
         kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        settings: dict[str, Any] = {"eps": self.config.norm_eps, "dtype": dtype}
         branch = gate = None
         for i, block in enumerate(self._each()):
             gates, scales, shifts = modulations[i].unflatten(1, (3, 2)).unbind(1)
             if branch is None or gate is None:
-                x = modulated_norm(tokens, scales[:, 0], shifts[:, 0], **settings)
+                x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
             else:
-                x, tokens = modulated_norm(tokens, scales[:, 0], shifts[:, 0], branch=branch, gate=gate, **settings)
+                x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
             cache = None if caches is None else next(caches)
             branch = block.attn(x, lengths, cache=cache, begin=begin)
             gate = self._gate(gates[:, 0], i)
-            x, tokens = modulated_norm(tokens, scales[:, 1], shifts[:, 1], branch=branch, gate=gate, **settings)
+            x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
             branch, gate = block.ffn(x), self._gate(gates[:, 1], i)
         assert branch is not None  # depth is at least 1
         assert gate is not None
         scale, shift = modulations[-1].unbind(1)
-        x, _ = modulated_norm(tokens, scale, shift, branch=branch, gate=gate, **settings)
+        x, _ = self.norm.add(tokens, branch, gate, scale, shift, dtype=dtype)
         return _linear(self.head, x).to(self.wide)
 
     def _gate(self, gate: Tensor, i: int) -> Tensor:
@@ -634,10 +623,6 @@ class VAR(nn.Module):
             raise ValueError(f"{function}: vae must be on the model's device {self.device}, got {self.vae.device}")
         return self.vae
 
-    def _book(self, vae: VQVAE) -> Book:
-        quantizer = vae.quantize
-        return Book.of(quantizer.embedding.weight, quantizer.quant_resi, quantizer.ratio, len(self.config.scales))
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
         """Codes of pictures: for every scale (N, h w) int64, on the model's device.
@@ -670,8 +655,7 @@ class VAR(nn.Module):
         """
         vae = self._tokenizer("teacher_forced")
         codes = [one.to(self.device) for one in codes]
-        quantizer = vae.quantize
-        inputs = multiscale_inputs(codes, quantizer.embedding.weight, quantizer.phi, self.config.scales)
+        inputs = vae.quantize.book(self.config.scales).inputs(codes)
         if isinstance(labels, int):
             labels = [labels] * len(inputs)
         return self(self._labels("teacher_forced", "labels", labels), inputs)
@@ -764,7 +748,7 @@ class VAR(nn.Module):
     def draw_features(
         self,
         labels: Tensor | Sequence[int] | int,
-        book: Book,
+        book: ScaleBook,
         *,
         cfg: float = 1.5,
         top_k: int = 0,
@@ -881,7 +865,7 @@ class VAR(nn.Module):
         *,
         paints: bool,
         edit: _Edit | None = None,
-        book: Book | None = None,
+        book: ScaleBook | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Codes (N, h w) of every scale, and pictures (N, 3, H, W) in [-1, 1] or, unless it paints, the sums of all
         scales (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
@@ -894,7 +878,7 @@ class VAR(nn.Module):
         paint: Callable[[Tensor], Tensor] | None = None
         if book is None or paints:
             vae = self._tokenizer(function)
-            book, paint = self._book(vae), (vae.fhat_to_img if paints else None)
+            book, paint = vae.quantize.book(self.config.scales), (vae.fhat_to_img if paints else None)
         generator = seed if isinstance(seed, torch.Generator) else None
         if isinstance(seed, int):
             generator = torch.Generator(self.device).manual_seed(seed)
@@ -934,7 +918,7 @@ class VAR(nn.Module):
         generator: torch.Generator | None,
         more_smooth: bool,
         graphs: bool,
-        book: Book,
+        book: ScaleBook,
         paint: Callable[[Tensor], Tensor] | None,
         edit: _Edit | None,
     ) -> tuple[list[Tensor], Tensor]:
@@ -967,7 +951,7 @@ class VAR(nn.Module):
         smooth: bool,
         edits: bool,
         graphs: bool,
-        book: Book,
+        book: ScaleBook,
         paint: Callable[[Tensor], Tensor] | None,
         count: int,
     ) -> _Session:
@@ -975,8 +959,7 @@ class VAR(nn.Module):
         if not graphs:
             return _Session(self, book, paint, count, **options, graphs=False)
         batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
-        weights: list[Tensor] = [*self.parameters(), book.table]
-        weights += [tensor for phi in book.phis if phi is not None for tensor in (phi.weight, phi.bias)]
+        weights: list[Tensor] = [*self.parameters(), book.table, *book.convolutions.parameters()]
         if paint is not None and self.vae is not None:
             weights += list(self.vae.parameters())
         # A graph knows weights by their addresses, which `.to` and the like change.
