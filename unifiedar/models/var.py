@@ -195,6 +195,8 @@ class _Session:
         attention = [block.attn for block in model._each()]
         self.caches = [one.new_cache(self.rows, before, dtype=dtype) for one in attention]
         self.last = attention[0].new_cache(self.rows, before + self.lengths[-1], dtype=dtype)
+        # On the device: put there in a graph, they would be made anew for every block.
+        self.schedules = [torch.tensor([n], dtype=torch.int32, device=device) for n in self.lengths]
         self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
         steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
         if paint is not None:
@@ -234,7 +236,8 @@ class _Session:
         model, last = self.model, len(self.lengths) - 1
         begin = sum(self.lengths[:step])
         ratio = step / max(last, 1)
-        logits = model._logits(self.tokens, self.modulations, caches=self._caches(step, begin), begin=begin)
+        caches = self._caches(step, begin)
+        logits = model._logits(self.tokens, self.modulations, self.schedules[step], caches, begin)
         cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.guided:
             cuts["guidance"] = 1 + self.cfg * ratio
@@ -544,11 +547,11 @@ class VAR(nn.Module):
         self,
         tokens: Tensor,
         modulations: Sequence[Tensor],
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Tensor,
         caches: Iterator[Tensor] | None = None,
         begin: int = 0,
     ) -> Tensor:
-        """(B, L, C) to (B, L, K), in `wide`: the tokens of one scale, or of scales of `lengths`."""
+        """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, over caches of all before."""
         kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         branch = gate = None
