@@ -106,6 +106,26 @@ def test_autocast_casts_once():
     assert torch.equal(draw(), first)
 
 
+def test_inference_mode():
+    """As the published demonstrations call it, and without it afterwards."""
+    module = build()
+
+    def draw():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = module.autoregressive_infer_cfg(1, 2, g_seed=0, cfg=2.0)
+        return half, module.autoregressive_infer_cfg(1, 2, g_seed=0, cfg=2.0)
+
+    want = draw()[1]
+    with torch.inference_mode():
+        assert swap(module).status == "swapped"
+        first = draw()
+    torch.testing.assert_close(first[1], want, rtol=0, atol=2e-4)
+    second = draw()
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    module.train()(LABELS, inputs()).mean().backward()
+    assert module.head.weight.grad.any()
+
+
 def test_it_follows_replaced_weights():
     module = build()
     assert swap(module).status == "swapped"

@@ -90,6 +90,11 @@ def test_teacher_forced_logits(name, model, golden, metadata):
     assert (double(torch.tensor([3, 10]), inputs.double()) - exact).abs().max() <= 1e-5
 
 
+def same_pictures(one: Tensor, other: Tensor) -> bool:
+    """To one grey level: sums in another order may round to the next."""
+    return one.dtype == other.dtype == torch.uint8 and bool((one.int() - other.int()).abs().max() <= 1)
+
+
 @pytest.mark.usefixtures("same_stream")
 @pytest.mark.parametrize("draw", DRAWS)
 def test_same_draws_for_the_same_seed(name, model, golden, draw):
@@ -105,7 +110,7 @@ def test_same_draws_for_the_same_seed(name, model, golden, draw):
     if not smooth:
         again = model.generate_codes(torch.tensor(labels), **settings)
         assert all(torch.equal(one, other) for one, other in zip(again, codes, strict=True))
-        assert torch.equal(model.vae.decode_codes(again), drawn)
+        assert same_pictures(model.vae.decode_codes(again), drawn)
 
 
 @pytest.mark.usefixtures("same_stream")
@@ -204,11 +209,29 @@ def test_autocast_and_inference_mode_change_nothing(model):
         assert torch.equal(model.generate([1, 2], seed=1), expected)
 
 
+def test_drawing_in_training_mode_changes_nothing():
+    model = var(replace(CONFIGS["blocks"], cond_drop=1.0, drop_path=0.9))
+    expected = model.generate([1, 2], seed=1)
+    assert torch.equal(model.train().generate([1, 2], seed=1), expected)
+    assert model.training
+
+
+def test_the_last_scale_is_cached_once(model):
+    """Of the other scales every block has its own place; all in the products' dtype."""
+    config, width = model.config, model.config.dim
+    session = model._session(2, True, False, False, False, model.vae.quantize.book(), None, 2)
+    for cache in session.caches:
+        assert cache.dtype == model.dtype
+        assert cache.numel() == 2 * 4 * (1 + 4) * width
+    assert session.last.numel() == 2 * 4 * (1 + 4 + 9) * width
+    assert len({cache.data_ptr() for cache in session.caches}) == config.depth
+
+
 def test_editing_keeps_what_is_masked(model):
     images = ((pictures("edited", 2, 48, 48) + 1) * 127.5).round().to(torch.uint8)
     everything = torch.ones(3, 3)
     kept = model.edit(images, everything, seed=0)
-    assert torch.equal(kept, model.vae.decode_codes(model.encode(images)))
+    assert same_pictures(kept, model.vae.decode_codes(model.encode(images)))
     assert torch.equal(kept, model.edit(model.encode(images), everything, 5, seed=3, more_smooth=True))
     assert not torch.equal(model.edit(images, torch.zeros(3, 3), seed=0), kept)
     boxed = model.box_mask(0, 0, 1, 0.5)
@@ -317,8 +340,7 @@ def test_drawing_with_triton_kernels(monkeypatch, smooth):
     settings = {"cfg": 2.0, "top_k": 30, "top_p": 0.9, "seed": 0, "more_smooth": smooth}
     expected = model.generate([3], **settings)
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
-    got = model.generate([3], **settings)
-    assert (got.int() - expected.int()).abs().max() <= 1
+    assert same_pictures(model.generate([3], **settings), expected)
 
 
 # ---- loading
@@ -507,8 +529,15 @@ def test_pool():
 # ---- on a GPU
 
 
+@pytest.fixture
+def on_gpu(gpu_model, monkeypatch) -> VAR:
+    """Without TF32, in which a batch of another size rounds otherwise and other codes are drawn."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return gpu_model
+
+
 @pytest.fixture(scope="module")
-def on_gpu() -> VAR:
+def gpu_model() -> VAR:
     model = var(CONFIGS["blocks"])
     moved = VAR(model.config, vqvae().to("cuda").fast_decoder(torch.float32)).eval().requires_grad_(False)
     moved.load_state_dict(model.state_dict())
@@ -524,7 +553,7 @@ def test_graphs_draw_what_steps_draw(on_gpu, labels, smooth):
         expected = on_gpu.generate(labels, **settings, more_smooth=smooth, graphs=False)
         for _ in range(2):
             got = on_gpu.generate(labels, **settings, more_smooth=smooth)
-            assert (got.int() - expected.int()).abs().max() <= 1
+            assert same_pictures(got, expected)
 
 
 @pytest.mark.gpu
@@ -549,8 +578,8 @@ def test_edits_on_a_gpu(on_gpu):
         settings = {"seed": 1, "cfg": 3.0, "more_smooth": smooth}
         expected = on_gpu.edit(codes, mask, [1, 2], **settings, graphs=False)
         got = on_gpu.edit(codes, mask, [1, 2], **settings)
-        assert (got.int() - expected.int()).abs().max() <= 1
-        assert torch.equal(on_gpu.edit(codes, torch.ones(3, 3), **settings), on_gpu.vae.decode_codes(codes))
+        assert same_pictures(got, expected)
+        assert same_pictures(on_gpu.edit(codes, torch.ones(3, 3), **settings), on_gpu.vae.decode_codes(codes))
 
 
 @pytest.mark.gpu

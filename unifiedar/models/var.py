@@ -563,19 +563,19 @@ class VAR(nn.Module):
                 x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
             cache = None if caches is None else next(caches)
             branch = block.attn(x, lengths, cache=cache, begin=begin)
-            gate = self._gate(gates[:, 0], i)
+            gate = self._gate(gates[:, 0], i, caches is None)
             x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
-            branch, gate = block.ffn(x), self._gate(gates[:, 1], i)
+            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, caches is None)
         assert branch is not None  # depth is at least 1
         assert gate is not None
         scale, shift = modulations[-1].unbind(1)
         x, _ = self.norm.add(tokens, branch, gate, scale, shift, dtype=dtype)
         return _linear(self.head, x).to(self.wide)
 
-    def _gate(self, gate: Tensor, i: int) -> Tensor:
-        """(B, C); in training some pictures leave the branch out."""
+    def _gate(self, gate: Tensor, i: int, learns: bool) -> Tensor:
+        """(B, C); in training some pictures leave the branch out, but not while one is drawn."""
         drop = self.config.drop_path * i / max(self.config.depth - 1, 1)
-        if not self.training or not drop:
+        if not (learns and self.training and drop):
             return gate
         return gate * (gate.new_empty(len(gate), 1).bernoulli_(1 - drop) / (1 - drop))
 
