@@ -23,10 +23,14 @@ from unifiedar.accelerate import accelerate, restore
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.devices import DeviceError, add_device_argument, usable_device
 from unifiedar.models import VAR, VQVAE
+from unifiedar.models.var import config_of
 
 __all__ = ["Finding", "check_var", "main"]
 
-SETTINGS = ({"cfg": 1.5, "top_k": 0, "top_p": 0.0, "g_seed": 1}, {"cfg": 4.0, "top_k": 900, "top_p": 0.95, "g_seed": 0})
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"cfg": 1.5, "top_k": 0, "top_p": 0.0, "g_seed": 1},
+    {"cfg": 4.0, "top_k": 900, "top_p": 0.95, "g_seed": 0},
+)
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,8 @@ def _compare(module: Any, device: torch.device, depth: int, checkpoint: Any, vae
         their_vae, theirs = module.build_vae_var(device=device, depth=depth)
         torch.manual_seed(0)
         _randomize(their_vae, theirs)
-        scales = tuple(theirs.patch_nums)
-        ours = VAR(replace(VAR.configs["d16"], depth=depth, dim=theirs.C, num_heads=theirs.num_heads, scales=scales))
-        our_vae = VQVAE(replace(tokenizer, scales=scales))
+        ours = VAR(config_of(theirs.state_dict(), "the model of the checkout"))
+        our_vae = VQVAE(replace(tokenizer, scales=ours.config.scales))
     else:
         ours = VAR.from_checkpoint(checkpoint)
         config = ours.config
@@ -148,7 +151,10 @@ def _compare(module: Any, device: torch.device, depth: int, checkpoint: Any, vae
     theirs.cond_drop_rate = 0.0
     keys = 0
     for mine, reference in ((ours, theirs), (our_vae, their_vae)):
-        found = mine.load_state_dict(reference.state_dict(), strict=False)
+        try:
+            found = mine.load_state_dict(reference.state_dict(), strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkout has other shapes: {' '.join(str(error).split())[:300]}") from error
         keys += len(found.missing_keys) + len(found.unexpected_keys)
     for one in (ours, our_vae, theirs, their_vae):
         one.to(device).eval().requires_grad_(False)
@@ -171,7 +177,7 @@ def _results(ours: VAR, theirs: Any, their_vae: Any, device: torch.device) -> It
     yield Finding("teacher-forced logits, largest difference over the largest logit", float(worst), 1e-4)
     drawn = []
     for settings in SETTINGS:
-        cut = {**settings, "top_k": min(int(settings["top_k"]), ours.config.num_codes)}
+        cut = {**settings, "top_k": min(settings["top_k"], ours.config.num_codes)}
         seen: list[Tensor] = []
         hook = their_vae.quantize.embedding.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
         pictures = theirs.autoregressive_infer_cfg(2, labels, **cut)

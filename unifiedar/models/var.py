@@ -9,7 +9,7 @@ Every weight is read once a scale, but those that see the condition alone, which
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -23,7 +23,7 @@ from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models.vqvae import VQVAE
 from unifiedar.nn import CodeSampler, ModulatedNorm, NextScaleAttention, ScaleBook
 
-__all__ = ["VAR", "VARConfig"]
+__all__ = ["VAR", "VARConfig", "config_of"]
 
 Scale = int | tuple[int, int]
 
@@ -458,7 +458,7 @@ class VAR(nn.Module):
             config = VARConfig.from_dict(checkpoints.read_config(found))
         tensors = checkpoints.load_tensors(found, under=_INSIDE)
         if config is None:
-            config = _config_of(tensors, found)
+            config = config_of(tensors, found)
         with torch.device("meta"):
             model = cls(config)
         try:
@@ -992,8 +992,11 @@ def _check_settings(function: str, cfg: Any, top_k: Any, top_p: Any, images_per_
         raise ValueError(f"{function}: images_per_call must be at least 1, got {images_per_call}")
 
 
-def _config_of(tensors: dict[str, Tensor], path: Path) -> VARConfig:
-    """Sizes read off a published state_dict."""
+def config_of(tensors: Mapping[str, Tensor], path: str | Path = "state_dict") -> VARConfig:
+    """Sizes read off a published state_dict, with square scales and heads of 64 channels where there are no gains.
+
+    Raises CheckpointError, which names the path, if it is none.
+    """
     try:
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
         dim = tensors["pos_1LC"].shape[2]
