@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from var_small import BOX, CONFIGS, DRAWS, EDITS, given_codes, var, var_weights
 from vilau_small import fingerprint
 
+from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.engine import Pool, Steps
 from unifiedar.models import VAR, VQVAE, VARConfig
+from unifiedar.models.var import _Edit
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -524,6 +527,70 @@ def test_pool():
     assert copy.deepcopy(pool).limit == 2
     pool.clear()
     assert len(pool) == 0
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Draws as a GPU would, with sessions that last and are rounded up; a replay is a call."""
+
+    def capture(steps):
+        for step in steps:
+            step()
+        return [SimpleNamespace(replay=step) for step in steps]
+
+    monkeypatch.setattr(engine, "_capture", capture)
+
+    def draw(model, labels, *, cfg=1.5, top_k=0, top_p=0.0, seed=0, smooth=False, edit=None):
+        generator = torch.Generator().manual_seed(seed)
+        book, paint = model.vae.quantize.book(), model.vae.fhat_to_img
+        with torch.no_grad():
+            return model._draw_part(
+                torch.tensor(labels), len(labels), cfg, top_k, top_p, generator, smooth, True, book, paint, edit
+            )
+
+    return draw
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_sessions_last_and_are_rounded_up(replayed, smooth):
+    model = var()
+    for labels, batch in (([1, 2], 2), ([*range(10), 10], 16), ([4] * 9, 16)):
+        for settings in ({}, {"cfg": 4.0, "top_k": 20, "top_p": 0.9, "seed": 3}):
+            codes, raw = replayed(model, labels, **settings, smooth=smooth)
+            wanted = model._draw(
+                "test", labels, *({"cfg": 1.5, "top_k": 0, "top_p": 0.0, "seed": 0} | settings).values(), smooth, None,
+                False, paints=True,
+            )  # fmt: skip
+            assert [len(one) for one in codes] == [len(labels)] * 3
+            assert all(torch.equal(one, other) for one, other in zip(codes, wanted[0], strict=True))
+            torch.testing.assert_close(raw, wanted[1], rtol=0, atol=1e-3)
+            assert model.captures[-1][:4] == (batch, True, smooth, False)
+    assert len(model.captures) == 2
+    replayed(model, [1, 2], cfg=0.0)
+    assert model.captures[-1][:3] == (2, False, False)
+    model.forget_captures()
+    assert not model.captures
+
+
+def test_sessions_of_edits_and_of_other_weights(replayed):
+    model = var()
+    mask = model.box_mask(*BOX).expand(2, 3, 3)
+    for seed, given in ((1, given_codes()), (2, [one.flip(0) for one in given_codes()])):
+        codes, _ = replayed(model, [1, 2], seed=seed, edit=_Edit(given, mask))
+        expected = model._draw(
+            "test", [1, 2], 1.5, 0, 0.0, seed, False, None, False, paints=True, edit=_Edit(given, mask)
+        )[0]
+        assert all(torch.equal(one, other) for one, other in zip(codes, expected, strict=True))
+    assert [one.edits for one in model.captures] == [True]
+    replayed(model, [1, 2])
+    before = len(model.captures)
+    model.pos_start.data = model.pos_start.data.clone()  # a graph would read the old place
+    replayed(model, [1, 2])
+    assert len(model.captures) == before + 1
+    for _ in range(5):
+        model.pos_start.data = model.pos_start.data.clone()
+        replayed(model, [1, 2])
+    assert len(model.captures) == 4
 
 
 # ---- on a GPU
