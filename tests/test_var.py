@@ -266,6 +266,21 @@ def test_gradients_are_those_of_the_formula():
     torch.testing.assert_close((slope * direction).sum(), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_training_step_compiles_whole(name):
+    model = var(CONFIGS[name]).train().requires_grad_(True)
+    model.config = replace(model.config, cond_drop=0.0)
+    inputs, labels = model.vae.quantize.idxBl_to_var_input(given_codes()).detach(), torch.tensor([1, 2])
+    results = []
+    for one in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        logits = one(labels, inputs)
+        logits.sin().mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_training_leaves_out():
     """Classes are taken away and branches dropped in training alone."""
     config = replace(CONFIGS["blocks"], cond_drop=1.0, drop_path=1 - 1e-9)

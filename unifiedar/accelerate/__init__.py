@@ -2,9 +2,9 @@
 
 What can be swapped is one table, `ADAPTERS`. An adapter knows one class of a published code base by its name, the
 module it is defined in and the attributes it needs; the code base itself is never imported. Weights are shared, never
-copied; state_dict, parameters and their names stay as they are. Before a module is swapped its own methods are run and
-compared with ours, on its own weights or on a copy: what answers differently is left alone, with the reason in the
-report.
+copied (but VAR's under autocast, once); state_dict, parameters and their names stay as they are. Before a module is
+swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers differently is
+left alone, with the reason in the report.
 
 One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var` and `_var_model` (VAR's
 tokenizer and its transformer); `_attention` for the self-attention that Infinity and VAR have in common; `_swap` holds
