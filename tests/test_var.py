@@ -459,6 +459,7 @@ BAD = [
     (lambda m: m.generate(1, top_k=1.5), TypeError, "top_k must be an integer"),
     (lambda m: m.generate(1, top_p=1.1), ValueError, "top_p must be from 0 to 1"),
     (lambda m: m.generate(1, top_p=-0.1), ValueError, "top_p must be from 0 to 1"),
+    (lambda m: m.generate(1, seed="1"), TypeError, "seed must be an integer or None, got str"),
     (lambda m: m.generate(1, images_per_call=0), ValueError, "images_per_call must be at least 1"),
     (lambda m: m.generate_codes([10, 12]), ValueError, "generate_codes: labels"),
     (lambda m: VAR(m.config).generate(1), ValueError, "vae must be there"),

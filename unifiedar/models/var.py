@@ -874,6 +874,8 @@ class VAR(nn.Module):
         scales (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
         labels = self._labels(function, "labels", labels)
         _check_settings(function, cfg, top_k, top_p, images_per_call, self.config.num_codes)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.Generator))):
+            raise TypeError(f"{function}: seed must be an integer or None, got {type(seed).__name__}")
         if edit is not None and len(labels) != len(edit.mask):
             raise ValueError(
                 f"{function}: labels must be ({len(edit.mask)},), one a picture, got {tuple(labels.shape)}"
