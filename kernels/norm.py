@@ -1,14 +1,15 @@
-"""Triton kernels of the family `norm`: norm, gain and rotation of queries and keys, with a copy of values; gradients.
+"""Triton kernels of the family `norm`: norm, gain and rotation of queries and keys, with a copy of values, gradients of
+these, and the modulated layer norm of tokens.
 
-A program takes consecutive tokens of one head. Arithmetic is float32 with IEEE divisions and roots, rounded once.
-Strides come in units of 8 elements, so that every load is one of 16 bytes.
+A program takes consecutive tokens of one head, or one token for the layer norm. Arithmetic is float32 with IEEE
+divisions and roots, rounded once. Strides of heads come in units of 8 elements, so that every load is one of 16 bytes.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["COMPILE_CASES", "aligned", "qk_norm_rope", "qk_norm_rope_backward", "tiles"]
+__all__ = ["COMPILE_CASES", "aligned", "modulated_norm", "qk_norm_rope", "qk_norm_rope_backward", "tiles"]
 
 UNIT = 8  # elements
 _UNIT: tl.constexpr = tl.constexpr(UNIT)
@@ -280,6 +281,44 @@ def qk_norm_rope_backward_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["length", "eps"])
+def modulated_norm_kernel(
+    x,  # [rows, width]
+    branch,  # like x, or None
+    gate,  # [batch, width], strides gate_row, 1, or None
+    scale,  # [batch, width], strides scale_row, 1
+    shift,  # [batch, width], strides shift_row, 1
+    out,  # like x; written
+    new,  # like x; written: x + branch * gate; None without a branch
+    length,  # rows of one batch
+    gate_row,
+    scale_row,
+    shift_row,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // length
+    channel = tl.arange(0, BLOCK)
+    inside = channel < WIDTH
+    at = row * WIDTH + channel
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if branch is not None:
+        factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32) * factor
+        rounded = y.to(new.dtype.element_ty)
+        tl.store(new + at, rounded, mask=inside)
+        y = rounded.to(tl.float32)
+    centred = tl.where(inside, y - tl.div_rn(tl.sum(y, 0), WIDTH * 1.0), 0.0)
+    variance = tl.div_rn(tl.sum(centred * centred, 0), WIDTH * 1.0)
+    y = centred * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    y *= 1.0 + tl.load(scale + batch * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
+    y += tl.load(shift + batch * shift_row + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +422,55 @@ def qk_norm_rope_backward(
     )  # fmt: skip
 
 
+def _token_tile(width: int) -> tuple[int, int]:
+    """Channels and warps of a program that takes one token: eight channels a thread, sixteen above 4096."""
+    block = max(256, triton.next_power_of_2(width))
+    return block, min(16, block // 256)
+
+
+def modulated_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    new: torch.Tensor | None,
+) -> None:
+    """Fills out and, with a branch, new.
+
+    Args:
+        x, branch, out, new: (B, L, C) contiguous; branch and new may be None together.
+        gate, scale, shift: (B, C), last dimension contiguous; gate may be None with branch.
+        eps: of the norm.
+    """
+    batch, length, width = x.shape
+    block, warps = _token_tile(width)
+    modulated_norm_kernel[(batch * length,)](
+        x, branch, gate, scale, shift, out, new, length, 0 if gate is None else gate.stride(0), scale.stride(0),
+        shift.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def _token_cases() -> list[tuple]:
+    """What to compile of the layer norm: VAR's widths, its products in half precision or not, with a gate or not."""
+    cases: list[tuple] = []
+    for width, feature, gated in (
+        (1024, "bf16", True), (1024, "bf16", False), (1920, "fp16", True), (2304, "bf16", True), (1280, "fp32", True)
+    ):  # fmt: skip
+        block, warps = _token_tile(width)
+        types = dict.fromkeys(("branch", "gate", "scale", "shift", "out"), f"*{feature}")
+        types |= {"x": "*fp32", "new": "*fp32", "eps": "fp32"}
+        constants = {"WIDTH": width, "BLOCK": block, **({} if gated else dict.fromkeys(("branch", "gate", "new")))}
+        kernel = modulated_norm_kernel
+        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+        signature = {**names, **dict.fromkeys(constants, "constexpr")}
+        divisors = {name: 16 for name in names if name not in ("length", "eps")}
+        cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
+    return cases
+
+
 def _cases() -> list[tuple]:
     """What to compile, as in `unifiedar.kernels.codes`: VAR's norm, Infinity's with its table, an RMS norm, none; the
     models' head sizes, one that is padded. Divisors are what `aligned` guarantees."""
@@ -424,4 +512,4 @@ def _cases() -> list[tuple]:
     return cases
 
 
-COMPILE_CASES = _cases()
+COMPILE_CASES = [*_cases(), *_token_cases()]

@@ -516,7 +516,7 @@ def test_command_lists_the_cases(capsys):
     assert main(["list", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     found = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert found == ["attention", "codes", "depth", "models", "norm", "sample"]
+    assert found == ["attention", "codes", "depth", "models", "norm", "sample", "var"]
     assert "vila-u-384/cumulative" in out
     assert "F.embedding_bag" in out
 

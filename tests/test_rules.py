@@ -16,7 +16,7 @@ FAMILIES = ("codes", "attention", "depth", "cache", "sample", "norm")
 
 # Rooms from the ground up: a file's room, and the rooms of ours that it may import besides its own. Leaves import
 # nothing of ours and may be imported by models.
-LEAVES = {"unifiedar.checkpoints", "unifiedar.tokenizer"}
+LEAVES = {"unifiedar.checkpoints", "unifiedar.engine", "unifiedar.tokenizer"}
 MAY_IMPORT = {
     "kernels": set(),
     "ops": {"kernels"},

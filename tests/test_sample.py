@@ -11,7 +11,7 @@ from helpers import kernel_rooms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unifiedar.ops import _native, registry, sample_codes
+from unifiedar.ops import _native, cut_logits, registry, sample_codes
 
 
 def rooms_of(backend=None, *, dtypes=(torch.float32, torch.float16, torch.bfloat16), device=None):
@@ -561,3 +561,40 @@ def test_no_host_sync_and_cuda_graph(backend):
     noise.exponential_()
     graph.replay()
     assert torch.equal(captured, run())
+
+
+# ---- what is drawn from ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_cut_logits_are_what_is_drawn_from(device, options, guided):
+    logits = normal(8, 5, 64)
+    strength = np.array([0.0, 1.0, 2.5, -0.5]) if guided else None
+    p = probabilities(logits, guidance=strength, **options)
+    p /= p.sum(-1, keepdims=True)
+    settings = {**options, "guidance": torch.from_numpy(strength).float().to(device)} if guided else options
+    got = cut_logits(logits.to(device), **settings)
+    assert got.dtype == torch.float32
+    assert np.array_equal(torch.isfinite(got).cpu(), p > 0)
+    np.testing.assert_allclose(got.double().softmax(-1).cpu(), p, rtol=0, atol=1e-6)
+    noise = exponential(*got.shape).to(device)
+    drawn = torch.where(got.isfinite(), got.softmax(-1) / noise, 0).argmax(-1)
+    assert torch.equal(drawn, sample_codes(logits.to(device), **settings, noise=noise))
+    rows = len(got)
+    by_rows = {name: torch.full((rows,), value, device=device) for name, value in options.items()}
+    again = cut_logits(logits.to(device), **{**settings, **by_rows})
+    assert np.array_equal(torch.isfinite(again).cpu(), p > 0)
+
+
+def test_cut_logits_in_other_dtypes_and_shapes():
+    assert cut_logits(normal(3, 7).bfloat16(), top_k=2).dtype == torch.float32
+    assert cut_logits(normal(3, 7).double()).dtype == torch.float64
+    assert cut_logits(normal(7), top_k=2).isfinite().sum() == 2
+    assert cut_logits(normal(0, 7), top_k=2).shape == (0, 7)
+    torch.library.opcheck(registry["cut_logits"].overload, (normal(4, 9), 2.0, None, 3, None, 0.5, None, "auto"))
+    compiled = torch.compile(cut_logits, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(normal(4, 9), guidance=2.0, top_k=3), cut_logits(normal(4, 9), guidance=2.0, top_k=3))
+    for options, text in (({"top_k": -1}, "cut_logits: top_k"), ({"guidance": 1.0}, "cut_logits: logits must be")):
+        with pytest.raises(ValueError, match=text):
+            cut_logits(normal(3, 7), **options)

@@ -25,7 +25,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -108,13 +108,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_json(config)
 
 
-def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_tensors(path: str | os.PathLike[str], *, under: Sequence[str] = ()) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, on the CPU.
 
     Args:
         path: a folder (``model.safetensors.index.json`` with its shards, or one ``model.safetensors``), a
             ``.safetensors`` file, or a ``.pth``, ``.pt`` or ``.bin`` file whose state is at the top or under
             "state_dict" or "model".
+        under: where else such a file may have its state, key by key from the top: a trainer's checkpoint, which holds
+            other things beside it. Read there if it is there.
 
     Returns:
         Name to tensor. int8 weights with scales come back as float32, all others in the dtype that was stored; names
@@ -134,7 +136,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _dequantize(_load_safetensors(path), path)
     if path.suffix in PICKLED:
-        return _dequantize(_load_pickled(path), path)
+        return _dequantize(_load_pickled(path, under), path)
     raise CheckpointError(f"{path}: not a checkpoint; expected a folder, .safetensors, {', '.join(PICKLED)}")
 
 
@@ -271,7 +273,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); fetch it again") from error
 
 
-def _load_pickled(path: Path) -> dict[str, Tensor]:
+def _load_pickled(path: Path, under: Sequence[str]) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
             _refuse_pointer(path, file.read(8))
@@ -293,9 +295,12 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
         else:
             cause = f"truncated, or not a PyTorch file ({text}); fetch it again"
         raise CheckpointError(f"{path}: {cause}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    for path_of_keys in (under, ("state_dict",), ("model",)):
+        found = state
+        for key in path_of_keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if path_of_keys and isinstance(found, dict):
+            state = found
             break
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path}: not a checkpoint; expected names and tensors, got {type(state).__name__}")

@@ -2,13 +2,13 @@
 
 What can be swapped is one table, `ADAPTERS`. An adapter knows one class of a published code base by its name, the
 module it is defined in and the attributes it needs; the code base itself is never imported. Weights are shared, never
-copied; state_dict, parameters and their names stay as they are. Before a module is swapped its own methods are run and
-compared with ours, on its own weights or on a copy: what answers differently is left alone, with the reason in the
-report.
+copied (but VAR's under autocast, once); state_dict, parameters and their names stay as they are. Before a module is
+swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers differently is
+left alone, with the reason in the report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var`; `_attention` for the
-self-attention that the last two have in common; `_swap` holds what they all share. `flash_attn_func` is no adapter but
-a function that Infinity looks for.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var` and `_var_model` (VAR's
+tokenizer and its transformer); `_attention` for the self-attention that Infinity and VAR have in common; `_swap` holds
+what they all share. `flash_attn_func` is no adapter but a function that Infinity looks for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from unifiedar.accelerate import _attention, _infinity, _rqvae, _swap, _var, _vector_quantize_pytorch
+from unifiedar.accelerate import (
+    _attention,
+    _infinity,
+    _rqvae,
+    _swap,
+    _var,
+    _var_model,
+    _vector_quantize_pytorch,
+)
 from unifiedar.accelerate._flash_attention import flash_attn_func
 from unifiedar.accelerate._swap import Adapter, Swap
 
@@ -28,6 +36,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *_vector_quantize_pytorch.ADAPTERS,
     *_infinity.ADAPTERS,
     *_var.ADAPTERS,
+    *_var_model.ADAPTERS,
     *_attention.ADAPTERS,
 )
 """Every adapter; the first that matches a module decides."""

@@ -205,6 +205,8 @@ def rehearse(
     substitutes: Mapping[Tensor, Tensor],
     prepare: Callable[[Any], None],
     play: Callable[[Any, bool], Iterator[tuple[str, Any]]],
+    *,
+    shared: Sequence[Any] = (),
 ) -> str | None:
     """Run the published methods on one copy of a module and ours on another: None if they agree, else where not.
 
@@ -218,6 +220,7 @@ def rehearse(
         prepare: gives a copy state worth testing; runs with the same random numbers on both copies.
         play: yields what each step is and what came out of it: tensors, in tuples and lists if there are several. Is
             told whether training steps may be played: not where a process group would wait for the other ranks.
+        shared: what the module refers to and the copies have too, uncopied.
     """
     # Inference tensors can be neither trained nor copied into trained ones.
     with torch.inference_mode(False), torch.enable_grad():
@@ -225,6 +228,7 @@ def rehearse(
         devices = sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         reason = None
+        memo = {id(one): one for one in shared}
         for attempt in range(3):
             results: list[list[tuple[str, list[Tensor]]]] = []
             # The copies are told apart by what they compute, not by how the process rounds float32 products.
@@ -232,7 +236,9 @@ def rehearse(
             with torch.random.fork_rng(devices), exact:
                 for swapped in (False, True):
                     try:
-                        twin = copy.deepcopy(module, {id(one): _as(one, small) for one, small in substitutes.items()})
+                        twin = copy.deepcopy(
+                            module, memo | {id(one): _as(one, small) for one, small in substitutes.items()}
+                        )
                         twin.float()
                         torch.manual_seed(attempt)
                         prepare(twin)

@@ -2,17 +2,20 @@
 
 from unifiedar.models.rqtransformer import RQLogits, RQTransformer, RQTransformerConfig
 from unifiedar.models.rqvae import RQVAE, RQVAEConfig
+from unifiedar.models.var import VAR, VARConfig
 from unifiedar.models.vilau import VILAU, VILAUConfig
 from unifiedar.models.vqvae import VQVAE, VQVAEConfig
 
 __all__ = [
     "RQVAE",
+    "VAR",
     "VILAU",
     "VQVAE",
     "RQLogits",
     "RQTransformer",
     "RQTransformerConfig",
     "RQVAEConfig",
+    "VARConfig",
     "VILAUConfig",
     "VQVAEConfig",
 ]

@@ -66,6 +66,7 @@ class Autoencoder(nn.Module):
 
     configs: ClassVar[Mapping[str, Any]]
     config_class: ClassVar[type[AutoencoderConfig]]
+    inside: ClassVar[tuple[str, ...]] = ()  # where a trainer's checkpoint has this model
 
     def __init__(self, config: Any):
         super().__init__()
@@ -112,7 +113,7 @@ class Autoencoder(nn.Module):
             CheckpointError: one sentence with the file, what is wrong with it and the way out.
         """
         found = checkpoints.resolve(path)
-        tensors = checkpoints.load_tensors(found)
+        tensors = checkpoints.load_tensors(found, under=cls.inside)
         if config is None:
             config = cls._config_of(found, tensors)
         with torch.device("meta"):

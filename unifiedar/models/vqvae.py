@@ -61,6 +61,7 @@ class VQVAE(Autoencoder):
         "vae_ch160v4096z32": VQVAEConfig(DecoderConfig(160, (1, 1, 2, 2, 4), 2, 32, 256, (16,), fused_qkv=True), 4096)
     }
     config_class = VQVAEConfig
+    inside = ("trainer", "vae_local")
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig):

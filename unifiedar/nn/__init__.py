@@ -3,21 +3,26 @@
 from unifiedar.nn.attention import NextScaleAttention, rope_table
 from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
 from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutput, SignQuantizer
-from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer
+from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer, ScaleBook
 from unifiedar.nn.depth import DepthTransformer
+from unifiedar.nn.norm import ModulatedNorm
 from unifiedar.nn.norm_group import GroupNorm
+from unifiedar.nn.sample import CodeSampler
 
 __all__ = [
     "BitwiseOutput",
     "BitwiseQuantizer",
+    "CodeSampler",
     "Codebook",
     "DepthTransformer",
     "GroupNorm",
+    "ModulatedNorm",
     "MultiScaleQuantized",
     "MultiScaleQuantizer",
     "NextScaleAttention",
     "Quantized",
     "ResidualQuantizer",
+    "ScaleBook",
     "SignOutput",
     "SignQuantizer",
     "rope_table",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unifiedar.ops import Phi, multiscale_inputs, multiscale_lookup, multiscale_quantize, next_scale_input
 
-__all__ = ["MultiScaleQuantized", "MultiScaleQuantizer", "phi_of"]
+__all__ = ["MultiScaleQuantized", "MultiScaleQuantizer", "ScaleBook", "phi_of"]
 
 Scale = int | tuple[int, int]
 
@@ -45,6 +45,33 @@ def phi_of(module: nn.Module, ratio: float, step: int | None = None, steps: int 
         return Phi(pairs[0][0][None], pairs[0][1][None], ratio)
     weight, bias = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
     return Phi(weight, bias, ratio)
+
+
+class ScaleBook(NamedTuple):
+    """What a next-scale transformer needs of a quantizer: code vectors, convolutions, and the scales of its own.
+
+    The same codebook serves several schedules; a quantizer's scales are those that its tokenizer encodes with.
+    """
+
+    table: Tensor  # (K, C)
+    convolutions: nn.Module  # in VAR's order
+    ratio: float  # share of the convolution in what follows upsampling
+    scales: tuple[Scale, ...]
+
+    def inputs(self, codes: Sequence[Tensor]) -> Tensor:
+        """What is read before each scale but the first, (B, L - h_0 w_0, C), of codes (B, h w) int64 of every scale."""
+        return multiscale_inputs(codes, self.table, phi_of(self.convolutions, self.ratio), self.scales)
+
+    def add(self, total: Tensor, drawn: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """The sum (B, C, H, W) with one scale more, and its mean in the size of the next, (B, h' w', C), or None.
+
+        Args:
+            total: the sum of the scales before.
+            drawn: (B, h w) int64 codes of scale `step`, or vectors (B, h w, C).
+            step: the scale.
+        """
+        phi = phi_of(self.convolutions, self.ratio, step, len(self.scales))
+        return next_scale_input(total, drawn, self.table, phi, self.scales, step)
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -109,6 +136,10 @@ class MultiScaleQuantizer(nn.Module):
     def phi(self) -> Phi | None:
         """The convolutions as the ops take them: stacked, so one copy of them."""
         return phi_of(self.quant_resi, self.ratio)
+
+    def book(self, scales: Sequence[Scale] | None = None) -> ScaleBook:
+        """Its code vectors and convolutions for a transformer of these scales; None is the quantizer's own."""
+        return ScaleBook(self.embedding.weight, self.quant_resi, self.ratio, tuple(scales or self.scales))
 
     def _phi_of(self, step: int) -> Phi | None:
         return phi_of(self.quant_resi, self.ratio, step, len(self.scales))

@@ -29,9 +29,9 @@ from unifiedar.ops.codes_multiscale import (
     next_scale_input,
 )
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthWeights, depth_decode
-from unifiedar.ops.norm import qk_norm_rope
+from unifiedar.ops.norm import modulated_norm, qk_norm_rope
 from unifiedar.ops.norm_group import group_norm
-from unifiedar.ops.sample import sample_codes
+from unifiedar.ops.sample import cut_logits, sample_codes
 
 __all__ = [
     "BACKENDS",
@@ -51,8 +51,10 @@ __all__ = [
     "bitwise_unpack",
     "block_causal_attention",
     "code_statistics",
+    "cut_logits",
     "depth_decode",
     "group_norm",
+    "modulated_norm",
     "multiscale_inputs",
     "multiscale_lookup",
     "multiscale_quantize",

@@ -1,4 +1,6 @@
-"""What happens to queries and keys before attention: a norm, a gain, a rotation by position, one rounding.
+"""The norms of transformer blocks: of queries and keys before attention, and of tokens before a layer.
+
+Queries and keys get a norm, a gain, a rotation by position, and one rounding:
 
     L2:   y = x / max(|x|, eps);  of queries times exp(min(gain, log 100)), the gain one a head
     RMS:  y = x / sqrt(mean x^2 + eps) * weight
@@ -7,14 +9,19 @@
 Everything is float32 (float64 for float64) and rounded once, at the end, where models under autocast round too: just
 before the product of queries and keys. Shapes: q (B, H, L, D), k (B, G, L, D).
 
+Tokens get a layer norm that a condition modulates, after what the layer before put out was added through a gate:
+
+    x' = x + branch * gate;  y = (x' - mean) / sqrt(variance + eps) * (1 + scale) + shift
+
 Sources: the gain of cosine attention, Liu et al., "Swin Transformer V2" (2022), section 3.3, as VAR (2024) and Infinity
 (2024) have it; Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4; Su et al., "RoFormer"
-(2021), section 3.2.2.
+(2021), section 3.2.2; layer norm modulated and gated by a condition, Peebles and Xie, "Scalable Diffusion Models with
+Transformers" (2023), section 3.2, as VAR has it (2024, section 3.2).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +29,7 @@ from torch import Tensor
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
 
-__all__ = ["qk_norm_rope"]
+__all__ = ["modulated_norm", "qk_norm_rope"]
 
 LOG_GAIN_LIMIT = math.log(100)
 NORMS = ("l2", "rms", "none")
@@ -145,6 +152,38 @@ def _out_eager(q, k, v, norm, eps, gain, q_weight, k_weight, rope, out_q, out_k,
         out_v.copy_(v)
 
 
+def _widest(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32
+
+
+def _modulated_eager(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    wide = _widest(x, scale, shift)
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    return (y * (1 + scale.to(wide))[:, None] + shift.to(wide)[:, None]).to(dtype).contiguous()
+
+
+def _gated_eager(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    wide = _widest(x, branch, gate)
+    new = (x.to(wide) + branch.to(wide) * gate.to(wide)[:, None]).to(x.dtype).contiguous()
+    return _modulated_eager(new, scale, shift, eps, dtype), new
+
+
+def _modulated_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and shift, not rounded yet."""
+    wide = _widest(grad, x, scale)
+    tokens, grad, size = x.to(wide), grad.to(wide), x.shape[-1:]
+    with torch.autocast(x.device.type, enabled=False):
+        y, mean, rstd = torch.native_layer_norm(tokens, size, None, None, eps)
+        inner = grad * (1 + scale.to(wide))[:, None]
+        found = torch.ops.aten.native_layer_norm_backward(
+            inner.contiguous(), tokens, size, mean, rstd, None, None, [True, False, False]
+        )[0]
+    return found, (grad * y).sum(1), grad.sum(1)
+
+
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
 
 
@@ -186,6 +225,40 @@ def _qk_gradient(ctx, grad_q, grad_k):
     )
     given = [new if one is not None else None for one, new in zip((gain, q_weight, k_weight), rest, strict=True)]
     return new_q, new_k, None, None, *given, None
+
+
+def _modulated_fake(x, scale, shift, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _gated_fake(x, branch, gate, scale, shift, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
+
+
+def _modulated_setup(ctx, inputs, output):
+    x, scale, shift, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, scale, shift)
+
+
+def _modulated_gradient(ctx, grad):
+    x, scale, shift = ctx.saved_tensors
+    found = _modulated_backward(grad, x, scale, ctx.eps)
+    return *(one.to(like.dtype) for one, like in zip(found, (x, scale, shift), strict=True)), None, None
+
+
+def _gated_setup(ctx, inputs, output):
+    _, branch, gate, scale, shift, ctx.eps, _ = inputs
+    ctx.save_for_backward(output[1], branch, gate, scale, shift)
+
+
+def _gated_gradient(ctx, grad, grad_new):
+    new, branch, gate, scale, shift = ctx.saved_tensors
+    through, grad_scale, grad_shift = _modulated_backward(grad, new, scale, ctx.eps)
+    grad_x = through + grad_new.to(through.dtype)
+    wide = gate.to(grad_x.dtype)[:, None]
+    found = (grad_x, grad_x * wide, (grad_x * branch.to(grad_x.dtype)).sum(1), grad_scale, grad_shift)
+    like = (new, branch, gate, scale, shift)
+    return *(one.to(tensor.dtype) for one, tensor in zip(found, like, strict=True)), None, None
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -278,6 +351,53 @@ def _given(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
+MAX_WIDTH = 8192
+
+
+def _modulated_unfit_triton(x, scale, shift, eps, dtype) -> str | None:
+    return _tokens_unfit(dtype, x, scale, shift)
+
+
+def _gated_unfit_triton(x, branch, gate, scale, shift, eps, dtype) -> str | None:
+    return _tokens_unfit(dtype, x, branch, gate, scale, shift)
+
+
+def _tokens_unfit(dtype: torch.dtype, x: Tensor, *others: Tensor) -> str | None:
+    reason = None
+    for one in (x, *others):
+        reason = reason or _native.triton_unfit(one)
+    for found in (x.dtype, dtype, *(one.dtype for one in others)):
+        if reason is None and found not in (torch.float32, torch.bfloat16, torch.float16):
+            reason = f"needs float32, bfloat16 or float16, got {str(found).removeprefix('torch.')}"
+    if reason is None and x.shape[2] > MAX_WIDTH:
+        reason = f"needs at most {MAX_WIDTH} channels, got {x.shape[2]}"
+    if reason is None and x.shape[0] * x.shape[1] >= 2**31:
+        reason = f"needs fewer than 2^31 tokens, got {tuple(x.shape[:2])}"
+    return reason
+
+
+def _run_modulated_triton(x, scale, shift, eps, dtype):
+    out = _modulated_fake(x, scale, shift, eps, dtype)
+    _modulate_triton(x, None, None, scale, shift, eps, out, None)
+    return out
+
+
+def _run_gated_triton(x, branch, gate, scale, shift, eps, dtype):
+    out, new = _gated_fake(x, branch, gate, scale, shift, eps, dtype)
+    _modulate_triton(x, branch, gate, scale, shift, eps, out, new)
+    return out, new
+
+
+def _modulate_triton(x, branch, gate, scale, shift, eps, out, new) -> None:
+    if out.numel():
+        # Rows of the condition are read in place, wherever they begin; the kernel wants their channels side by side.
+        gate, scale, shift = (
+            one if one is None or one.stride(1) == 1 else one.contiguous() for one in (gate, scale, shift)
+        )
+        with torch.cuda.device_of(x):
+            _native.kernels("norm").modulated_norm(x.contiguous(), _flat(branch), gate, scale, shift, eps, out, new)
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _SETTINGS = "str norm, float eps, Tensor? gain, Tensor? q_weight, Tensor? k_weight, Tensor? rope"
@@ -305,6 +425,27 @@ _qk_norm_rope_out = Op(
     eager=_out_eager,
     fake=_out_fake,
     backends=(Backend("triton", _fill_triton, _out_unfit_triton),),
+)
+
+
+_MODULATION = "Tensor scale, Tensor shift, float eps, ScalarType dtype"
+
+_modulated_norm = Op(
+    f"modulated_norm(Tensor x, {_MODULATION}) -> Tensor",
+    eager=_modulated_eager,
+    fake=_modulated_fake,
+    backends=(Backend("triton", _run_modulated_triton, _modulated_unfit_triton, _NOT_RUN),),
+    setup_context=_modulated_setup,
+    backward=_modulated_gradient,
+)
+
+_gated_modulated_norm = Op(
+    f"gated_modulated_norm(Tensor x, Tensor branch, Tensor gate, {_MODULATION}) -> (Tensor, Tensor)",
+    eager=_gated_eager,
+    fake=_gated_fake,
+    backends=(Backend("triton", _run_gated_triton, _gated_unfit_triton, _NOT_RUN),),
+    setup_context=_gated_setup,
+    backward=_gated_gradient,
 )
 
 
@@ -446,3 +587,93 @@ def _check_out(
                     "torch.no_grad()"
                 )
     return tuple(out)
+
+
+@overload
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    branch: None = None,
+    gate: None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    branch: Tensor,
+    gate: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm of tokens, scaled and shifted by a condition: what an AdaLN block feeds to attention or MLP.
+
+    y = norm(x) (1 + scale) + shift, without parameters of its own. With `branch` and `gate`, x + branch gate comes
+    first: what the layer before put out joins the tokens and they are normalized for the next, in one pass.
+
+    Args:
+        x: (B, L, C), float32, bfloat16, float16 or float64: the tokens, usually in float32.
+        scale: (B, C) of these dtypes, which need not be x's, on the device of x; any strides, as out of a projection.
+        shift: (B, C), likewise.
+        branch: (B, L, C), likewise, given with `gate`.
+        gate: (B, C), likewise, given with `branch`.
+        eps: added to the variance, at least 0.
+        dtype: of y; None is that of x.
+        backend: "auto", "triton" or "eager".
+
+    Returns:
+        y (B, L, C) in `dtype`; with `branch` also the tokens x + branch gate (B, L, C) in the dtype of x. Contiguous.
+
+    Raises:
+        TypeError: for an argument of another type or dtype.
+        ValueError: for shapes that do not match, a branch without a gate or a gate without a branch, a negative eps, an
+            unknown backend or one that does not fit.
+
+    Note:
+        Computed in float32 (float64 if an argument is) and rounded once to `dtype`; of the sum, what is normalized is
+        the value that is returned. Never under autocast. Differentiable once in all tensors, by torch's operators. No
+        host sync; may be captured in a CUDA graph. Equal for a token alone or among others, and between runs, on
+        Triton.
+    """
+    function = "modulated_norm"
+    _checks.check_tensor(function, "x", x)
+    if x.ndim != 3 or not x.shape[2]:
+        raise ValueError(f"{function}: x must be (B, L, C) with at least one channel, got {tuple(x.shape)}")
+    rows = (x.shape[0], x.shape[2])
+    given: dict[str, Tensor] = {"scale": scale, "shift": shift}
+    given |= {name: one for name, one in (("branch", branch), ("gate", gate)) if one is not None}
+    for argument, value in given.items():
+        _checks.check_tensor(function, argument, value)
+        shape = tuple(x.shape) if argument == "branch" else rows
+        if value.shape != shape:
+            raise ValueError(f"{function}: {argument} must be {shape} to match x, got {tuple(value.shape)}")
+        _checks.check_same_device(function, argument, value, "x", x)
+    _checks.check_number(function, "eps", eps, 0)
+    if dtype is None:
+        dtype = x.dtype
+    elif dtype not in _checks.FLOATS:
+        raise TypeError(f"{function}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if branch is None and gate is None:
+        return _modulated_norm(x, scale, shift, float(eps), dtype, backend)
+    if branch is None or gate is None:
+        one, other = ("gate", "branch") if branch is None else ("branch", "gate")
+        raise ValueError(f"{function}: {other} must be given with {one}, got None")
+    return _gated_modulated_norm(x, branch, gate, scale, shift, float(eps), dtype, backend)

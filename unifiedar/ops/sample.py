@@ -19,12 +19,54 @@ from torch import Tensor
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
 
-__all__ = ["sample_codes"]
+__all__ = ["cut_logits", "sample_codes"]
 
 LOWEST = -87.0  # a score so far below the largest has probability 0: what float32 has of e^-88 is no longer precise
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
+
+
+def _mixed(logits: Tensor, guidance: float | None, guidance_rows: Tensor | None) -> Tensor:
+    """Logits after guidance, in their own dtype."""
+    if guidance_rows is not None:
+        conditional, unconditional = logits.chunk(2)
+        strength = _spread(guidance_rows.to(_real(logits.dtype)), logits)
+        return unconditional + ((conditional - unconditional) * strength).to(logits.dtype)
+    if guidance is not None:
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + (conditional - unconditional) * guidance
+    return logits
+
+
+def _weighed(
+    scores: Tensor, top_k: int, top_k_rows: Tensor | None, top_p: float, top_p_rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores with those below the k-th at -inf, and the weights they are drawn with: 0 is what top-k or top-p cut."""
+    vocabulary = scores.shape[-1]
+    if top_k_rows is not None:
+        k = _spread(top_k_rows, scores)
+        on = (k > 0) & (k < vocabulary)
+        place = (k.clamp(1, vocabulary) - 1).expand(*scores.shape[:-1], 1)
+        kth = scores.sort(dim=-1, descending=True).values.gather(-1, place)
+        scores = scores.masked_fill(on & (scores < kth), -torch.inf)
+    elif 0 < top_k < vocabulary:
+        kth = scores.topk(top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    distance = scores.double() - scores.amax(dim=-1, keepdim=True).double()
+    weights = torch.where(distance >= LOWEST, distance.exp(), 0).to(scores.dtype)
+    if top_p_rows is not None or 0 < top_p < 1:
+        # Among equal entries at the crossing the lower index is kept, hence the stable sort.
+        ordered, index = weights.sort(dim=-1, descending=True, stable=True)
+        reached = (ordered.double() * _units(vocabulary)).long().cumsum(dim=-1)
+        share = top_p if top_p_rows is None else _spread(top_p_rows.double(), scores)
+        crossed = reached >= (reached[..., -1:].double() * share).ceil().long()
+        if isinstance(share, Tensor):
+            crossed &= (share > 0) & (share < 1)
+        dropped = torch.zeros_like(crossed)
+        dropped[..., 1:] = crossed[..., :-1]
+        weights = weights.masked_fill(dropped.scatter(-1, index, dropped), 0)
+    return scores, weights
 
 
 def _sample_eager(
@@ -38,46 +80,28 @@ def _sample_eager(
     top_p_rows: Tensor | None,
     noise: Tensor | None,
 ) -> Tensor:
-    real = _real(logits.dtype)
-    if guidance_rows is not None:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + ((conditional - unconditional) * _spread(guidance_rows.to(real), logits)).to(
-            logits.dtype
-        )
-    elif guidance is not None:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + (conditional - unconditional) * guidance
-    scores = logits.to(real)
+    scores = _mixed(logits, guidance, guidance_rows).to(_real(logits.dtype))
     if temperature == 0:
         return scores.argmax(dim=-1)
     # Not a division: that is one on a CPU, and a product with the inverse on a GPU.
-    scores = scores * (1 / temperature)
-    vocabulary = scores.shape[-1]
-    if top_k_rows is not None:
-        k = _spread(top_k_rows, scores)
-        on = (k > 0) & (k < vocabulary)
-        place = (k.clamp(1, vocabulary) - 1).expand(*scores.shape[:-1], 1)
-        kth = scores.sort(dim=-1, descending=True).values.gather(-1, place)
-        scores = scores.masked_fill(on & (scores < kth), -torch.inf)
-    elif 0 < top_k < vocabulary:
-        kth = scores.topk(top_k, dim=-1).values[..., -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    distance = scores.double() - scores.amax(dim=-1, keepdim=True).double()
-    weights = torch.where(distance >= LOWEST, distance.exp(), 0).to(real)
-    if top_p_rows is not None or 0 < top_p < 1:
-        # Among equal entries at the crossing the lower index is kept, hence the stable sort.
-        ordered, index = weights.sort(dim=-1, descending=True, stable=True)
-        reached = (ordered.double() * _units(vocabulary)).long().cumsum(dim=-1)
-        share = top_p if top_p_rows is None else _spread(top_p_rows.double(), scores)
-        crossed = reached >= (reached[..., -1:].double() * share).ceil().long()
-        if isinstance(share, Tensor):
-            crossed &= (share > 0) & (share < 1)
-        dropped = torch.zeros_like(crossed)
-        dropped[..., 1:] = crossed[..., :-1]
-        weights = weights.masked_fill(dropped.scatter(-1, index, dropped), 0)
+    _, weights = _weighed(scores * (1 / temperature), top_k, top_k_rows, top_p, top_p_rows)
     assert noise is not None
     # An entry of probability 0 never wins, not even against a noise of 0.
     return torch.where(weights > 0, weights / noise, 0).argmax(dim=-1)
+
+
+def _cut_eager(
+    logits: Tensor,
+    guidance: float | None,
+    guidance_rows: Tensor | None,
+    top_k: int,
+    top_k_rows: Tensor | None,
+    top_p: float,
+    top_p_rows: Tensor | None,
+) -> Tensor:
+    scores = _mixed(logits, guidance, guidance_rows).to(_real(logits.dtype))
+    scores, weights = _weighed(scores, top_k, top_k_rows, top_p, top_p_rows)
+    return scores.masked_fill(weights == 0, -torch.inf)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -101,6 +125,12 @@ def _sample_fake(logits, guidance, guidance_rows, *_):
     guided = guidance is not None or guidance_rows is not None
     shape = logits.shape[:-1]
     return logits.new_empty((shape[0] // 2, *shape[1:]) if guided else shape, dtype=torch.int64)
+
+
+def _cut_fake(logits, guidance, guidance_rows, *_):
+    guided = guidance is not None or guidance_rows is not None
+    rows = logits.shape[0] // 2 if guided else logits.shape[0]
+    return logits.new_empty((rows, *logits.shape[1:]), dtype=_real(logits.dtype))
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -160,8 +190,15 @@ _sample_codes = Op(
     backends=(Backend("triton", _run_triton, _unfit_triton),),
 )
 
+_cut_logits = Op(
+    "cut_logits(Tensor logits, float? guidance, Tensor? guidance_rows, SymInt top_k, Tensor? top_k_rows, float top_p, "
+    "Tensor? top_p_rows) -> Tensor",
+    eager=_cut_eager,
+    fake=_cut_fake,
+)
 
-# ---- public function -------------------------------------------------------------------------------------------------
+
+# ---- public functions ------------------------------------------------------------------------------------------------
 
 
 def sample_codes(
@@ -218,6 +255,60 @@ def sample_codes(
         2^18 in 17 to 280 MB of memory beside; logits or noise whose rows no strides describe are copied.
     """
     function = "sample_codes"
+    shape, mix, cuts = _settings(function, logits, guidance, top_k, top_p)
+    _checks.check_number(function, "temperature", temperature, 0)
+    if noise is not None:
+        _checks.check_tensor(function, "noise", noise)
+        if noise.shape != shape:
+            raise ValueError(f"{function}: noise must be {shape}, got {tuple(noise.shape)}")
+        _checks.check_same_device(function, "noise", noise, "logits", logits)
+        if generator is not None:
+            raise ValueError(f"{function}: generator must be None when noise is given, got {generator}")
+        if temperature == 0:
+            noise = None
+    elif temperature > 0:
+        noise = torch.empty(shape, dtype=_real(logits.dtype), device=logits.device).exponential_(generator=generator)
+    return _sample_codes(logits, *mix, float(temperature), *cuts, noise, backend)
+
+
+def cut_logits(
+    logits: Tensor,
+    *,
+    guidance: float | Tensor | None = None,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """What `sample_codes` draws from: logits after guidance, with all that top-k and top-p cut off at -inf.
+
+    For whoever draws in another way, as VAR does with a Gumbel softmax over them ("more smooth").
+
+    Args:
+        logits: (..., V), as `sample_codes` takes them.
+        guidance: as `sample_codes`.
+        top_k: as `sample_codes`.
+        top_p: as `sample_codes`.
+        backend: "auto" or "eager".
+
+    Returns:
+        (..., V) float32 (float64 for float64 logits), (N, ..., V) with guidance. A probability below e^-87 of the
+        largest counts as cut off.
+
+    Raises:
+        TypeError: as `sample_codes`.
+        ValueError: as `sample_codes`.
+
+    Note:
+        No gradient, no host sync; may be captured in a CUDA graph.
+    """
+    _, mix, cuts = _settings("cut_logits", logits, guidance, top_k, top_p)
+    return _cut_logits(logits, *mix, *cuts, backend)
+
+
+def _settings(
+    function: str, logits: Tensor, guidance: object, top_k: object, top_p: object
+) -> tuple[tuple[int, ...], tuple, tuple]:
+    """Checked: the shape of the probabilities, then as the operators take them, the guidance, and top-k and top-p."""
     _checks.check_tensor(function, "logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{function}: logits must be (..., V) with V at least 1, got {tuple(logits.shape)}")
@@ -233,28 +324,16 @@ def sample_codes(
         rows = _one_a_row(function, "guidance", guidance, _checks.FLOATS, shape, logits)
         if rows is None:
             _checks.check_number(function, "guidance", guidance)
-            number = float(guidance)
-    _checks.check_number(function, "temperature", temperature, 0)
+            number = float(guidance)  # type: ignore[arg-type]
     k_rows = _one_a_row(function, "top_k", top_k, (torch.int64,), shape, logits)
     if k_rows is None:
         _checks.check_integer(function, "top_k", top_k, 0)
     p_rows = _one_a_row(function, "top_p", top_p, _checks.FLOATS, shape, logits)
     if p_rows is None:
         _checks.check_number(function, "top_p", top_p, 0)
-    if noise is not None:
-        _checks.check_tensor(function, "noise", noise)
-        if noise.shape != shape:
-            raise ValueError(f"{function}: noise must be {shape}, got {tuple(noise.shape)}")
-        _checks.check_same_device(function, "noise", noise, "logits", logits)
-        if generator is not None:
-            raise ValueError(f"{function}: generator must be None when noise is given, got {generator}")
-        if temperature == 0:
-            noise = None
-    elif temperature > 0:
-        noise = torch.empty(shape, dtype=_real(logits.dtype), device=logits.device).exponential_(generator=generator)
     k = 0 if k_rows is not None else top_k
-    p = 0.0 if p_rows is not None else float(top_p)
-    return _sample_codes(logits, number, rows, float(temperature), k, k_rows, p, p_rows, noise, backend)
+    p = 0.0 if p_rows is not None else float(top_p)  # type: ignore[arg-type]
+    return shape, (number, rows), (k, k_rows, p, p_rows)
 
 
 def _one_a_row(

@@ -1,0 +1,282 @@
+"""Cases of VAR as a whole: drawing pictures of classes, and the layer norm with its gate, 2 depth times a scale in it.
+
+Weights are random, as a training begins with them, so that codes are drawn almost evenly; times do not depend on it. A
+drawing returns codes and pictures, in float16 as VAR's demonstration has it. Checked are the codes, every scale given
+the earlier ones that came out: the float32 model, told those, must draw 95 % of them with the same noise. Least
+traffic: the weights of the blocks once a scale, those that see the condition alone and the decoder's once, the cache
+written once and read at every later scale, logits written and read. `published` launches what the published code does
+under autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench._case import OURS, Case, Check, Variant, against
+from unifiedar.models import VAR, VQVAE, VARConfig, VQVAEConfig
+from unifiedar.nn.codes_multiscale import phi_of
+from unifiedar.ops import modulated_norm, registry, sample_codes
+
+__all__ = ["cases"]
+
+TOKENIZER = VQVAE.configs["vae_ch160v4096z32"]
+SMALL_TOKENIZER = replace(
+    TOKENIZER, network=replace(TOKENIZER.network, ch=32, resolution=48, attn_resolutions=(3,)), scales=(1, 2, 3)
+)
+SMALL = VARConfig(2, 64, 2, (1, 2, 3))
+CFG, TOP_K, TOP_P = 1.5, 900, 0.96
+
+
+def cases(device: torch.device) -> list[Case]:
+    """d16 and d30 at a few batches; on the CPU two blocks, three scales and one picture, in float32."""
+    if device.type != "cuda":
+        return [_generate("small", SMALL, SMALL_TOKENIZER, 1, True), _norm("small", 2, 9, 64, True)]
+    found = []
+    for name, batches in (("d16", (1, 8, 64)), ("d30", (1, 8, 32)), ("d36", (1, 8))):
+        config = VAR.configs[name]
+        tokenizer = replace(TOKENIZER, scales=config.scales)
+        found += [_generate(name, config, tokenizer, batch, False) for batch in batches]
+    found += [_norm("d16", 2, 256, 1024, False), _norm("d16", 128, 256, 1024, False)]
+    return [*found, _norm("d30", 64, 256, 1920, False), _norm("d36", 16, 1024, 2304, False)]
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _models(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dtype: torch.dtype) -> tuple[VAR, VAR]:
+    """In float32 as published, and the same with products and decoder in `dtype`."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = [VAR(config, VQVAE(tokenizer)) for _ in range(2)]
+    plain, fast = (one.eval().requires_grad_(False) for one in made)
+    assert plain.vae is not None
+    assert fast.vae is not None
+    fast.load_state_dict(plain.state_dict())
+    fast.vae.load_state_dict(plain.vae.state_dict())
+    for one in (plain.vae, fast.vae):
+        one.eval().requires_grad_(False)
+    if dtype != torch.float32:
+        fast.vae.fast_decoder(dtype)
+    return plain, fast.cast_products(dtype)
+
+
+def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, small: bool) -> Case:
+    dtype = torch.float32 if small else torch.float16
+    lengths, rows = config.lengths, 2 * batch
+    total, dim = sum(lengths), config.dim
+    products = config.depth * dim * dim * (4 + 2 * round(config.mlp_ratio)) + dim * config.num_codes
+    conditions = dim * dim * (6 if config.shared_adaln else 6 * config.depth) + 2 * dim * dim
+    with torch.device("meta"):
+        decoder = sum(p.numel() for p in VQVAE(tokenizer).decoder.parameters())
+    seen = sum(sum(lengths[: i + 1]) for i in range(len(lengths)))
+    cached = 2 * config.depth * rows * dim * (sum(lengths[:-1]) + seen)
+    pairs = sum(n * sum(lengths[: i + 1]) for i, n in enumerate(lengths))
+    flops = 2 * rows * total * products + 4 * config.depth * rows * dim * pairs
+
+    def make(seed: int, device: torch.device) -> dict[str, Any]:
+        generator = torch.Generator(device).manual_seed(seed)
+        labels = torch.randint(config.num_classes, (batch,), device=device, generator=generator)
+        return {"labels": labels, "seed": seed}
+
+    def ours(graphs: bool) -> Callable[[dict[str, Any]], Callable[[], object]]:
+        def bind(one: dict[str, Any]) -> Callable[[], object]:
+            model = _models(config, tokenizer, one["labels"].device, dtype)[1]
+
+            def call() -> object:
+                codes, pictures = model._draw(
+                    "generate", one["labels"], CFG, TOP_K, TOP_P, one["seed"], False, None, graphs, paints=True
+                )
+                return *codes, pictures
+
+            return call
+
+        return bind
+
+    def published(one: dict[str, Any]) -> Callable[[], object]:
+        model = _models(config, tokenizer, one["labels"].device, dtype)[0]
+
+        def call() -> object:
+            with torch.no_grad(), torch.autocast(one["labels"].device.type, torch.float16, enabled=not small):
+                return _published(model, one["labels"], one["seed"])
+
+        return call
+
+    def check(one: dict[str, Any]) -> Check:
+        model = _models(config, tokenizer, one["labels"].device, dtype)[0]
+
+        def agree(variant: Variant, output: object) -> None:
+            assert isinstance(output, tuple)
+            *codes, pictures = output
+            side = config.sizes[-1][0] * 16
+            if pictures.shape != (batch, 3, side, side) or not pictures.isfinite().all():
+                raise ValueError(f"wrong pictures: {tuple(pictures.shape)}")
+            share = _agreement(model, one["labels"], one["seed"], codes)
+            if share < 0.95:
+                raise ValueError(f"wrong codes: {share:.1%} are those of the float32 model")
+
+        return agree
+
+    variants = [Variant(OURS, "ours", ours(True))]
+    if not small:
+        variants.append(Variant(f"{OURS} without graphs", "backend", ours(False)))
+    variants.append(Variant("published", "peer", published))
+    return Case(
+        name=f"var-{name}/generate-b{batch}",
+        shape={"B": batch, "C": dim, "L": total, "depth": config.depth},
+        dtype=dtype,
+        bytes=dtype.itemsize * (len(lengths) * products + conditions + decoder + cached)
+        + 8 * rows * total * config.num_codes,
+        flops=flops,
+        make=make,
+        variants=variants,
+        check=check,
+        backend=lambda one: "eager" if small else "triton",  # of attention, the one operator with a single choice
+        on_matrix_units=True,
+    )
+
+
+@torch.no_grad()
+def _agreement(model: VAR, labels: Tensor, seed: int, codes: list[Tensor]) -> float:
+    """The share of codes that the model draws itself, each scale after the earlier ones of `codes`."""
+    config, generator = model.config, torch.Generator(labels.device).manual_seed(seed)
+    same, counted = 0, 0
+    for begin in range(0, len(labels), 8):  # noise is drawn for all rows at once, logits for a few
+        part = slice(begin, begin + 8)
+        generator.manual_seed(seed)
+        given = [one[part] for one in codes]
+        none = [config.num_classes] * len(given[0])
+        wanted, empty = (model.teacher_forced(one, given) for one in (labels[part], none))
+        at = 0
+        for step, length in enumerate(config.lengths):
+            shape = (len(labels), length, config.num_codes)
+            noise = torch.empty(shape, device=labels.device).exponential_(generator=generator)[part]
+            both = torch.cat((wanted[:, at : at + length], empty[:, at : at + length]))
+            guidance = 1 + CFG * step / (len(config.lengths) - 1)
+            found = sample_codes(both, guidance=guidance, top_k=TOP_K, top_p=TOP_P, noise=noise, backend="eager")
+            same, counted, at = same + int((found == given[step]).sum()), counted + found.numel(), at + length
+    return same / counted
+
+
+def _published(model: VAR, labels: Tensor, seed: int) -> tuple[Tensor, ...]:
+    """VAR's generation as published, on the same parameters: what it computes, in its order."""
+    config, batch = model.config, len(labels)
+    generator = torch.Generator(labels.device).manual_seed(seed)
+    vae: Any = model.vae
+    table, convolutions = vae.quantize.embedding.weight, vae.quantize.quant_resi
+    condition = model.class_emb(torch.cat((labels, torch.full_like(labels, config.num_classes))))
+    places = model.lvl_embed(model.lvl_1L) + model.pos_1LC
+    x = condition[:, None] + model.pos_start + places[:, : config.lengths[0]]
+    size, last = config.sizes[-1], len(config.lengths) - 1
+    total, begin = x.new_zeros(batch, config.code_dim, *size), 0
+    caches: list[list[Tensor]] = [[] for _ in model.blocks]
+    blocks: list[Any] = list(model.blocks)
+    found = []
+    for step, length in enumerate(config.lengths):
+        shared: Any = model.shared_ada_lin(condition)
+        for block, cache in zip(blocks, caches, strict=True):
+            made = (
+                block.ada_gss + shared.view(-1, 1, 6, config.dim) if config.shared_adaln else block.ada_lin(condition)
+            )
+            gate1, gate2, scale1, scale2, shift1, shift2 = made.view(-1, 1, 6, config.dim).unbind(2)
+            h = _norm_published(x, scale1, shift1, config.norm_eps)
+            x = x + _attention_published(block.attn, h, cache) * gate1
+            h = _norm_published(x, scale2, shift2, config.norm_eps)
+            x = x + block.ffn.fc2(F.gelu(block.ffn.fc1(h), approximate="tanh")) * gate2
+        made = model.head_nm.ada_lin(condition)  # type: ignore[operator, union-attr]
+        scale, shift = made.view(-1, 1, 2, config.dim).unbind(2)
+        logits = model.head(_norm_published(x.float(), scale, shift, config.norm_eps).float()).float()
+        strength = CFG * step / last
+        logits = (1 + strength) * logits[:batch] - strength * logits[batch:]
+        logits = logits.masked_fill(logits < logits.topk(TOP_K, sorted=False)[0].amin(-1, keepdim=True), -torch.inf)
+        ordered, index = logits.sort(-1)
+        out = ordered.softmax(-1).cumsum(-1) <= 1 - TOP_P
+        out[..., -1:] = False
+        p = logits.masked_fill(out.scatter(-1, index, out), -torch.inf).softmax(-1)
+        codes = torch.multinomial(p.flatten(0, 1), 1, replacement=True, generator=generator).view(batch, length)
+        found.append(codes)
+        h = table[codes].mT.unflatten(2, config.sizes[step])
+        h = F.interpolate(h, size=size, mode="bicubic") if step < last else h
+        phi = phi_of(convolutions, vae.quantize.ratio, step, last + 1)
+        assert phi is not None
+        total = total + (1 - phi.ratio) * h + phi.ratio * F.conv2d(h, phi.weight[0], phi.bias[0], padding=1)
+        begin += length
+        if step < last:
+            x = F.interpolate(total, size=config.sizes[step + 1], mode="area").flatten(2).mT
+            x = (model.word_embed(x) + places[:, begin : begin + config.lengths[step + 1]]).repeat(2, 1, 1)
+    return *found, vae.fhat_to_img(total)
+
+
+def _norm_published(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def _attention_published(attention: Any, x: Tensor, cache: list[Tensor]) -> Tensor:
+    bias = torch.cat((attention.q_bias, attention.zero_k_bias, attention.v_bias))
+    qkv = F.linear(x, attention.mat_qkv.weight, bias).unflatten(2, (3, attention.heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    q = F.normalize(q, dim=-1) * attention.scale_mul_1H11.clamp_max(math.log(100)).exp()
+    k = F.normalize(k, dim=-1)
+    cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=True)] if cache else [k, v]
+    out = F.scaled_dot_product_attention(q, cache[0], cache[1], scale=1.0)
+    return attention.proj(out.transpose(1, 2).flatten(2))
+
+
+# ---- the norm --------------------------------------------------------------------------------------------------------
+
+
+def _norm(name: str, batch: int, length: int, width: int, small: bool) -> Case:
+    """A gate, a residual and the next norm: tokens in float32, what is added and what comes out in half precision."""
+    dtype = torch.float32 if small else torch.float16
+    elements = batch * length * width
+
+    def make(seed: int, device: torch.device) -> dict[str, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, branch = torch.randn(2, batch, length, width, device=device, generator=generator)
+        six = torch.randn(batch, 6, width, device=device, generator=generator).to(dtype)
+        given = {"x": x, "branch": branch.to(dtype)}
+        return {**given, "scale": six[:, 2], "shift": six[:, 4], "gate": six[:, 0]}
+
+    def ours(backend: str) -> Callable[[dict[str, Tensor]], Callable[[], object]]:
+        return lambda one: lambda: modulated_norm(**one, dtype=dtype, backend=backend)  # type: ignore[call-overload]
+
+    def formula(x: Tensor, branch: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + branch * gate[:, None]
+        return _norm_published(x, scale[:, None], shift[:, None], 1e-6).to(branch.dtype), x
+
+    def peer(function: Callable[..., object]) -> Callable[[dict[str, Tensor]], Callable[[], object]]:
+        return lambda one: lambda: function(**one)
+
+    def check(one: dict[str, Tensor]) -> Check:
+        oracle = formula(**{key: value.double() for key, value in one.items()})
+        eager = modulated_norm(**one, dtype=dtype, backend="eager")  # type: ignore[call-overload]
+        return against(list(oracle), list(eager), peer_tolerance=2e-2)
+
+    def backend(one: dict[str, Tensor]) -> str:
+        tensors = [one[key] for key in ("x", "branch", "gate", "scale", "shift")]
+        return registry["gated_modulated_norm"].choose("auto", *tensors, 1e-6, dtype).name
+
+    variants = [Variant(OURS, "ours", ours("auto"))]
+    if not small:
+        variants += [Variant(f"{OURS} {name}", "backend", ours(name)) for name in ("triton", "eager")]
+        variants.append(Variant("torch.compile", "peer", peer(torch.compile(formula, dynamic=False))))
+    variants.append(Variant("published", "peer", peer(formula)))
+    return Case(
+        name=f"var-{name}/norm-b{batch}",
+        shape={"B": batch, "L": length, "C": width},
+        dtype=dtype,
+        bytes=elements * (4 + 4 + 2 * dtype.itemsize) + 3 * batch * width * dtype.itemsize,
+        flops=12 * elements,
+        make=make,
+        variants=variants,
+        check=check,
+        backend=backend,
+    )

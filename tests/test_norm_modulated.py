@@ -1,0 +1,198 @@
+"""`modulated_norm`: every backend against a float64 oracle, with and without a branch; gradients; bad input."""
+
+import pytest
+import torch
+from helpers import assert_as_good_as_eager, guarded, kernel_rooms
+from torch import Tensor
+
+from unifiedar.ops import _native, modulated_norm, registry
+
+ROOMS = [case for case in kernel_rooms() if case.values[0][0] != "cuda"]
+rooms = pytest.mark.parametrize("room", ROOMS, indirect=True)
+triton_rooms = pytest.mark.parametrize("room", [c for c in ROOMS if c.values[0][0] == "triton"], indirect=True)
+
+
+def arguments(room, batch, length, width, *, gated, dtype=None, seed=0) -> dict[str, Tensor]:
+    """Tokens in float32 with a mean far from 0; what is modulated and added is slices in the room's dtype."""
+    _, device, kind = room
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, width, generator=generator) * 3 + 20
+    six = torch.randn(batch, 6, width, generator=generator).to(device, kind)
+    given = {"x": x.to(device, dtype or torch.float32), "scale": six[:, 2], "shift": six[:, 4]}
+    if gated:
+        branch = torch.randn(batch, length, width, generator=generator)
+        given |= {"branch": branch.to(device, kind), "gate": six[:, 0]}
+    return given
+
+
+def oracle(x, scale, shift, branch=None, gate=None, eps=1e-6):
+    """In float64, in other words."""
+    found = []
+    if branch is not None:
+        x = torch.addcmul(x, branch, gate[:, None].expand_as(branch))
+        found = [x]
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    unit = centred / (centred.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt()
+    return [unit + unit * scale[:, None] + shift[:, None], *found]
+
+
+def outputs(result):
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def check(room, given, **settings):
+    exact = oracle(**{name: one.double() for name, one in given.items()}, eps=settings.get("eps", 1e-6))
+    got = outputs(modulated_norm(**given, **settings, backend=room[0]))
+    eager = outputs(modulated_norm(**given, **settings, backend="eager"))
+    assert len(got) == len(exact)
+    for triple in zip(got, eager, exact, strict=True):
+        assert_as_good_as_eager(*triple)
+    assert got[0].dtype == settings.get("dtype", given["x"].dtype)
+    assert all(one.is_contiguous() for one in got)
+    return got
+
+
+@rooms
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [1, 8, 40, 255, 256, 257, 1024])
+def test_every_width(room, width, gated):
+    check(room, arguments(room, 2, 3, width, gated=gated), dtype=room[2])
+
+
+@rooms
+@pytest.mark.parametrize("gated", [False, True])
+def test_shapes_and_strides(room, gated):
+    for batch, length in ((1, 1), (3, 7), (5, 1), (1, 9)):
+        check(room, arguments(room, batch, length, 48, gated=gated), eps=1e-3)
+    given = arguments(room, 2, 5, 48, gated=gated)
+    plain = check(room, given, dtype=room[2])
+    given["x"] = given["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    given["scale"] = torch.stack((given["scale"], given["shift"]), -1)[..., 0]
+    for one, other in zip(check(room, given, dtype=room[2]), plain, strict=True):
+        assert torch.equal(one, other)
+    given["shift"] = given["shift"][:1].expand(2, -1)
+    check(room, given)
+
+
+@rooms
+def test_tokens_in_the_dtype_of_the_layers(room):
+    for gated in (False, True):
+        check(room, arguments(room, 2, 4, 64, gated=gated, dtype=room[2]))
+
+
+@rooms
+def test_nothing_to_do(room):
+    for batch, length in ((0, 3), (2, 0)):
+        for gated in (False, True):
+            given = arguments(room, batch, length, 16, gated=gated)
+            assert all(one.shape == (batch, length, 16) for one in outputs(modulated_norm(**given, backend=room[0])))
+
+
+@triton_rooms
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [40, 257])
+def test_writes_what_it_should_and_nothing_else(room, width, gated):
+    _, device, dtype = room
+    given = arguments(room, 2, 5, width, gated=gated)
+    out, check_out = guarded((2, 5, width), dtype, device)
+    new, check_new = guarded((2, 5, width), torch.float32, device)
+    tensors = (given["x"], given.get("branch"), given.get("gate"), given["scale"], given["shift"])
+    _native.kernels("norm").modulated_norm(*tensors, 1e-6, out, new if gated else None)
+    check_out()
+    if gated:
+        check_new()
+
+
+@triton_rooms
+def test_the_same_every_time_and_for_every_batch(room):
+    given = arguments(room, 4, 33, 1024, gated=True)
+    first = modulated_norm(**given, backend=room[0])
+    for _ in range(2000 if room[1] == "cuda" else 2):
+        again = modulated_norm(**given, backend=room[0])
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    alone = modulated_norm(**{name: one[2:3] for name, one in given.items()}, backend=room[0])
+    assert all(torch.equal(one[2:3], other) for one, other in zip(first, alone, strict=True))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients(gated):
+    """Numerically, in float64; and one output's alone."""
+    given = arguments(("eager", "cpu", torch.float64), 2, 3, 8, gated=gated, dtype=torch.float64)
+    given["x"] = given["x"] / 10
+    leaves = [one.detach().clone().requires_grad_() for one in given.values()]
+
+    def function(*tensors):
+        return modulated_norm(**dict(zip(given, tensors, strict=True)), eps=1e-2)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    for i in range(2 if gated else 1):
+        assert torch.autograd.gradcheck(lambda *tensors, i=i: outputs(function(*tensors))[i], leaves)
+
+
+def test_gradients_in_half_precision():
+    """They come in the dtype of their tensors, and are as good as autograd's of the formula written out."""
+    given = arguments(("eager", "cpu", torch.bfloat16), 2, 30, 64, gated=True)
+    leaves = [one.detach().clone().requires_grad_() for one in given.values()]
+    grads = [torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    out = modulated_norm(**dict(zip(given, leaves, strict=True)), dtype=torch.bfloat16)
+    got = torch.autograd.grad(out, leaves, [grads[0].bfloat16(), grads[1]])
+    wide = [one.detach().double().requires_grad_() for one in leaves]
+    exact = torch.autograd.grad(oracle(**dict(zip(given, wide, strict=True))), wide, [g.double() for g in grads])
+    for one, leaf, right in zip(got, leaves, exact, strict=True):
+        assert one.dtype == leaf.dtype
+        assert (one.double() - right).norm() <= 0.01 * right.norm()
+
+
+def test_compiles_and_checks():
+    for name, gated in (("modulated_norm", False), ("gated_modulated_norm", True)):
+        given = arguments(("eager", "cpu", torch.float32), 2, 3, 16, gated=gated)
+        order = ("x", "branch", "gate", "scale", "shift")
+        tensors = [given[key].clone().requires_grad_() for key in order if key in given]
+        torch.library.opcheck(registry[name].overload, (*tensors, 1e-6, torch.float32, "auto"))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_node_for_the_compiler():
+    given = arguments(("eager", "cpu", torch.float32), 2, 3, 16, gated=True)
+    compiled = torch.compile(modulated_norm, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(**given), modulated_norm(**given), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_autocast_changes_nothing():
+    given = arguments(("eager", "cpu", torch.bfloat16), 2, 3, 16, gated=True)
+    want = modulated_norm(**given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = modulated_norm(**given)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": [1]}, TypeError, "x must be a tensor"),
+        ({"x": torch.zeros(2, 3, 4).long()}, TypeError, "x must be float32"),
+        ({"x": torch.zeros(2, 4)}, ValueError, r"x must be \(B, L, C\)"),
+        ({"x": torch.zeros(2, 3, 0)}, ValueError, "at least one channel"),
+        ({"scale": torch.zeros(2, 3)}, ValueError, r"scale must be \(2, 4\) to match x"),
+        ({"shift": torch.zeros(1, 4)}, ValueError, r"shift must be \(2, 4\)"),
+        ({"shift": torch.zeros(2, 4, device="meta")}, ValueError, "shift must be on the device of x"),
+        ({"branch": torch.zeros(2, 3, 4)}, ValueError, "gate must be given with branch"),
+        ({"gate": torch.zeros(2, 4)}, ValueError, "branch must be given with gate"),
+        ({"branch": torch.zeros(2, 4, 4), "gate": torch.zeros(2, 4)}, ValueError, r"branch must be \(2, 3, 4\)"),
+        ({"eps": -1.0}, ValueError, "eps must be at least 0"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float32"),
+        ({"backend": "cuda"}, ValueError, "backend must be one that this operator has"),
+    ],
+)
+def test_bad_input(change, error, text):
+    given = {"x": torch.zeros(2, 3, 4), "scale": torch.zeros(2, 4), "shift": torch.zeros(2, 4), **change}
+    with pytest.raises(error, match=text):
+        modulated_norm(**given)
+
+
+def test_says_why_a_backend_does_not_fit():
+    x, row = torch.zeros(1, 2, 8193), torch.zeros(1, 8193)
+    reasons = registry["modulated_norm"].explain(x.double(), row, row, 1e-6, torch.float32)
+    assert reasons["eager"] == "fits"
+    assert "needs" in reasons["triton"]

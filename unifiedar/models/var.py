@@ -1,0 +1,1026 @@
+"""VAR (Tian et al., arXiv:2404.02905): draws a picture scale by scale, all codes of a scale at once.
+
+A transformer reads, before each scale, what the scales so far sum up to, averaged to the next one's size; every token
+sees its own scale and all earlier ones. A class and its absence, mixed by classifier-free guidance that grows from
+scale to scale, say what to draw. Codes, and pictures of them, are those of the tokenizer (`VQVAE`).
+
+Every weight is read once a scale, but those that see the condition alone, which are read once a picture.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unifiedar import checkpoints, engine
+from unifiedar.models._autoencoder import to_bytes
+from unifiedar.models.vqvae import VQVAE
+from unifiedar.nn import CodeSampler, ModulatedNorm, NextScaleAttention, ScaleBook
+
+__all__ = ["VAR", "VARConfig", "config_of"]
+
+Scale = int | tuple[int, int]
+
+_INSIDE = ("trainer", "var_wo_ddp")  # where a trainer's checkpoint has the model
+_SESSIONS = 4  # batches and ways of drawing whose graphs are kept
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """Sizes of a VAR.
+
+    Attributes:
+        depth: blocks.
+        dim: C, width of a token.
+        num_heads: of attention; C / heads is a multiple of 8 from 32 to 128.
+        scales: of the code maps, integers (square) or (h, w), none larger than the last.
+        num_classes: classes; one embedding more is that of no class.
+        num_codes: K of the tokenizer's codebook.
+        code_dim: width of a code vector.
+        shared_adaln: whether one projection of the condition serves all blocks, each adding six vectors of its own.
+        l2_norm: whether attention is a cosine's with a learned gain; else scores are scaled by 1 / (4 sqrt(D)).
+        mlp_ratio: width of the MLP over that of a token.
+        norm_eps: of the layer norms.
+        drop_path: in training, the chance that the last block leaves a branch out; less before, in proportion.
+        cond_drop: in training, the chance that a picture's class is taken away.
+    """
+
+    depth: int
+    dim: int
+    num_heads: int
+    scales: tuple[Scale, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    num_classes: int = 1000
+    num_codes: int = 4096
+    code_dim: int = 32
+    shared_adaln: bool = False
+    l2_norm: bool = True
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    drop_path: float = 0.0
+    cond_drop: float = 0.1
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of every scale, in codes."""
+        return [(one, one) if isinstance(one, int) else (one[0], one[1]) for one in self.scales]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Codes of every scale."""
+        return [height * width for height, width in self.sizes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a JSON file."""
+        return {"model": "var", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VARConfig":
+        """Inverse of `to_dict`. Raises CheckpointError if the values are not those of a VAR."""
+        values = dict(values)
+        if values.pop("model", None) != "var":
+            raise checkpoints.CheckpointError("config.json does not describe a VAR (its 'model' is not 'var')")
+        try:
+            scales = tuple(one if isinstance(one, int) else (one[0], one[1]) for one in values.pop("scales"))
+            return cls(scales=scales, **values)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise checkpoints.CheckpointError(f"config.json does not describe a VAR: {error}") from error
+
+
+def _published(depth: int, scales: tuple[int, ...] = VARConfig.scales, shared: bool = False) -> VARConfig:  # type: ignore[assignment]
+    """As published: heads of 64 channels, as many as blocks."""
+    return VARConfig(depth, 64 * depth, depth, scales, shared_adaln=shared, drop_path=0.1 * depth / 24)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A product in the dtype of its weights or, under autocast, in that of autocast."""
+    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype))
+
+
+def _projection(layers: nn.Module) -> nn.Linear:
+    """The one behind SiLU, as published: under the key 1."""
+    found = layers.get_submodule("1")
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+class _MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(self.fc2, F.gelu(_linear(self.fc1, x), approximate="tanh"))
+
+
+class _Modulation(nn.Module):
+    """Scale and shift of the norm before the classifier."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+
+class _Block(nn.Module):
+    """Attention and an MLP, each behind a norm that the condition modulates and before a gate that it sets.
+
+    `ada_lin` makes the six vectors of the condition or, with a projection that all blocks share, `ada_gss` is added to
+    what that makes: two gates, two scales, two shifts.
+    """
+
+    def __init__(self, config: VARConfig):
+        super().__init__()
+        dim = config.dim
+        softmax_scale = None if config.l2_norm else 0.25 / math.sqrt(dim / config.num_heads)
+        self.attn = NextScaleAttention(dim, config.num_heads, l2_norm=config.l2_norm, softmax_scale=softmax_scale)
+        self.ffn = _MLP(dim, round(dim * config.mlp_ratio))
+        if config.shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+
+class _Edit(NamedTuple):
+    """Codes to keep, and where: a mask (N, h, w) of the last scale's size, 1 where they stay."""
+
+    codes: list[Tensor]
+    mask: Tensor
+
+
+# ---- one batch's drawing ---------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """The tensors of a generation of so many pictures, at fixed places, and its steps: begin, every scale, paint.
+
+    What a caller fills in place: `labels` and what settings there are, one a picture; before each scale `noise` (and
+    `gumbel`), samples of Exp(1); to edit, `given` and `mask`. What is there afterwards: `codes`, `total`, `pictures`.
+    """
+
+    def __init__(
+        self,
+        model: "VAR",
+        book: ScaleBook,
+        paint: Callable[[Tensor], Tensor] | None,
+        batch: int,
+        *,
+        guided: bool,
+        smooth: bool,
+        edits: bool,
+        graphs: bool,
+    ):
+        config, device = model.config, model.device
+        self.model, self.book, self.batch, self.guided, self.smooth = model, book, batch, guided, smooth
+        self.lengths, self.rows = config.lengths, batch * (2 if guided else 1)
+        self.labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.cfg = torch.zeros(batch, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.top_p = torch.zeros(batch, dtype=torch.float64, device=device)
+        draws = batch * max(self.lengths) * config.num_codes
+        self._noise = torch.ones(draws, dtype=model.wide, device=device)
+        self._gumbel = torch.ones(draws, dtype=model.wide, device=device) if smooth else self._noise
+        self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
+        self.mask = torch.zeros(batch, *config.sizes[-1], device=device)
+        self.edits = edits
+        # What is cached of the last scale is read at that scale alone, so that all blocks have one place for it.
+        before, dtype = sum(self.lengths[:-1]), model.dtype
+        attention = [block.attn for block in model._each()]
+        self.caches = [one.new_cache(self.rows, before, dtype=dtype) for one in attention]
+        self.last = attention[0].new_cache(self.rows, before + self.lengths[-1], dtype=dtype)
+        # On the device: put there in a graph, they would be made anew for every block.
+        self.schedules = [torch.tensor([n], dtype=torch.int32, device=device) for n in self.lengths]
+        self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
+        steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
+        if paint is not None:
+            steps.append(lambda: self._paint(paint))
+        self.steps = engine.Steps(steps, graphs=graphs)
+
+    def noise(self, step: int, count: int, *, gumbel: bool = False) -> Tensor:
+        """Where samples for the first `count` pictures belong, (count, l, K), contiguous: rows as the published code
+        draws them, whatever the size of the session."""
+        return self._samples(step, self._gumbel if gumbel else self._noise)[:count]
+
+    def _samples(self, step: int, memory: Tensor) -> Tensor:
+        shape = (self.batch, self.lengths[step], self.model.config.num_codes)
+        return memory[: math.prod(shape)].view(shape)
+
+    def _begin(self) -> None:
+        model = self.model
+        empty = model.config.num_classes
+        labels = torch.cat((self.labels, torch.full_like(self.labels, empty))) if self.guided else self.labels
+        condition = model.class_emb(labels)
+        self.modulations = model._modulations(condition)
+        self.places = model._places()
+        self.tokens = model._first(condition, self.places)
+        self.total = condition.new_zeros((self.batch, model.config.code_dim, *model.config.sizes[-1]), dtype=model.wide)
+        self.kept = [self._kept_at(step) for step in range(len(self.lengths))] if self.edits else []
+
+    def _kept_at(self, step: int) -> Tensor:
+        """Which codes of a scale are to stay, (B, l): the mask resized, above a half; at the smallest all."""
+        size = self.model.config.sizes[step]
+        found = F.interpolate(self.mask[:, None], size=size, mode="bilinear").flatten(1) > 0.5
+        return torch.ones_like(found) if self.lengths[step] <= 3 else found
+
+    def _step(self, step: int) -> Callable[[], None]:
+        return lambda: self._scale(step)
+
+    def _scale(self, step: int) -> None:
+        model, last = self.model, len(self.lengths) - 1
+        begin = sum(self.lengths[:step])
+        ratio = step / max(last, 1)
+        caches = self._caches(step, begin)
+        logits = model._logits(self.tokens, self.modulations, self.schedules[step], caches, begin)
+        cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
+        if self.guided:
+            cuts["guidance"] = 1 + self.cfg * ratio
+        drawn = codes = model.sampler(logits, self._samples(step, self._noise), **cuts)
+        if self.smooth:  # ever sharper, by MaskGIT's temperatures as published
+            drawn = model.sampler.average(
+                logits,
+                self.book.table,
+                self._samples(step, self._gumbel),
+                sharpness=1 + ratio,
+                temperature=max(0.27 * (1 - ratio * 0.95), 0.005),
+                **cuts,
+            )
+        if self.edits:
+            keep, given = self.kept[step], self.given[step]
+            codes = torch.where(keep, given, codes)
+            drawn = torch.where(keep[..., None], self.book.table[given], drawn) if self.smooth else codes
+        self.codes[step] = codes
+        self.total, following = self.book.add(self.total, drawn, step)
+        if following is not None:
+            end = begin + self.lengths[step]
+            tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
+            tokens = tokens + self.places[:, end : end + self.lengths[step + 1]]
+            self.tokens = torch.cat((tokens, tokens)) if self.guided else tokens
+
+    def _caches(self, step: int, begin: int) -> Iterator[Tensor]:
+        for cache in self.caches:
+            if step + 1 == len(self.lengths):
+                self.last[:, :, :, :begin] = cache
+                cache = self.last
+            yield cache
+
+    def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
+        self.pictures = paint(self.total)
+
+
+class Capture(NamedTuple):
+    """What `VAR.captures` says of one session on a GPU."""
+
+    batch: int  # pictures that it draws at once
+    guided: bool
+    more_smooth: bool
+    edits: bool
+    seconds: float  # that capturing it took
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class VAR(nn.Module):
+    """The whole model: `generate` draws, `edit` draws parts of pictures anew, `forward` and `teacher_forced` train.
+
+    Weights may be of several dtypes: those of matrix products decide in which dtype they run (`cast_products`), while
+    tokens are summed up, and codes drawn, in float32.
+
+    Args:
+        config: sizes, one of `VAR.configs` or your own.
+        vae: the tokenizer, which is no part of the state_dict and does not move with the model. Without one there are
+            neither codes nor pictures; `attach` takes one later.
+
+    Raises:
+        TypeError: for a vae that is none.
+        ValueError: for sizes below 1, heads that do not divide dim, a scale larger than the last, chances that are
+            none, or a vae of other codes.
+    """
+
+    configs: ClassVar[dict[str, VARConfig]] = {
+        "d16": _published(16),
+        "d20": _published(20),
+        "d24": _published(24),
+        "d30": _published(30),
+        "d36": _published(36, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared=True),
+    }
+
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
+
+    def __init__(self, config: VARConfig, vae: VQVAE | None = None):
+        super().__init__()
+        integers = [config.depth, config.dim, config.num_heads, config.num_classes, config.num_codes, config.code_dim]
+        if not config.scales or min(*integers, *(side for size in config.sizes for side in size)) < 1:
+            raise ValueError(f"VAR: sizes must be at least 1, got {config}")
+        tall, wide = config.sizes[-1]
+        if any(h > tall or w > wide for h, w in config.sizes):
+            raise ValueError(f"VAR: scales must not be larger than the last, got {config.scales}")
+        if not (0 <= config.drop_path < 1 and 0 <= config.cond_drop <= 1):
+            raise ValueError(
+                "VAR: drop_path and cond_drop must be chances, drop_path below 1, "
+                f"got {config.drop_path} and {config.cond_drop}"
+            )
+        self.config = config
+        dim, lengths = config.dim, config.lengths
+        self.word_embed = nn.Linear(config.code_dim, dim)
+        self.class_emb = nn.Embedding(config.num_classes + 1, dim)
+        self.pos_start = nn.Parameter(torch.empty(1, lengths[0], dim))
+        self.pos_1LC = nn.Parameter(torch.empty(1, sum(lengths), dim))
+        self.lvl_embed = nn.Embedding(len(lengths), dim)
+        self.shared_ada_lin: nn.Module = nn.Identity()
+        if config.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.norm, self.sampler = ModulatedNorm(config.norm_eps), CodeSampler()
+        self.blocks = nn.ModuleList([_Block(config) for _ in range(config.depth)])
+        self.head_nm = _Modulation(dim)
+        self.head = nn.Linear(dim, config.num_codes)
+        level = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
+        self.register_buffer("lvl_1L", level[None])
+        # Of the published state_dict; attention here knows the scales by their lengths.
+        mask = torch.where(level[:, None] >= level, 0.0, -math.inf)
+        self.register_buffer("attn_bias_for_masking", mask[None, None])
+        self._sessions = engine.Pool(_SESSIONS)
+        self._vae: tuple[VQVAE, ...] = ()  # in a tuple it is no submodule
+        if vae is not None:
+            self.attach(vae)
+        if not self.pos_1LC.is_meta:
+            self.initialize()
+
+    @torch.no_grad()
+    def initialize(self, *, adaln: float = 0.5, gate: float = 1e-5, head: float = 0.02) -> None:
+        """Random weights as the published training begins with.
+
+        Normal of variance 1 / (3 C), biases 0; the projections at the end of each branch smaller by sqrt(2 depth).
+
+        Args:
+            adaln: factor on the weights that make scales and shifts.
+            gate: factor on those that make gates (published `alng`).
+            head: factor on the classifier's.
+        """
+        unit = math.sqrt(1 / self.config.dim / 3)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=unit)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+        nn.init.normal_(self.pos_start, std=unit)
+        nn.init.normal_(self.pos_1LC, std=unit)
+        self.head.weight.mul_(head)
+        _projection(self.head_nm.ada_lin).weight.mul_(adaln)
+        dim = self.config.dim
+        for block in self._each():
+            for layer in (block.attn.proj, block.ffn.fc2):
+                layer.weight.div_(math.sqrt(2 * self.config.depth))
+            six = (
+                block.ada_gss[0, 0]
+                if self.config.shared_adaln
+                else _projection(block.ada_lin).weight.unflatten(0, (6, dim))
+            )
+            six[:2].mul_(gate)
+            six[2:].mul_(adaln)
+
+    def _each(self) -> Iterator[_Block]:
+        for block in self.blocks:
+            assert isinstance(block, _Block)
+            yield block
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pos_1LC.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products' weights."""
+        return self.head.weight.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of tokens and logits: float32, or float64 if the classes' embeddings are."""
+        return torch.float64 if self.class_emb.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def vae(self) -> VQVAE | None:
+        """The tokenizer, or None."""
+        return self._vae[0] if self._vae else None
+
+    def attach(self, vae: VQVAE) -> None:
+        """Take a tokenizer, in place of the one there is; TypeError or ValueError if it does not go with the model."""
+        if not isinstance(vae, VQVAE):
+            raise TypeError(f"attach: vae must be a VQVAE, got {type(vae).__name__}")
+        wanted, found = (self.config.num_codes, self.config.code_dim), (vae.config.num_codes, vae.config.dim)
+        if wanted != found:
+            raise ValueError(
+                f"attach: vae must have the model's codebook {wanted}, got one of {found}: another tokenizer"
+            )
+        self._vae = (vae,)
+
+    # ---- loading and saving
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        vae: VQVAE | str | Path | None = None,
+        decoder_dtype: torch.dtype | None = None,
+        config: VARConfig | None = None,
+    ) -> "VAR":
+        """Load a model in eval mode, without gradients.
+
+        Args:
+            path: a folder that `save` wrote, a published `var_d*.pth`, or a checkpoint of the published trainer.
+            device: where to put it, the CPU if None.
+            dtype: of the matrix products, as stored if None (see `cast_products`).
+            vae: the tokenizer: one that is loaded, or a path as `VQVAE.from_checkpoint` takes it, then put on the same
+                device; the trainer's checkpoint holds one too. Folders written by `save` have none.
+            decoder_dtype: of the tokenizer's decoder, where `vae` is a path.
+            config: sizes. None takes those of config.json in the folder or, for a file, reads them off the tensors,
+                with square scales, heads of 64 channels if there are no gains to count, and published settings.
+
+        Raises:
+            CheckpointError: one sentence with the file, what is wrong with it and the way out.
+            ValueError, TypeError: for a vae that does not go with the model.
+        """
+        found = checkpoints.resolve(path)
+        if config is None and found.is_dir():
+            config = VARConfig.from_dict(checkpoints.read_config(found))
+        tensors = checkpoints.load_tensors(found, under=_INSIDE)
+        if config is None:
+            config = config_of(tensors, found)
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:300]
+            raise checkpoints.CheckpointError(f"{found}: weights do not fit the configuration: {detail}") from error
+        if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
+            raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
+        model.to(device=device).eval().requires_grad_(False)
+        if dtype is not None:
+            model.cast_products(dtype)
+        if isinstance(vae, (str, os.PathLike)):
+            vae = VQVAE.from_checkpoint(vae, model.device, decoder_dtype=decoder_dtype)
+        if vae is not None:
+            model.attach(vae)
+        return model
+
+    def save(self, folder: str | Path) -> Path:
+        """Write weights and config to a folder that `from_checkpoint` reads, atomically; replaces such a folder."""
+        tensors, config = self.state_dict(), self.config.to_dict()
+        return checkpoints.save(folder, tensors, config, overwrite=True, max_shard_bytes=4_000_000_000)
+
+    def export(self, path: str | Path) -> None:
+        """Write the published layout: one file with the state_dict in float32, which VAR's own code loads."""
+        path = Path(path)
+        state = {
+            name: (value.float() if value.is_floating_point() else value).cpu().contiguous()
+            for name, value in self.state_dict().items()
+        }
+        part = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+            os.replace(part, path)
+        except OSError as error:
+            raise checkpoints.CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def cast_products(self, dtype: torch.dtype) -> "VAR":
+        """Put the weights of all matrix products in a dtype, in place; embeddings, positions and gains stay.
+
+        What autocast does at every use, done once. Keys and values are cached in it.
+
+        Returns:
+            The model itself.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"cast_products: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        for block in self._each():
+            gain, six = block.attn.scale_mul_1H11, block._parameters.get("ada_gss")
+            kept = [one.data for one in (gain, six) if one is not None]
+            block.to(dtype)
+            for one, data in zip((one for one in (gain, six) if one is not None), kept, strict=True):
+                one.data = data
+        for part in (self.shared_ada_lin, self.head_nm, self.head):
+            part.to(dtype)
+        return self
+
+    # ---- the transformer
+
+    def _modulations(self, condition: Tensor) -> list[Tensor]:
+        """For every block gates, scales and shifts (B, 6, C), then scale and shift of the head (B, 2, C)."""
+        unit, dim = F.silu(condition), self.config.dim
+        shared = None
+        if self.config.shared_adaln:
+            shared = self._six(self.shared_ada_lin, unit)
+        found = []
+        for block in self._each():
+            found.append(self._six(block.ada_lin, unit) if shared is None else block.ada_gss[0] + shared)
+        return [*found, _linear(_projection(self.head_nm.ada_lin), unit).view(-1, 2, dim)]
+
+    def _six(self, layer: nn.Module, unit: Tensor) -> Tensor:
+        return _linear(_projection(layer), unit).view(-1, 6, self.config.dim)
+
+    def _places(self) -> Tensor:
+        """What tells positions and scales apart, (1, L, C)."""
+        return (self.lvl_embed(self.lvl_1L) + self.pos_1LC).to(self.wide)
+
+    def _first(self, condition: Tensor, places: Tensor) -> Tensor:
+        """Tokens of the first scale (B, l, C)."""
+        return condition[:, None].to(self.wide) + self.pos_start + places[:, : self.config.lengths[0]]
+
+    def _logits(
+        self,
+        tokens: Tensor,
+        modulations: Sequence[Tensor],
+        lengths: Sequence[int] | Tensor,
+        caches: Iterator[Tensor] | None = None,
+        begin: int = 0,
+    ) -> Tensor:
+        """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, over caches of all before."""
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        branch = gate = None
+        for i, block in enumerate(self._each()):
+            gates, scales, shifts = modulations[i].unflatten(1, (3, 2)).unbind(1)
+            if branch is None or gate is None:
+                x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
+            else:
+                x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
+            cache = None if caches is None else next(caches)
+            branch = block.attn(x, lengths, cache=cache, begin=begin)
+            gate = self._gate(gates[:, 0], i, caches is None)
+            x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
+            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, caches is None)
+        assert branch is not None  # depth is at least 1
+        assert gate is not None
+        scale, shift = modulations[-1].unbind(1)
+        x, _ = self.norm.add(tokens, branch, gate, scale, shift, dtype=dtype)
+        return _linear(self.head, x).to(self.wide)
+
+    def _gate(self, gate: Tensor, i: int, learns: bool) -> Tensor:
+        """(B, C); in training some pictures leave the branch out, but not while one is drawn."""
+        drop = self.config.drop_path * i / max(self.config.depth - 1, 1)
+        if not (learns and self.training and drop):
+            return gate
+        return gate * (gate.new_empty(len(gate), 1).bernoulli_(1 - drop) / (1 - drop))
+
+    def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
+        """Teacher-forced logits, for training.
+
+        In training mode a class is taken away with the chance `config.cond_drop`, and branches are left out; the
+        published code takes classes away in eval mode too.
+
+        Args:
+            label_B: (B,) int64; num_classes is none.
+            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes.
+
+        Returns:
+            (B, L, K) float32: for every code of every scale, given all earlier scales.
+
+        Raises:
+            TypeError, ValueError: for an argument of another dtype or shape or, on the CPU, a label out of range.
+        """
+        config, lengths = self.config, self.config.lengths
+        shape = (sum(lengths) - lengths[0], config.code_dim)
+        if not isinstance(x_BLCv_wo_first_l, Tensor) or not x_BLCv_wo_first_l.is_floating_point():
+            found = getattr(x_BLCv_wo_first_l, "dtype", type(x_BLCv_wo_first_l).__name__)
+            raise TypeError(f"forward: x_BLCv_wo_first_l must be a floating-point tensor, got {found}")
+        if x_BLCv_wo_first_l.ndim != 3 or x_BLCv_wo_first_l.shape[1:] != shape:
+            raise ValueError(
+                f"forward: x_BLCv_wo_first_l must be (B, {shape[0]}, {shape[1]}), got {tuple(x_BLCv_wo_first_l.shape)}"
+            )
+        looks = not torch.compiler.is_compiling() and not (isinstance(label_B, Tensor) and label_B.is_cuda)
+        labels = self._labels("forward", "label_B", label_B, values=looks)
+        if len(labels) != len(x_BLCv_wo_first_l):
+            raise ValueError(f"forward: label_B must be ({len(x_BLCv_wo_first_l)},), got {tuple(labels.shape)}")
+        if self.training and config.cond_drop:
+            gone = torch.rand(len(labels), device=labels.device) < config.cond_drop
+            labels = labels.masked_fill(gone, config.num_classes)
+        with torch.autocast(self.device.type, enabled=False):
+            condition, places = self.class_emb(labels), self._places()
+            rest = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype)).to(self.wide)
+            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] :]), 1)
+        return self._logits(tokens, self._modulations(condition), lengths)
+
+    # ---- codes and pictures
+
+    def _tokenizer(self, function: str) -> VQVAE:
+        if self.vae is None:
+            raise ValueError(f"{function}: vae must be there: give one to from_checkpoint or to attach; got None")
+        if self.vae.device != self.device:
+            raise ValueError(f"{function}: vae must be on the model's device {self.device}, got {self.vae.device}")
+        return self.vae
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Codes of pictures: for every scale (N, h w) int64, on the model's device.
+
+        Args:
+            images: (N, 3, H, W), uint8 or floating point in [-1, 1], of the size of the last scale.
+
+        Raises:
+            TypeError, ValueError: for another dtype or size, or without a tokenizer.
+        """
+        vae = self._tokenizer("encode")
+        pixels = vae._pixels(images, "encode")
+        height, width = (vae.downsample * side for side in self.config.sizes[-1])
+        if pixels.shape[2:] != (height, width):
+            raise ValueError(
+                f"encode: images must be (N, 3, {height}, {width}), the size of the last of the scales that the model "
+                f"was trained with, got {tuple(images.shape)}"
+            )
+        return vae.img_to_idxBl(pixels, self.config.scales)
+
+    def teacher_forced(self, labels: Tensor | Sequence[int] | int, codes: Sequence[Tensor]) -> Tensor:
+        """Logits (N, L, K) float32 of every code given all earlier scales, of codes (N, h w) int64 of every scale.
+
+        Args:
+            labels: (N,) classes, num_classes being none, or one for all.
+            codes: as `encode` returns them; the last scale's may be left out.
+
+        Raises:
+            TypeError, ValueError: for arguments of another type or shape, or without a tokenizer.
+        """
+        vae = self._tokenizer("teacher_forced")
+        codes = [one.to(self.device) for one in codes]
+        inputs = vae.quantize.book(self.config.scales).inputs(codes)
+        if isinstance(labels, int):
+            labels = [labels] * len(inputs)
+        return self(self._labels("teacher_forced", "labels", labels), inputs)
+
+    def _labels(self, function: str, argument: str, labels: Any, *, values: bool = True) -> Tensor:
+        """(N,) int64 on the model's device; looks at them unless `values` is False."""
+        if isinstance(labels, int) and not isinstance(labels, bool):
+            labels = [labels]
+        if not isinstance(labels, Tensor):
+            if not isinstance(labels, Sequence) or not all(type(one) is int for one in labels):
+                raise TypeError(f"{function}: {argument} must be integers or an int64 tensor, got {labels!r:.80}")
+            labels = torch.tensor(labels, dtype=torch.int64)
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{function}: {argument} must be integers or an int64 tensor, got {labels.dtype}")
+        if labels.ndim != 1 or not len(labels):
+            raise ValueError(f"{function}: {argument} must name one picture or more, (N,), got {tuple(labels.shape)}")
+        if values:
+            low, high = (int(one) for one in labels.aminmax())
+            if low < 0 or high > self.config.num_classes:
+                raise ValueError(
+                    f"{function}: {argument} must be classes from 0 to {self.config.num_classes - 1}, or "
+                    f"{self.config.num_classes} for none, got {low} to {high}"
+                )
+        return labels.to(self.device, torch.int64)
+
+    # ---- drawing
+
+    def generate(
+        self,
+        labels: Tensor | Sequence[int] | int,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        more_smooth: bool = False,
+        images_per_call: int | None = None,
+        graphs: bool = True,
+    ) -> Tensor:
+        """Draw pictures of classes.
+
+        Args:
+            labels: (N,) classes; num_classes is none.
+            cfg: strength of the guidance at the last scale, at least 0: logits are c + t (c - u), of which t grows
+                linearly from 0 at the first scale to cfg at the last. The published FID has 1.5, its demonstration 4.
+            top_k, top_p: as `ops.sample_codes`; 0 is off. The published FID has 900 and 0.96.
+            seed: of the random generator; None goes on with torch's default one.
+            more_smooth: whether vectors are averaged over codes by a Gumbel softmax, for smoother pictures and worse
+                FID.
+            images_per_call: pictures that are drawn at once, all if None. Parts are drawn one after the other with one
+                generator, so that it changes what a seed draws.
+            graphs: whether a GPU replays CUDA graphs. The first call of a batch size then captures them, see
+                `captures`; sizes are rounded up, to multiples of 8 above 8.
+
+        Returns:
+            (N, 3, H, W) uint8, on the model's device.
+
+        Raises:
+            TypeError: for an argument of another type.
+            ValueError: for labels out of range or none at all, a cfg below 0, a top_k above the number of codes, a
+                top_p outside [0, 1], no tokenizer, or one on another device.
+            torch.OutOfMemoryError: where the pictures do not fit; images_per_call is the way out.
+
+        Note:
+            Drawn with the noise of the published code, one exponential a code in its order, so that in float32 on one
+            device the same seed gives the same codes. Autocast is ignored: products run in the weights' dtype. One
+            call at a time.
+        """
+        drawn = self._draw(
+            "generate", labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs, paints=True
+        )
+        return to_bytes(drawn[1])
+
+    def generate_codes(
+        self,
+        labels: Tensor | Sequence[int] | int,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        images_per_call: int | None = None,
+        graphs: bool = True,
+    ) -> list[Tensor]:
+        """As `generate`, but the codes: for every scale (N, h w) int64, which `vae.decode_codes` paints."""
+        return self._draw(
+            "generate_codes", labels, cfg, top_k, top_p, seed, False, images_per_call, graphs, paints=False
+        )[0]
+
+    def draw_features(
+        self,
+        labels: Tensor | Sequence[int] | int,
+        book: ScaleBook,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        more_smooth: bool = False,
+        images_per_call: int | None = None,
+        graphs: bool = True,
+    ) -> Tensor:
+        """As `generate`, for a tokenizer of another make: what its decoder paints, (N, code_dim, h, w).
+
+        Args:
+            labels: (N,) classes; num_classes is none.
+            book: its code vectors and convolutions.
+            seed: a number, or the generator itself.
+            cfg, top_k, top_p, more_smooth, images_per_call, graphs: as `generate`.
+        """
+        return self._draw(
+            "draw_features", labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs,
+            paints=False, book=book,
+        )[1]  # fmt: skip
+
+    def edit(
+        self,
+        images: Tensor | Sequence[Tensor],
+        mask: Tensor,
+        labels: Tensor | Sequence[int] | int | None = None,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        more_smooth: bool = False,
+        images_per_call: int | None = None,
+        graphs: bool = True,
+    ) -> Tensor:
+        """Draw a part of pictures anew: in-painting, out-painting, or with labels a change of class there.
+
+        The codes of all scales outside the part are kept, and so are those of the smallest scales whole (section 5.4).
+
+        Args:
+            images: (N, 3, H, W), uint8 or floating point in [-1, 1], or their codes, (N, h w) int64 for every scale.
+            mask: (h, w) or (N, h, w) of the last scale's size, 1 (or True) where codes are kept; `box_mask` makes one.
+            labels: (N,) classes, or one for all; None is none.
+            cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs: as `generate`.
+
+        Returns:
+            (N, 3, H, W) uint8, on the model's device.
+
+        Raises:
+            TypeError, ValueError: as `generate`, and for images, codes or a mask of another dtype or shape.
+        """
+        function = "edit"
+        codes = self.encode(images) if isinstance(images, Tensor) else list(images)
+        for i, one in enumerate(codes):
+            shape = (len(codes[0]), self.config.lengths[min(i, len(self.config.lengths) - 1)])
+            if not isinstance(one, Tensor) or one.dtype != torch.int64:
+                raise TypeError(f"{function}: images must be pictures, or int64 codes of every scale, got {type(one)}")
+            if tuple(one.shape) != shape:
+                raise ValueError(f"{function}: images must have codes {shape} at scale {i}, got {tuple(one.shape)}")
+        if len(codes) != len(self.config.lengths):
+            raise ValueError(f"{function}: images must be codes of {len(self.config.lengths)} scales, got {len(codes)}")
+        count, size = len(codes[0]), self.config.sizes[-1]
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{function}: mask must be a tensor, got {type(mask).__name__}")
+        if tuple(mask.shape) not in (size, (count, *size)):
+            raise ValueError(f"{function}: mask must be {size} or {(count, *size)}, got {tuple(mask.shape)}")
+        if labels is None or isinstance(labels, int):
+            labels = [self.config.num_classes if labels is None else labels] * count
+        given = _Edit([one.to(self.device) for one in codes], mask.to(self.device).float().expand(count, *size))
+        drawn = self._draw(
+            function, labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs, paints=True, edit=given
+        )
+        return to_bytes(drawn[1])
+
+    def box_mask(self, top: float, left: float, bottom: float, right: float, *, inpaint: bool = True) -> Tensor:
+        """A mask for `edit` that draws a box anew, or with `inpaint` False all but the box.
+
+        Args:
+            top, left, bottom, right: of the box, shares of the picture's sides; codes are whole or not in it.
+            inpaint: whether the inside is drawn.
+
+        Returns:
+            (h, w) float32 on the model's device, 1 where codes are kept.
+        """
+        height, width = self.config.sizes[-1]
+        inside = torch.zeros(height, width, device=self.device)
+        inside[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = 1
+        return 1 - inside if inpaint else inside
+
+    @property
+    def captures(self) -> list[Capture]:
+        """What is captured of batches and ways of drawing, the least recently used first; four at most."""
+        found = []
+        for one in self._sessions.values():
+            found.append(Capture(one.batch, one.guided, one.smooth, one.edits, one.steps.seconds))
+        return found
+
+    def forget_captures(self) -> None:
+        """Let go of captured graphs and their memory; the next call captures anew."""
+        self._sessions.clear()
+
+    def _draw(
+        self,
+        function: str,
+        labels: Any,
+        cfg: float,
+        top_k: int,
+        top_p: float,
+        seed: int | torch.Generator | None,
+        more_smooth: bool,
+        images_per_call: int | None,
+        graphs: bool,
+        *,
+        paints: bool,
+        edit: _Edit | None = None,
+        book: ScaleBook | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Codes (N, h w) of every scale, and pictures (N, 3, H, W) in [-1, 1] or, unless it paints, the sums of all
+        scales (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
+        labels = self._labels(function, "labels", labels)
+        _check_settings(function, cfg, top_k, top_p, images_per_call, self.config.num_codes)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.Generator))):
+            raise TypeError(f"{function}: seed must be an integer or None, got {type(seed).__name__}")
+        if edit is not None and len(labels) != len(edit.mask):
+            raise ValueError(
+                f"{function}: labels must be ({len(edit.mask)},), one a picture, got {tuple(labels.shape)}"
+            )
+        paint: Callable[[Tensor], Tensor] | None = None
+        if book is None or paints:
+            vae = self._tokenizer(function)
+            book, paint = vae.quantize.book(self.config.scales), (vae.fhat_to_img if paints else None)
+        generator = seed if isinstance(seed, torch.Generator) else None
+        if isinstance(seed, int):
+            generator = torch.Generator(self.device).manual_seed(seed)
+        at_once = len(labels) if images_per_call is None else min(images_per_call, len(labels))
+        # Tensors that last must not be inference tensors, which nobody could fill outside of that mode.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+            torch.cuda.device_of(self.pos_1LC),
+        ):
+            try:
+                parts = [
+                    self._draw_part(
+                        labels[begin : begin + at_once], at_once, float(cfg), top_k, float(top_p), generator,
+                        more_smooth, graphs and self.device.type == "cuda", book, paint,
+                        None if edit is None else _Edit(*_rows(edit, begin, begin + at_once)),
+                    )
+                    for begin in range(0, len(labels), at_once)
+                ]  # fmt: skip
+            except torch.OutOfMemoryError as error:
+                self.forget_captures()
+                raise torch.OutOfMemoryError(
+                    f"{function}: {at_once} pictures at once do not fit into the memory of {self.device}; "
+                    f"give an images_per_call below {at_once}"
+                ) from error
+        codes = [torch.cat(scale) for scale in zip(*(part[0] for part in parts), strict=True)]
+        return codes, torch.cat([part[1] for part in parts])
+
+    def _draw_part(
+        self,
+        labels: Tensor,
+        at_once: int,
+        cfg: float,
+        top_k: int,
+        top_p: float,
+        generator: torch.Generator | None,
+        more_smooth: bool,
+        graphs: bool,
+        book: ScaleBook,
+        paint: Callable[[Tensor], Tensor] | None,
+        edit: _Edit | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        session = self._session(at_once, cfg > 0, more_smooth, edit is not None, graphs, book, paint, len(labels))
+        count = len(labels)
+        session.labels[:count] = labels
+        session.cfg.fill_(cfg)
+        session.top_k.fill_(top_k)
+        session.top_p.fill_(top_p)
+        if edit is not None:
+            session.mask[:count] = edit.mask
+            for place, one in zip(session.given, edit.codes, strict=True):
+                place[:count] = one
+        session.steps.run(0)
+        for step in range(len(session.lengths)):
+            session.noise(step, count).exponential_(generator=generator)
+            if more_smooth:
+                session.noise(step, count, gumbel=True).exponential_(generator=generator)
+            session.steps.run(1 + step)
+        if paint is not None:
+            session.steps.run(len(session.steps) - 1)
+        result = session.total if paint is None else session.pictures
+        # The next call writes to the same memory.
+        return [one[:count].clone() for one in session.codes], result[:count].clone()
+
+    def _session(
+        self,
+        at_once: int,
+        guided: bool,
+        smooth: bool,
+        edits: bool,
+        graphs: bool,
+        book: ScaleBook,
+        paint: Callable[[Tensor], Tensor] | None,
+        count: int,
+    ) -> _Session:
+        options = {"guided": guided, "smooth": smooth, "edits": edits}
+        if not graphs:
+            return _Session(self, book, paint, count, **options, graphs=False)
+        batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
+        weights: list[Tensor] = [*self.parameters(), book.table, *book.convolutions.parameters()]
+        if paint is not None and self.vae is not None:
+            weights += list(self.vae.parameters())
+        # A graph knows weights by their addresses, which `.to` and the like change.
+        places = tuple(one.data_ptr() for one in weights)
+        key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
+        return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
+
+
+def _rows(edit: _Edit, begin: int, end: int) -> tuple[list[Tensor], Tensor]:
+    return [one[begin:end] for one in edit.codes], edit.mask[begin:end]
+
+
+def _check_settings(function: str, cfg: Any, top_k: Any, top_p: Any, images_per_call: Any, num_codes: int) -> None:
+    for argument, value in (("cfg", cfg), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{function}: {argument} must be a number, got {type(value).__name__}")
+    for argument, value in (("top_k", top_k), ("images_per_call", images_per_call)):
+        if isinstance(value, bool) or not isinstance(value, (int, type(None))):
+            raise TypeError(f"{function}: {argument} must be an integer, got {type(value).__name__}")
+    if not 0 <= cfg < math.inf:
+        raise ValueError(f"{function}: cfg must be at least 0 and finite, got {cfg}")
+    if top_k is None or not 0 <= top_k <= num_codes:
+        raise ValueError(f"{function}: top_k must be from 0 to {num_codes}, the number of codes, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"{function}: top_p must be from 0 to 1, got {top_p}")
+    if images_per_call is not None and images_per_call < 1:
+        raise ValueError(f"{function}: images_per_call must be at least 1, got {images_per_call}")
+
+
+def config_of(tensors: Mapping[str, Tensor], path: str | Path = "state_dict") -> VARConfig:
+    """Sizes read off a published state_dict, with square scales and heads of 64 channels where there are no gains.
+
+    Raises CheckpointError, which names the path, if it is none.
+    """
+    try:
+        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        dim = tensors["pos_1LC"].shape[2]
+        gain = tensors.get("blocks.0.attn.scale_mul_1H11")
+        sides = [math.isqrt(length) for length in tensors["lvl_1L"][0].bincount().tolist()]
+        config = VARConfig(
+            depth=depth,
+            dim=dim,
+            num_heads=dim // 64 if gain is None else gain.shape[1],
+            scales=tuple(sides),
+            num_classes=len(tensors["class_emb.weight"]) - 1,
+            num_codes=len(tensors["head.weight"]),
+            code_dim=tensors["word_embed.weight"].shape[1],
+            shared_adaln="shared_ada_lin.1.weight" in tensors,
+            l2_norm=gain is not None,
+            mlp_ratio=len(tensors["blocks.0.ffn.fc1.weight"]) / dim,
+            drop_path=0.1 * depth / 24,
+        )
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise checkpoints.CheckpointError(
+            f"{path}: has not the keys of a VAR ({error} is missing or misshapen)"
+        ) from error
+    if sum(config.lengths) != tensors["lvl_1L"].shape[1]:
+        raise checkpoints.CheckpointError(f"{path}: its scales are not squares; give config=")
+    return config

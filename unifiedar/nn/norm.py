@@ -1,0 +1,54 @@
+"""Norms between the layers of a transformer."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from unifiedar.ops import modulated_norm
+
+__all__ = ["ModulatedNorm"]
+
+
+class ModulatedNorm(nn.Module):
+    """The layer norm of an AdaLN transformer, modulated by a condition; it has no weights of its own.
+
+    Args:
+        eps: added to the variance.
+    """
+
+    def __init__(self, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """What the next layer reads, (B, L, C) in `dtype`, of tokens x (B, L, C), scale and shift (B, C)."""
+        return modulated_norm(x, scale, shift, eps=self.eps, dtype=dtype)
+
+    def add(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the next layer reads, and the tokens, after the branch of the layer before joined them.
+
+        Args:
+            x: (B, L, C), the tokens.
+            branch: (B, L, C), what that layer put out.
+            gate: (B, C), a factor on it.
+            scale, shift: (B, C).
+            dtype: of the first result; None is that of x.
+
+        Returns:
+            (B, L, C) twice: normalized, and x + branch gate.
+        """
+        found = modulated_norm(x, scale, shift, branch=branch, gate=gate, eps=self.eps, dtype=dtype)
+        return cast(tuple[Tensor, Tensor], found)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
