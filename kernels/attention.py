@@ -1,9 +1,14 @@
-"""Triton kernels of the family `attention`: block-causal attention, forward and backward.
+"""Triton kernels of the family `attention`: block-causal attention and its kin, forward and backward.
 
 The mask is the lengths of at most 32 scales. Each program adds them up itself, finds for every row of its tile where
 what it sees ends (or, for keys, where those who see them begin) and runs through whole tiles without a mask, then
 through the few that a boundary crosses; the kernel of the keys masks all that it runs through. Scores live in
 registers, sums in float32. Every sum has one order, so runs are bit-equal.
+
+Two switches, fixed when a kernel is compiled, make more of the same loops. With `offsets` the rows are several images
+one after another, each with lengths of its own: a program serves a tile of one image as if that were alone, so that
+each comes out bit for bit as it does alone. With `sees` (`seen_by` for the keys) a table says which blocks a block
+sees, in a few ranges, and the loops run once a range.
 
 The backward is two kernels: one a query tile (dq, and delta = rowsum(dout out) - dlse on the way), one a key tile
 (dk and dv, over all query heads that share the key head). Each forms the scores again: 7 products where one kernel
@@ -19,16 +24,19 @@ import triton.language as tl
 __all__ = ["COMPILE_CASES", "attention_backward", "attention_forward"]
 
 MAX_SCALES = 32
-_MAX_SCALES = tl.constexpr(MAX_SCALES)
+MAX_BLOCKS = 128  # that a table can name
+MAX_RANGES = 4
 UNIT = 8  # elements that strides are counted in: 16 bytes or more, so that every load may take as many
 _UNIT = tl.constexpr(UNIT)
 _FAR = tl.constexpr(2**31 - 1)
+_LEAST = tl.constexpr(-1e38)  # below every score
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_IMAGES = tl.constexpr(32)  # looked at in one step
 
 # Sizes and strides, none of which is to be compiled in.
 _SCALARS = [
-    *("queries", "keys", "heads", "share", "rows", "group", "scales", "prefix"),
+    *("queries", "keys", "heads", "share", "rows", "group", "images", "scales", "prefix"),
     *(f"{name}_{step}" for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
       for step in ("batch", "head", "row")),
 ]  # fmt: skip
@@ -90,9 +98,9 @@ def key_tile(width: int, itemsize: int, capability: int) -> Tile:
 
 
 @triton.jit
-def _begins(lengths, scales, prefix):
-    """First token of each scale [32]; of scales that are not there, a place that no token has."""
-    at = tl.arange(0, _MAX_SCALES)
+def _begins(lengths, scales, prefix, SCALES: tl.constexpr):
+    """First token of each scale [SCALES]; of scales that are not there, a place that no token has."""
+    at = tl.arange(0, SCALES)
     length = tl.load(lengths + at, mask=at < scales, other=0).to(tl.int32)
     return tl.where(at < scales, prefix + tl.cumsum(length, 0) - length, _FAR)
 
@@ -112,6 +120,43 @@ def _begins_of(begins, position):
 
 
 @triton.jit
+def _block_of(begins, position):
+    """The block that each position is in; of several that begin there, the last."""
+    return tl.maximum(tl.sum((begins[None, :] <= position[:, None]).to(tl.int32), 1) - 1, 0)
+
+
+@triton.jit
+def _first_of(begins, blocks, block, keys):
+    """First token of each block, or the end for the one past the last."""
+    at = tl.arange(0, begins.shape[0])
+    first = tl.sum(tl.where(at[None, :] == block[:, None], begins[None, :], 0), 1)
+    return tl.maximum(tl.minimum(tl.where(block < blocks, first, keys), keys), 0)
+
+
+@triton.jit
+def _range_of(begins, table, blocks, position, keys, INDEX: tl.constexpr, RANGES: tl.constexpr):
+    """Begin and end of a range of what each position sees, or is seen by; an empty one is from afar to 0."""
+    entry = table + (_block_of(begins, position) * RANGES + INDEX) * 2
+    from_block, to_block = tl.load(entry), tl.load(entry + 1)
+    begin = tl.where(from_block < 0, position, _first_of(begins, blocks, from_block, keys))
+    end = tl.where(to_block < 0, position + 1, _first_of(begins, blocks, to_block, keys))
+    return tl.where(begin < end, begin, _FAR), tl.where(begin < end, end, 0)
+
+
+@triton.jit
+def _steps(begin, end, BLOCK: tl.constexpr):
+    """(first, whole, part, last) for the ranges of a tile's rows: from `whole` to `part` every row sees every key.
+
+    All of them are whole steps of BLOCK from `first`, but for the last.
+    """
+    first, last = tl.min(begin, 0), tl.max(end, 0)
+    latest = tl.max(tl.where(begin < end, begin, 0), 0)
+    whole = first + tl.cdiv(tl.maximum(latest - first, 0), BLOCK) * BLOCK
+    part = whole + tl.maximum(tl.min(end, 0) - whole, 0) // BLOCK * BLOCK
+    return first, whole, part, last
+
+
+@triton.jit
 def _place(tiles, rows, group):
     """(rank of a tile, row of heads) of this program.
 
@@ -123,6 +168,25 @@ def _place(tiles, rows, group):
     size = tl.minimum(group, rows - first)
     within = program - first * tiles
     return within // size, first + within % size
+
+
+@triton.jit
+def _image_of(offsets, images, tokens, slot, BLOCK: tl.constexpr):
+    """(image, its first token, its tokens, tile in it) of a slot; no tokens where an image has fewer tiles than slots.
+
+    The slots of an image begin at first // BLOCK + image, which leaves room for all its tiles without counting those
+    of others.
+    """
+    found = tl.zeros([_IMAGES], tl.int32)
+    for at in range(0, images, _IMAGES):
+        image = at + tl.arange(0, _IMAGES)
+        first = tl.minimum(tl.load(offsets + image, mask=image < images, other=0), tokens)
+        found += ((first // BLOCK + image <= slot) & (image < images)).to(tl.int32)
+    image = tl.sum(found, 0) - 1
+    first = tl.minimum(tl.load(offsets + image), tokens)
+    length = tl.minimum(tl.load(offsets + image + 1, mask=image + 1 < images, other=tokens), tokens) - first
+    tile = slot - first // BLOCK - image
+    return image, first, tl.where(tile * BLOCK < length, length, 0), tile
 
 
 @triton.jit
@@ -169,16 +233,29 @@ def _take(at, row, rows, channel, CHECK_ROWS: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
+def _visible(key, first, end):
+    if first is None:
+        return key < end[:, None]
+    else:
+        return (key >= first[:, None]) & (key < end[:, None])
+
+
+@triton.jit
 def _pass_keys(
-    total, top, weight, held, k_at, v_at, key, keys, end, channel, factor,
+    total, top, weight, held, k_at, v_at, key, keys, first, end, channel, factor,
     MASKED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: (weighted sum, largest score, sum of weights) with a tile of keys more."""
+    """One step of the online softmax: (weighted sum, largest score, sum of weights) with a tile of keys more.
+
+    `first` is None where every row sees from the first key on.
+    """
     k = _take(k_at, key[None, :], keys, channel[:, None], MASKED, WIDTH)
     scores = tl.dot(held, k, input_precision=PRECISION)
     if MASKED:
-        scores = tl.where(key[None, :] < end[:, None], scores * factor, float("-inf"))
+        scores = tl.where(_visible(key[None, :], first, end), scores * factor, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
+        if first is not None:  # a row may have seen nothing yet: no difference of infinities
+            new_top = tl.maximum(new_top, _LEAST)
         weights = _exponential(scores, 1.0, new_top[:, None], PRECISION)
     else:
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)
@@ -195,7 +272,9 @@ def attention_forward_kernel(
     q,  # [batch, heads, queries, width], strides q_batch, q_head, q_row in units, 1
     k,  # [batch, heads / share, keys, width]
     v,  # like k
-    lengths,  # [scales] int32 or int64
+    lengths,  # [scales] int32 or int64, or [images, scales] int32
+    offsets,  # [images] int32: first token of each; None: one image, the keys of all the batch
+    sees,  # [scales, RANGES, 2] int32: ranges of blocks that a block sees, -1 up to itself; None: up to its end
     out,  # like q
     lse,  # [batch, heads, queries] float32, contiguous
     queries,
@@ -204,6 +283,7 @@ def attention_forward_kernel(
     share,  # query heads a key head
     rows,  # batch * heads
     group,
+    images,
     scales,
     prefix,
     softmax_scale,
@@ -224,48 +304,85 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCALES: tl.constexpr,
+    RANGES: tl.constexpr,
 ):
-    """Grid: (tiles of queries * batch * heads,). The last tiles see most keys, and go first."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    rank, row = _place(tiles, rows, group)
+    """Grid: (tiles of queries * batch * heads,), with offsets (`_slots` of queries * batch * heads,).
+
+    The last tiles see most keys, and go first.
+    """
+    if offsets is None:
+        tiles = tl.cdiv(queries, BLOCK_M)
+        rank, row = _place(tiles, rows, group)
+        tile = tiles - 1 - rank
+        row_at = row.to(tl.int64) * queries
+    else:
+        rank, row = _place(queries // BLOCK_M + images, rows, group)
+        image, origin, length, tile = _image_of(offsets, images, queries, rank, BLOCK_M)
+        tile = tl.where(length > 0, tl.cdiv(length, BLOCK_M) - 1 - tile, tile)
+        row_at = row.to(tl.int64) * queries + origin
+        lengths += image * scales
+        origin = origin.to(tl.int64) * _UNIT
+        q += origin * q_row
+        k += origin * k_row
+        v += origin * v_row
+        out += origin * out_row
+        queries, keys = length, length
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     k += (batch * k_batch + head // share * k_head) * _UNIT
     v += (batch * v_batch + head // share * v_head) * _UNIT
     q += (batch * q_batch + head * q_head) * _UNIT
     out += (batch * out_batch + head * out_head) * _UNIT
 
-    query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     wide = query.to(tl.int64)[:, None] * _UNIT
     channel = tl.arange(0, BLOCK_D)
     q_at = q + wide * q_row + channel[None, :]
     held = _take(q_at, query[:, None], queries, channel[None, :], True, WIDTH)
-    end = _ends_of(_begins(lengths, scales, prefix), tl.minimum(query + keys - queries, keys - 1), keys)
-    whole = tl.min(end, 0) // BLOCK_N * BLOCK_N
-    last = tl.max(end, 0)
+    begins = _begins(lengths, scales, prefix, SCALES)
+    position = tl.minimum(query + keys - queries, keys - 1)
 
     factor = _in_base(softmax_scale, PRECISION)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key = tl.arange(0, BLOCK_N)
-    k_at = k + (key.to(tl.int64) * _UNIT)[None, :] * k_row + channel[:, None]
-    v_at = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + channel[None, :]
-    for _ in range(0, whole, BLOCK_N):
-        total, top, weight = _pass_keys(
-            total, top, weight, held, k_at, v_at, key, keys, end, channel, factor, False, WIDTH, PRECISION
-        )
-        k_at += BLOCK_N * _UNIT * k_row
-        v_at += BLOCK_N * _UNIT * v_row
-    for begin in range(whole, last, BLOCK_N):
-        total, top, weight = _pass_keys(
-            total, top, weight, held, k_at, v_at, begin + key, keys, end, channel, factor, True, WIDTH, PRECISION
-        )
-        k_at += BLOCK_N * _UNIT * k_row
-        v_at += BLOCK_N * _UNIT * v_row
+    k_from = k + (key.to(tl.int64) * _UNIT)[None, :] * k_row + channel[:, None]
+    v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + channel[None, :]
+    for index in tl.static_range(RANGES):
+        if sees is None:
+            first, end = None, _ends_of(begins, position, keys)
+            at, part, last = 0, tl.min(end, 0) // BLOCK_N * BLOCK_N, tl.max(end, 0)
+            k_at, v_at = k_from, v_from
+        else:
+            first, end = _range_of(begins, sees, scales, position, keys, index, RANGES)
+            begin, at, part, last = _steps(first, end, BLOCK_N)
+            k_at = k_from + begin.to(tl.int64) * _UNIT * k_row
+            v_at = v_from + begin.to(tl.int64) * _UNIT * v_row
+            for head_at in range(begin, at, BLOCK_N):
+                total, top, weight = _pass_keys(
+                    total, top, weight, held, k_at, v_at, head_at + key, keys, first, end, channel, factor,
+                    True, WIDTH, PRECISION,
+                )  # fmt: skip
+                k_at += BLOCK_N * _UNIT * k_row
+                v_at += BLOCK_N * _UNIT * v_row
+        for _ in range(at, part, BLOCK_N):
+            total, top, weight = _pass_keys(
+                total, top, weight, held, k_at, v_at, key, keys, first, end, channel, factor, False, WIDTH, PRECISION
+            )
+            k_at += BLOCK_N * _UNIT * k_row
+            v_at += BLOCK_N * _UNIT * v_row
+        for tail_at in range(part, last, BLOCK_N):
+            total, top, weight = _pass_keys(
+                total, top, weight, held, k_at, v_at, tail_at + key, keys, first, end, channel, factor,
+                True, WIDTH, PRECISION,
+            )  # fmt: skip
+            k_at += BLOCK_N * _UNIT * k_row
+            v_at += BLOCK_N * _UNIT * v_row
 
     inside = query < queries
     log_sum = top + tl.log(weight) if PRECISION == "tf32x3" else (top + tl.log2(weight)) * _LN_2
-    tl.store(lse + row.to(tl.int64) * queries + query, log_sum, mask=inside)
+    tl.store(lse + row_at + query, log_sum, mask=inside)
     out_at = out + wide * out_row + channel[None, :]
     total = total / weight[:, None]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside[:, None] & (channel < WIDTH)[None, :])
@@ -276,16 +393,16 @@ def attention_forward_kernel(
 
 @triton.jit
 def _pass_keys_back(
-    total, held, grad, lse, delta, k_at, v_at, key, keys, end, channel, factor,
+    total, held, grad, lse, delta, k_at, v_at, key, keys, first, end, channel, factor,
     MASKED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a query tile (but for the factor) with a tile of keys more."""
+    """The gradient of a query tile (but for the factor) with a tile of keys more; `first` as in `_pass_keys`."""
     k = _take(k_at, key[:, None], keys, channel[None, :], MASKED, WIDTH)
     v = _take(v_at, key[:, None], keys, channel[None, :], MASKED, WIDTH)
     scores = tl.dot(held, tl.trans(k), input_precision=PRECISION)
     weights = _exponential(scores, factor, lse[:, None], PRECISION)
     if MASKED:
-        weights = tl.where(key[None, :] < end[:, None], weights, 0.0)
+        weights = tl.where(_visible(key[None, :], first, end), weights, 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     grad_scores = weights * (grad_weights - delta[:, None])
     return _dot(grad_scores.to(k.dtype), k, total, PRECISION)
@@ -300,7 +417,9 @@ def attention_backward_queries_kernel(
     v,  # like k
     out,  # like grad
     lse,  # [batch, heads, queries] float32, contiguous
-    lengths,  # [scales] int32 or int64
+    lengths,  # as forward
+    offsets,  # as forward
+    sees,  # as forward
     delta,  # [batch, heads, queries] float32, contiguous; written
     grad_q,  # like grad; written
     queries,
@@ -309,6 +428,7 @@ def attention_backward_queries_kernel(
     share,
     rows,
     group,
+    images,
     scales,
     prefix,
     softmax_scale,
@@ -335,10 +455,29 @@ def attention_backward_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCALES: tl.constexpr,
+    RANGES: tl.constexpr,
 ):
-    """Grid: (tiles of queries * batch * heads,), as forward. Fills grad_q and delta."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    rank, row = _place(tiles, rows, group)
+    """Grid: as forward. Fills grad_q and delta."""
+    if offsets is None:
+        tiles = tl.cdiv(queries, BLOCK_M)
+        rank, row = _place(tiles, rows, group)
+        tile = tiles - 1 - rank
+        row_at = row.to(tl.int64) * queries
+    else:
+        rank, row = _place(queries // BLOCK_M + images, rows, group)
+        image, origin, length, tile = _image_of(offsets, images, queries, rank, BLOCK_M)
+        tile = tl.where(length > 0, tl.cdiv(length, BLOCK_M) - 1 - tile, tile)
+        row_at = row.to(tl.int64) * queries + origin
+        lengths += image * scales
+        origin = origin.to(tl.int64) * _UNIT
+        q += origin * q_row
+        k += origin * k_row
+        v += origin * v_row
+        out += origin * out_row
+        grad += origin * grad_row
+        grad_q += origin * grad_q_row
+        queries, keys = length, length
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     k += (batch * k_batch + head // share * k_head) * _UNIT
     v += (batch * v_batch + head // share * v_head) * _UNIT
@@ -347,7 +486,7 @@ def attention_backward_queries_kernel(
     grad += (batch * grad_batch + head * grad_head) * _UNIT
     grad_q += (batch * grad_q_batch + head * grad_q_head) * _UNIT
 
-    query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     wide = query.to(tl.int64)[:, None] * _UNIT
     inside = query < queries
     channel = tl.arange(0, BLOCK_D)
@@ -356,34 +495,49 @@ def attention_backward_queries_kernel(
     held_grad = _take(grad + wide * grad_row + line, query[:, None], queries, line, True, WIDTH)
     held_out = _take(out + wide * out_row + line, query[:, None], queries, line, True, WIDTH)
     row_delta = tl.sum(held_grad.to(tl.float32) * held_out.to(tl.float32), 1)
-    at = row.to(tl.int64) * queries + query
     if grad_lse is not None:
-        row_delta -= tl.load(grad_lse + at, mask=inside, other=0.0)
-    tl.store(delta + at, row_delta, mask=inside)
-    row_lse = _in_base(tl.load(lse + at, mask=inside, other=float("inf")), PRECISION)
-    end = _ends_of(_begins(lengths, scales, prefix), tl.minimum(query + keys - queries, keys - 1), keys)
-    whole = tl.min(end, 0) // BLOCK_N * BLOCK_N
-    last = tl.max(end, 0)
+        row_delta -= tl.load(grad_lse + row_at + query, mask=inside, other=0.0)
+    tl.store(delta + row_at + query, row_delta, mask=inside)
+    row_lse = _in_base(tl.load(lse + row_at + query, mask=inside, other=float("inf")), PRECISION)
+    begins = _begins(lengths, scales, prefix, SCALES)
+    position = tl.minimum(query + keys - queries, keys - 1)
 
     factor = _in_base(softmax_scale, PRECISION)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key = tl.arange(0, BLOCK_N)
-    k_at = k + (key.to(tl.int64) * _UNIT)[:, None] * k_row + line
-    v_at = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + line
-    for _ in range(0, whole, BLOCK_N):
-        total = _pass_keys_back(
-            total, held, held_grad, row_lse, row_delta, k_at, v_at, key, keys, end, channel, factor,
-            False, WIDTH, PRECISION,
-        )  # fmt: skip
-        k_at += BLOCK_N * _UNIT * k_row
-        v_at += BLOCK_N * _UNIT * v_row
-    for begin in range(whole, last, BLOCK_N):
-        total = _pass_keys_back(
-            total, held, held_grad, row_lse, row_delta, k_at, v_at, begin + key, keys, end, channel, factor,
-            True, WIDTH, PRECISION,
-        )  # fmt: skip
-        k_at += BLOCK_N * _UNIT * k_row
-        v_at += BLOCK_N * _UNIT * v_row
+    k_from = k + (key.to(tl.int64) * _UNIT)[:, None] * k_row + line
+    v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + line
+    for index in tl.static_range(RANGES):
+        if sees is None:
+            first, end = None, _ends_of(begins, position, keys)
+            at, part, last = 0, tl.min(end, 0) // BLOCK_N * BLOCK_N, tl.max(end, 0)
+            k_at, v_at = k_from, v_from
+        else:
+            first, end = _range_of(begins, sees, scales, position, keys, index, RANGES)
+            begin, at, part, last = _steps(first, end, BLOCK_N)
+            k_at = k_from + begin.to(tl.int64) * _UNIT * k_row
+            v_at = v_from + begin.to(tl.int64) * _UNIT * v_row
+            for head_at in range(begin, at, BLOCK_N):
+                total = _pass_keys_back(
+                    total, held, held_grad, row_lse, row_delta, k_at, v_at, head_at + key, keys, first, end,
+                    channel, factor, True, WIDTH, PRECISION,
+                )  # fmt: skip
+                k_at += BLOCK_N * _UNIT * k_row
+                v_at += BLOCK_N * _UNIT * v_row
+        for _ in range(at, part, BLOCK_N):
+            total = _pass_keys_back(
+                total, held, held_grad, row_lse, row_delta, k_at, v_at, key, keys, first, end, channel, factor,
+                False, WIDTH, PRECISION,
+            )  # fmt: skip
+            k_at += BLOCK_N * _UNIT * k_row
+            v_at += BLOCK_N * _UNIT * v_row
+        for tail_at in range(part, last, BLOCK_N):
+            total = _pass_keys_back(
+                total, held, held_grad, row_lse, row_delta, k_at, v_at, tail_at + key, keys, first, end,
+                channel, factor, True, WIDTH, PRECISION,
+            )  # fmt: skip
+            k_at += BLOCK_N * _UNIT * k_row
+            v_at += BLOCK_N * _UNIT * v_row
     total *= softmax_scale
     tl.store(
         grad_q + wide * grad_q_row + line, total.to(grad_q.dtype.element_ty), mask=inside[:, None] & (line < WIDTH)
@@ -392,10 +546,13 @@ def attention_backward_queries_kernel(
 
 @triton.jit
 def _pass_queries(
-    total_k, total_v, k, v, q_at, grad_at, lse, delta, query, queries, offset, begin, channel, factor,
+    total_k, total_v, k, v, q_at, grad_at, lse, delta, query, queries, offset, begin, end, channel, factor,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys (but for the factor) and values with a tile of queries more."""
+    """The gradients of a tile of keys (but for the factor) and values with a tile of queries more.
+
+    `end` is None where every key is seen up to the last query.
+    """
     line = channel[None, :]
     inside = query < queries
     q = _take(q_at, query[:, None], queries, line, True, WIDTH)
@@ -406,6 +563,8 @@ def _pass_queries(
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     weights = _exponential(scores, factor, row_lse[None, :], PRECISION)
     weights = tl.where(begin[:, None] <= (query + offset)[None, :], weights, 0.0)
+    if end is not None:
+        weights = tl.where((query + offset)[None, :] < end[:, None], weights, 0.0)
     total_v = _dot(weights.to(grad.dtype), grad, total_v, PRECISION)
     grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     grad_scores = weights * (grad_weights - row_delta[None, :])
@@ -420,7 +579,9 @@ def attention_backward_keys_kernel(
     k,  # [batch, heads / share, keys, width]
     v,  # like k
     lse,  # [batch, heads, queries] float32, contiguous
-    lengths,  # [scales] int32 or int64
+    lengths,  # as forward
+    offsets,  # as forward
+    seen_by,  # [scales, RANGES, 2] int32: ranges of blocks that see a block, -1 from itself; None: from its begin
     delta,  # [batch, heads, queries] float32, contiguous
     grad_k,  # like k; written
     grad_v,  # like k; written
@@ -430,6 +591,7 @@ def attention_backward_keys_kernel(
     share,
     rows,  # batch * heads / share
     group,
+    images,
     scales,
     prefix,
     softmax_scale,
@@ -456,9 +618,30 @@ def attention_backward_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCALES: tl.constexpr,
+    RANGES: tl.constexpr,
 ):
-    """Grid: (tiles of keys * batch * key heads,). The first tiles are seen by most queries, and go first."""
-    rank, row = _place(tl.cdiv(keys, BLOCK_N), rows, group)
+    """Grid: (tiles of keys * batch * key heads,), with offsets (`_slots` of keys * batch * key heads,).
+
+    The first tiles are seen by most queries, and go first.
+    """
+    tokens = queries  # rows of lse and delta a head
+    if offsets is None:
+        tile, row = _place(tl.cdiv(keys, BLOCK_N), rows, group)
+    else:
+        rank, row = _place(keys // BLOCK_N + images, rows, group)
+        image, origin, length, tile = _image_of(offsets, images, keys, rank, BLOCK_N)
+        lengths += image * scales
+        lse += origin
+        delta += origin
+        origin = origin.to(tl.int64) * _UNIT
+        q += origin * q_row
+        k += origin * k_row
+        v += origin * v_row
+        grad += origin * grad_row
+        grad_k += origin * grad_k_row
+        grad_v += origin * grad_v_row
+        queries, keys = length, length
     groups = heads // share
     batch, head = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
     k += (batch * k_batch + head * k_head) * _UNIT
@@ -466,34 +649,41 @@ def attention_backward_keys_kernel(
     grad_k += (batch * grad_k_batch + head * grad_k_head) * _UNIT
     grad_v += (batch * grad_v_batch + head * grad_v_head) * _UNIT
 
-    key = rank * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = key.to(tl.int64)[:, None] * _UNIT
     channel = tl.arange(0, BLOCK_D)
     line = channel[None, :]
     held_k = _take(k + wide * k_row + line, key[:, None], keys, line, True, WIDTH)
     held_v = _take(v + wide * v_row + line, key[:, None], keys, line, True, WIDTH)
-    begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
+    begins = _begins(lengths, scales, prefix, SCALES)
+    position = tl.minimum(key, keys - 1)
     offset = keys - queries  # position of the first query
-    first = tl.maximum(tl.min(begin, 0) - offset, 0)
 
     factor = _in_base(softmax_scale, PRECISION)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     ahead = tl.arange(0, BLOCK_M)
-    for sharer in range(share):
-        query_head = head * share + sharer
-        row_at = (batch * heads + query_head) * queries
-        q_at = q + (batch * q_batch + query_head * q_head) * _UNIT
-        grad_at = grad + (batch * grad_batch + query_head * grad_head) * _UNIT
-        # One loop with the mask: a second one without it costs 20 to 100 registers, and those spill.
-        for at in range(first, queries, BLOCK_M):
-            query = at + ahead
-            far = query.to(tl.int64)[:, None] * _UNIT
-            total_k, total_v = _pass_queries(
-                total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
-                lse + row_at, delta + row_at, query, queries, offset, begin, channel, factor,
-                WIDTH, PRECISION,
-            )  # fmt: skip
+    for index in tl.static_range(RANGES):
+        if seen_by is None:
+            begin, end, last = _begins_of(begins, position), None, queries
+        else:
+            begin, end = _range_of(begins, seen_by, scales, position, keys, index, RANGES)
+            last = tl.max(end, 0) - offset
+        first = tl.maximum(tl.min(begin, 0) - offset, 0)
+        for sharer in range(share):
+            query_head = head * share + sharer
+            row_at = (batch * heads + query_head) * tokens
+            q_at = q + (batch * q_batch + query_head * q_head) * _UNIT
+            grad_at = grad + (batch * grad_batch + query_head * grad_head) * _UNIT
+            # One loop with the mask: a second one without it costs 20 to 100 registers, and those spill.
+            for at in range(first, last, BLOCK_M):
+                query = at + ahead
+                far = query.to(tl.int64)[:, None] * _UNIT
+                total_k, total_v = _pass_queries(
+                    total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
+                    lse + row_at, delta + row_at, query, queries, offset, begin, end, channel, factor,
+                    WIDTH, PRECISION,
+                )  # fmt: skip
     inside = (key < keys)[:, None] & (line < WIDTH)
     total_k *= softmax_scale
     tl.store(grad_k + wide * grad_k_row + line, total_k.to(grad_k.dtype.element_ty), mask=inside)
@@ -534,6 +724,22 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def _programs(tokens: int, tile: int, offsets: torch.Tensor | None) -> int:
+    """A row of heads: one a tile, or a slot where there are several images (see `_image_of`)."""
+    return triton.cdiv(tokens, tile) if offsets is None else tokens // tile + offsets.shape[0]
+
+
+def _sizes(lengths: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, int]:
+    """Images and scales."""
+    return 1 if offsets is None else offsets.shape[0], lengths.shape[-1]
+
+
+def _switches(lengths: torch.Tensor, table: torch.Tensor | None) -> dict[str, int]:
+    """What is compiled in of a mask."""
+    scales = max(MAX_SCALES, triton.next_power_of_2(lengths.shape[-1]))
+    return {"SCALES": scales, "RANGES": 1 if table is None else table.shape[1]}
+
+
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -544,30 +750,36 @@ def attention_forward(
     capability: int,
     out: torch.Tensor,
     lse: torch.Tensor,
+    *,
+    offsets: torch.Tensor | None = None,
+    sees: torch.Tensor | None = None,
 ) -> None:
     """Fills out and lse.
 
     Args:
         q: (B, H, Lq, D); k, v: (B, G, L, D), Lq at most L; `aligned`.
-        lengths: (S,) int32 or int64, of the scales, contiguous.
+        lengths: (S,) int32 or int64, of the scales, contiguous; with offsets (N, S) int32.
         prefix: tokens before the first scale.
         softmax_scale: factor on the scores, not negative.
         capability: of the device, 90 for 9.0.
         out: like q.
         lse: (B, H, Lq) float32, contiguous.
+        offsets: (N,) int32, ascending from 0, contiguous: the first token of each of N images, Lq = L; None is one.
+        sees: (S, R, 2) int32, contiguous: the blocks that each of at most MAX_BLOCKS blocks sees, as R disjoint ranges
+            of them (at most MAX_RANGES; an empty one is 0, 0), where an end of -1 is the token that looks; None: the
+            scales up to its own.
     """
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     rows = batch * heads
     tile = forward_tile(width, q.element_size(), capability)
-    block = _block(width)
-    attention_forward_kernel[(triton.cdiv(queries, tile.held) * rows,)](
-        q, k, v, lengths, out, lse, queries, keys, heads, heads // k.shape[1],
-        rows, _group(rows, 2 * keys * width * k.element_size()), lengths.shape[0], prefix,
+    attention_forward_kernel[(_programs(queries, tile.held, offsets) * rows,)](
+        q, k, v, lengths, offsets, sees, out, lse, queries, keys, heads, heads // k.shape[1],
+        rows, _group(rows, 2 * keys * width * k.element_size()), *_sizes(lengths, offsets), prefix,
         softmax_scale,
         *_strides(q), *_strides(k), *_strides(v), *_strides(out),
-        WIDTH=width, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=block,
-        num_warps=tile.warps, num_stages=tile.stages,
+        WIDTH=width, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=_block(width),
+        **_switches(lengths, sees), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -587,15 +799,22 @@ def attention_backward(
     grad_q: torch.Tensor,
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
+    *,
+    offsets: torch.Tensor | None = None,
+    sees: torch.Tensor | None = None,
+    seen_by: torch.Tensor | None = None,
 ) -> None:
     """Fills grad_q, grad_k and grad_v.
 
     Args:
         grad: gradient of out, like q, `aligned`.
         grad_lse: of lse, like lse, or None.
-        q, k, v, out, lse, lengths, prefix, softmax_scale, capability: as `attention_forward` had and left them.
+        q, k, v, out, lse, lengths, prefix, softmax_scale, capability, offsets, sees: as `attention_forward` had and
+            left them.
         delta: workspace like lse.
         grad_q, grad_k, grad_v: like q, k, v.
+        seen_by: with sees, the same the other way round: the blocks that see each block, as disjoint ranges, where a
+            begin of -1 is the token that is looked at.
     """
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
@@ -603,20 +822,22 @@ def attention_backward(
     shape = {"WIDTH": width, "PRECISION": _precision(q.dtype), "BLOCK_D": block}
     rows = batch * heads
     tile = query_tile(width, size, capability)
-    attention_backward_queries_kernel[(triton.cdiv(queries, tile.held) * rows,)](
-        grad, grad_lse, q, k, v, out, lse, lengths, delta, grad_q, queries, keys, heads, share,
-        rows, _group(rows, 2 * keys * width * size), lengths.shape[0], prefix, softmax_scale,
+    attention_backward_queries_kernel[(_programs(queries, tile.held, offsets) * rows,)](
+        grad, grad_lse, q, k, v, out, lse, lengths, offsets, sees, delta, grad_q, queries, keys, heads, share,
+        rows, _group(rows, 2 * keys * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
         *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(grad_q),
-        **shape, BLOCK_M=tile.held, BLOCK_N=tile.passed, num_warps=tile.warps, num_stages=tile.stages,
+        **shape, **_switches(lengths, sees), BLOCK_M=tile.held, BLOCK_N=tile.passed,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     rows = batch * groups
     tile = key_tile(width, size, capability)
-    attention_backward_keys_kernel[(triton.cdiv(keys, tile.held) * rows,)](
-        grad, q, k, v, lse, lengths, delta, grad_k, grad_v, queries, keys, heads, share,
-        rows, _group(rows, 2 * share * queries * width * size), lengths.shape[0], prefix, softmax_scale,
+    attention_backward_keys_kernel[(_programs(keys, tile.held, offsets) * rows,)](
+        grad, q, k, v, lse, lengths, offsets, seen_by, delta, grad_k, grad_v, queries, keys, heads, share,
+        rows, _group(rows, 2 * share * queries * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
         *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(grad_k),
         *_strides(grad_v),
-        **shape, BLOCK_M=tile.passed, BLOCK_N=tile.held, num_warps=tile.warps, num_stages=tile.stages,
+        **shape, **_switches(lengths, seen_by), BLOCK_M=tile.passed, BLOCK_N=tile.held,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -635,7 +856,7 @@ def _cases() -> list[tuple]:
         types = {
             **dict.fromkeys(tensors, f"*{feature}"),
             **dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32"),
-            "lengths": "*i32",
+            **dict.fromkeys(("lengths", "offsets", "sees", "seen_by"), "*i32"),
             "softmax_scale": "fp32",
         }
         for kernel, tile_of, keys_held in kernels:
@@ -647,6 +868,9 @@ def _cases() -> list[tuple]:
                     "BLOCK_M": tile.passed if keys_held else tile.held,
                     "BLOCK_N": tile.held if keys_held else tile.passed,
                     "BLOCK_D": _block(width),
+                    "SCALES": MAX_SCALES,
+                    "RANGES": 1,
+                    **{name: None for name in kernel.arg_names if name in ("offsets", "sees", "seen_by")},
                 }
                 names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
                 signature = {**names, **dict.fromkeys(constants, "constexpr")}
