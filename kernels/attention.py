@@ -5,10 +5,10 @@ what it sees ends (or, for keys, where those who see them begin) and runs throug
 through the few that a boundary crosses; the kernel of the keys masks all that it runs through. Scores live in
 registers, sums in float32. Every sum has one order, so runs are bit-equal.
 
-Two switches, fixed when a kernel is compiled, make more of the same loops. With `offsets` the rows are several images
-one after another, each with lengths of its own: a program serves a tile of one image as if that were alone, so that
-each comes out bit for bit as it does alone. With `sees` (`seen_by` for the keys) a table says which blocks a block
-sees, in a few ranges, and the loops run once a range.
+With a table (`sees`, of the keys `seen_by`), which is a switch fixed when a kernel is compiled, each row has a few
+ranges of its own, and the same loops run once a range, with a mask at both its ends. With `offsets` besides, the rows
+are several images one after another: a program serves a tile of one of them, counted from its first token, so that each
+comes out bit for bit as it does alone.
 
 The backward is two kernels: one a query tile (dq, and delta = rowsum(dout out) - dlse on the way), one a key tile
 (dk and dv, over all query heads that share the key head). Each forms the scores again: 7 products where one kernel
@@ -24,8 +24,7 @@ import triton.language as tl
 __all__ = ["COMPILE_CASES", "attention_backward", "attention_forward"]
 
 MAX_SCALES = 32
-MAX_BLOCKS = 128  # that a table can name
-MAX_RANGES = 4
+_MAX_SCALES = tl.constexpr(MAX_SCALES)
 UNIT = 8  # elements that strides are counted in: 16 bytes or more, so that every load may take as many
 _UNIT = tl.constexpr(UNIT)
 _FAR = tl.constexpr(2**31 - 1)
@@ -98,9 +97,9 @@ def key_tile(width: int, itemsize: int, capability: int) -> Tile:
 
 
 @triton.jit
-def _begins(lengths, scales, prefix, SCALES: tl.constexpr):
-    """First token of each scale [SCALES]; of scales that are not there, a place that no token has."""
-    at = tl.arange(0, SCALES)
+def _begins(lengths, scales, prefix):
+    """First token of each scale [32]; of scales that are not there, a place that no token has."""
+    at = tl.arange(0, _MAX_SCALES)
     length = tl.load(lengths + at, mask=at < scales, other=0).to(tl.int32)
     return tl.where(at < scales, prefix + tl.cumsum(length, 0) - length, _FAR)
 
@@ -120,26 +119,10 @@ def _begins_of(begins, position):
 
 
 @triton.jit
-def _block_of(begins, position):
-    """The block that each position is in; of several that begin there, the last."""
-    return tl.maximum(tl.sum((begins[None, :] <= position[:, None]).to(tl.int32), 1) - 1, 0)
-
-
-@triton.jit
-def _first_of(begins, blocks, block, keys):
-    """First token of each block, or the end for the one past the last."""
-    at = tl.arange(0, begins.shape[0])
-    first = tl.sum(tl.where(at[None, :] == block[:, None], begins[None, :], 0), 1)
-    return tl.maximum(tl.minimum(tl.where(block < blocks, first, keys), keys), 0)
-
-
-@triton.jit
-def _range_of(begins, table, blocks, position, keys, INDEX: tl.constexpr, RANGES: tl.constexpr):
-    """Begin and end of a range of what each position sees, or is seen by; an empty one is from afar to 0."""
-    entry = table + (_block_of(begins, position) * RANGES + INDEX) * 2
-    from_block, to_block = tl.load(entry), tl.load(entry + 1)
-    begin = tl.where(from_block < 0, position, _first_of(begins, blocks, from_block, keys))
-    end = tl.where(to_block < 0, position + 1, _first_of(begins, blocks, to_block, keys))
+def _range_of(table, tokens, token, INDEX: tl.constexpr):
+    """Begin and end of a range of what each token sees, or is seen by; an empty one is from afar to 0."""
+    at = table + 2 * INDEX * tokens.to(tl.int64) + token
+    begin, end = tl.load(at), tl.load(at + tokens)
     return tl.where(begin < end, begin, _FAR), tl.where(begin < end, end, 0)
 
 
@@ -171,12 +154,13 @@ def _place(tiles, rows, group):
 
 
 @triton.jit
-def _image_of(offsets, images, tokens, slot, BLOCK: tl.constexpr):
-    """(image, its first token, its tokens, tile in it) of a slot; no tokens where an image has fewer tiles than slots.
+def _place_in_images(offsets, images, tokens, rows, group, BLOCK: tl.constexpr):
+    """(tile, image's first token, its end, row of heads) of this program.
 
-    The slots of an image begin at first // BLOCK + image, which leaves room for all its tiles without counting those
-    of others.
+    Like `_place`, with slots in place of tiles. The slots of an image begin at first // BLOCK + image, which leaves
+    room for all its tiles without counting those of others; a slot that is left over has a tile behind the end.
     """
+    slot, row = _place(tokens // BLOCK + images, rows, group)
     found = tl.zeros([_IMAGES], tl.int32)
     for at in range(0, images, _IMAGES):
         image = at + tl.arange(0, _IMAGES)
@@ -184,9 +168,9 @@ def _image_of(offsets, images, tokens, slot, BLOCK: tl.constexpr):
         found += ((first // BLOCK + image <= slot) & (image < images)).to(tl.int32)
     image = tl.sum(found, 0) - 1
     first = tl.minimum(tl.load(offsets + image), tokens)
-    length = tl.minimum(tl.load(offsets + image + 1, mask=image + 1 < images, other=tokens), tokens) - first
+    end = tl.minimum(tl.load(offsets + image + 1, mask=image + 1 < images, other=tokens), tokens)
     tile = slot - first // BLOCK - image
-    return image, first, tl.where(tile * BLOCK < length, length, 0), tile
+    return tile, first, end, row
 
 
 @triton.jit
@@ -272,9 +256,9 @@ def attention_forward_kernel(
     q,  # [batch, heads, queries, width], strides q_batch, q_head, q_row in units, 1
     k,  # [batch, heads / share, keys, width]
     v,  # like k
-    lengths,  # [scales] int32 or int64, or [images, scales] int32
-    offsets,  # [images] int32: first token of each; None: one image, the keys of all the batch
-    sees,  # [scales, RANGES, 2] int32: ranges of blocks that a block sees, -1 up to itself; None: up to its end
+    lengths,  # [scales] int32 or int64; not looked at with a table
+    sees,  # [RANGES, 2, keys] int32: begins and ends of the keys that each token sees; None: to the end of its scale
+    offsets,  # [images] int32: first token of each, with a table and as many queries as keys; None: one image
     out,  # like q
     lse,  # [batch, heads, queries] float32, contiguous
     queries,
@@ -304,43 +288,34 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SCALES: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """Grid: (tiles of queries * batch * heads,), with offsets (`_slots` of queries * batch * heads,).
+    """Grid: (tiles of queries * batch * heads,), with offsets (slots of `_place_in_images` * batch * heads,).
 
     The last tiles see most keys, and go first.
     """
     if offsets is None:
         tiles = tl.cdiv(queries, BLOCK_M)
         rank, row = _place(tiles, rows, group)
-        tile = tiles - 1 - rank
-        row_at = row.to(tl.int64) * queries
+        query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+        query_end, key_end = queries, keys
     else:
-        rank, row = _place(queries // BLOCK_M + images, rows, group)
-        image, origin, length, tile = _image_of(offsets, images, queries, rank, BLOCK_M)
-        tile = tl.where(length > 0, tl.cdiv(length, BLOCK_M) - 1 - tile, tile)
-        row_at = row.to(tl.int64) * queries + origin
-        lengths += image * scales
-        origin = origin.to(tl.int64) * _UNIT
-        q += origin * q_row
-        k += origin * k_row
-        v += origin * v_row
-        out += origin * out_row
-        queries, keys = length, length
+        tile, origin, query_end, row = _place_in_images(offsets, images, queries, rows, group, BLOCK_M)
+        tiles = tl.cdiv(query_end - origin, BLOCK_M)
+        if tile >= tiles:
+            return
+        query = origin + (tiles - 1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        key_end = query_end
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     k += (batch * k_batch + head // share * k_head) * _UNIT
     v += (batch * v_batch + head // share * v_head) * _UNIT
     q += (batch * q_batch + head * q_head) * _UNIT
     out += (batch * out_batch + head * out_head) * _UNIT
 
-    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     wide = query.to(tl.int64)[:, None] * _UNIT
     channel = tl.arange(0, BLOCK_D)
     q_at = q + wide * q_row + channel[None, :]
-    held = _take(q_at, query[:, None], queries, channel[None, :], True, WIDTH)
-    begins = _begins(lengths, scales, prefix, SCALES)
-    position = tl.minimum(query + keys - queries, keys - 1)
+    held = _take(q_at, query[:, None], query_end, channel[None, :], True, WIDTH)
 
     factor = _in_base(softmax_scale, PRECISION)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -351,38 +326,40 @@ def attention_forward_kernel(
     v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + channel[None, :]
     for index in tl.static_range(RANGES):
         if sees is None:
-            first, end = None, _ends_of(begins, position, keys)
-            at, part, last = 0, tl.min(end, 0) // BLOCK_N * BLOCK_N, tl.max(end, 0)
+            position = tl.minimum(query + keys - queries, keys - 1)
+            first, end = None, _ends_of(_begins(lengths, scales, prefix), position, keys)
+            whole, part, last = 0, tl.min(end, 0) // BLOCK_N * BLOCK_N, tl.max(end, 0)
             k_at, v_at = k_from, v_from
         else:
-            first, end = _range_of(begins, sees, scales, position, keys, index, RANGES)
-            begin, at, part, last = _steps(first, end, BLOCK_N)
+            token = tl.minimum(query, query_end - 1) + keys - queries
+            first, end = _range_of(sees, keys, token, index)
+            begin, whole, part, last = _steps(first, end, BLOCK_N)
             k_at = k_from + begin.to(tl.int64) * _UNIT * k_row
             v_at = v_from + begin.to(tl.int64) * _UNIT * v_row
-            for head_at in range(begin, at, BLOCK_N):
+            for head_at in range(begin, whole, BLOCK_N):
                 total, top, weight = _pass_keys(
-                    total, top, weight, held, k_at, v_at, head_at + key, keys, first, end, channel, factor,
+                    total, top, weight, held, k_at, v_at, head_at + key, key_end, first, end, channel, factor,
                     True, WIDTH, PRECISION,
                 )  # fmt: skip
                 k_at += BLOCK_N * _UNIT * k_row
                 v_at += BLOCK_N * _UNIT * v_row
-        for _ in range(at, part, BLOCK_N):
+        for _ in range(whole, part, BLOCK_N):
             total, top, weight = _pass_keys(
-                total, top, weight, held, k_at, v_at, key, keys, first, end, channel, factor, False, WIDTH, PRECISION
+                total, top, weight, held, k_at, v_at, key, key_end, first, end, channel, factor, False, WIDTH, PRECISION
             )
             k_at += BLOCK_N * _UNIT * k_row
             v_at += BLOCK_N * _UNIT * v_row
         for tail_at in range(part, last, BLOCK_N):
             total, top, weight = _pass_keys(
-                total, top, weight, held, k_at, v_at, tail_at + key, keys, first, end, channel, factor,
+                total, top, weight, held, k_at, v_at, tail_at + key, key_end, first, end, channel, factor,
                 True, WIDTH, PRECISION,
             )  # fmt: skip
             k_at += BLOCK_N * _UNIT * k_row
             v_at += BLOCK_N * _UNIT * v_row
 
-    inside = query < queries
+    inside = query < query_end
     log_sum = top + tl.log(weight) if PRECISION == "tf32x3" else (top + tl.log2(weight)) * _LN_2
-    tl.store(lse + row_at + query, log_sum, mask=inside)
+    tl.store(lse + row.to(tl.int64) * queries + query, log_sum, mask=inside)
     out_at = out + wide * out_row + channel[None, :]
     total = total / weight[:, None]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside[:, None] & (channel < WIDTH)[None, :])
@@ -418,8 +395,8 @@ def attention_backward_queries_kernel(
     out,  # like grad
     lse,  # [batch, heads, queries] float32, contiguous
     lengths,  # as forward
-    offsets,  # as forward
     sees,  # as forward
+    offsets,  # as forward
     delta,  # [batch, heads, queries] float32, contiguous; written
     grad_q,  # like grad; written
     queries,
@@ -455,29 +432,21 @@ def attention_backward_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SCALES: tl.constexpr,
     RANGES: tl.constexpr,
 ):
     """Grid: as forward. Fills grad_q and delta."""
     if offsets is None:
         tiles = tl.cdiv(queries, BLOCK_M)
         rank, row = _place(tiles, rows, group)
-        tile = tiles - 1 - rank
-        row_at = row.to(tl.int64) * queries
+        query = (tiles - 1 - rank) * BLOCK_M + tl.arange(0, BLOCK_M)
+        query_end, key_end = queries, keys
     else:
-        rank, row = _place(queries // BLOCK_M + images, rows, group)
-        image, origin, length, tile = _image_of(offsets, images, queries, rank, BLOCK_M)
-        tile = tl.where(length > 0, tl.cdiv(length, BLOCK_M) - 1 - tile, tile)
-        row_at = row.to(tl.int64) * queries + origin
-        lengths += image * scales
-        origin = origin.to(tl.int64) * _UNIT
-        q += origin * q_row
-        k += origin * k_row
-        v += origin * v_row
-        out += origin * out_row
-        grad += origin * grad_row
-        grad_q += origin * grad_q_row
-        queries, keys = length, length
+        tile, origin, query_end, row = _place_in_images(offsets, images, queries, rows, group, BLOCK_M)
+        tiles = tl.cdiv(query_end - origin, BLOCK_M)
+        if tile >= tiles:
+            return
+        query = origin + (tiles - 1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        key_end = query_end
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     k += (batch * k_batch + head // share * k_head) * _UNIT
     v += (batch * v_batch + head // share * v_head) * _UNIT
@@ -486,21 +455,19 @@ def attention_backward_queries_kernel(
     grad += (batch * grad_batch + head * grad_head) * _UNIT
     grad_q += (batch * grad_q_batch + head * grad_q_head) * _UNIT
 
-    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     wide = query.to(tl.int64)[:, None] * _UNIT
     inside = query < queries
     channel = tl.arange(0, BLOCK_D)
     line = channel[None, :]
-    held = _take(q + wide * q_row + line, query[:, None], queries, line, True, WIDTH)
-    held_grad = _take(grad + wide * grad_row + line, query[:, None], queries, line, True, WIDTH)
-    held_out = _take(out + wide * out_row + line, query[:, None], queries, line, True, WIDTH)
+    held = _take(q + wide * q_row + line, query[:, None], query_end, line, True, WIDTH)
+    held_grad = _take(grad + wide * grad_row + line, query[:, None], query_end, line, True, WIDTH)
+    held_out = _take(out + wide * out_row + line, query[:, None], query_end, line, True, WIDTH)
     row_delta = tl.sum(held_grad.to(tl.float32) * held_out.to(tl.float32), 1)
+    at = row.to(tl.int64) * queries + query
     if grad_lse is not None:
-        row_delta -= tl.load(grad_lse + row_at + query, mask=inside, other=0.0)
-    tl.store(delta + row_at + query, row_delta, mask=inside)
-    row_lse = _in_base(tl.load(lse + row_at + query, mask=inside, other=float("inf")), PRECISION)
-    begins = _begins(lengths, scales, prefix, SCALES)
-    position = tl.minimum(query + keys - queries, keys - 1)
+        row_delta -= tl.load(grad_lse + at, mask=inside, other=0.0)
+    tl.store(delta + at, row_delta, mask=inside)
+    row_lse = _in_base(tl.load(lse + at, mask=inside, other=float("inf")), PRECISION)
 
     factor = _in_base(softmax_scale, PRECISION)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -509,31 +476,33 @@ def attention_backward_queries_kernel(
     v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + line
     for index in tl.static_range(RANGES):
         if sees is None:
-            first, end = None, _ends_of(begins, position, keys)
-            at, part, last = 0, tl.min(end, 0) // BLOCK_N * BLOCK_N, tl.max(end, 0)
+            position = tl.minimum(query + keys - queries, keys - 1)
+            first, end = None, _ends_of(_begins(lengths, scales, prefix), position, keys)
+            whole, part, last = 0, tl.min(end, 0) // BLOCK_N * BLOCK_N, tl.max(end, 0)
             k_at, v_at = k_from, v_from
         else:
-            first, end = _range_of(begins, sees, scales, position, keys, index, RANGES)
-            begin, at, part, last = _steps(first, end, BLOCK_N)
+            token = tl.minimum(query, query_end - 1) + keys - queries
+            first, end = _range_of(sees, keys, token, index)
+            begin, whole, part, last = _steps(first, end, BLOCK_N)
             k_at = k_from + begin.to(tl.int64) * _UNIT * k_row
             v_at = v_from + begin.to(tl.int64) * _UNIT * v_row
-            for head_at in range(begin, at, BLOCK_N):
+            for head_at in range(begin, whole, BLOCK_N):
                 total = _pass_keys_back(
-                    total, held, held_grad, row_lse, row_delta, k_at, v_at, head_at + key, keys, first, end,
+                    total, held, held_grad, row_lse, row_delta, k_at, v_at, head_at + key, key_end, first, end,
                     channel, factor, True, WIDTH, PRECISION,
                 )  # fmt: skip
                 k_at += BLOCK_N * _UNIT * k_row
                 v_at += BLOCK_N * _UNIT * v_row
-        for _ in range(at, part, BLOCK_N):
+        for _ in range(whole, part, BLOCK_N):
             total = _pass_keys_back(
-                total, held, held_grad, row_lse, row_delta, k_at, v_at, key, keys, first, end, channel, factor,
+                total, held, held_grad, row_lse, row_delta, k_at, v_at, key, key_end, first, end, channel, factor,
                 False, WIDTH, PRECISION,
             )  # fmt: skip
             k_at += BLOCK_N * _UNIT * k_row
             v_at += BLOCK_N * _UNIT * v_row
         for tail_at in range(part, last, BLOCK_N):
             total = _pass_keys_back(
-                total, held, held_grad, row_lse, row_delta, k_at, v_at, tail_at + key, keys, first, end,
+                total, held, held_grad, row_lse, row_delta, k_at, v_at, tail_at + key, key_end, first, end,
                 channel, factor, True, WIDTH, PRECISION,
             )  # fmt: skip
             k_at += BLOCK_N * _UNIT * k_row
@@ -580,8 +549,8 @@ def attention_backward_keys_kernel(
     v,  # like k
     lse,  # [batch, heads, queries] float32, contiguous
     lengths,  # as forward
+    seen_by,  # [RANGES, 2, keys] int32: begins and ends of the tokens that see each key; None: from its scale on
     offsets,  # as forward
-    seen_by,  # [scales, RANGES, 2] int32: ranges of blocks that see a block, -1 from itself; None: from its begin
     delta,  # [batch, heads, queries] float32, contiguous
     grad_k,  # like k; written
     grad_v,  # like k; written
@@ -618,30 +587,22 @@ def attention_backward_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SCALES: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """Grid: (tiles of keys * batch * key heads,), with offsets (`_slots` of keys * batch * key heads,).
+    """Grid: (tiles of keys * batch * key heads,), with offsets (slots of `_place_in_images` * batch * key heads,).
 
     The first tiles are seen by most queries, and go first.
     """
-    tokens = queries  # rows of lse and delta a head
     if offsets is None:
-        tile, row = _place(tl.cdiv(keys, BLOCK_N), rows, group)
+        rank, row = _place(tl.cdiv(keys, BLOCK_N), rows, group)
+        key = rank * BLOCK_N + tl.arange(0, BLOCK_N)
+        query_end, key_end = queries, keys
     else:
-        rank, row = _place(keys // BLOCK_N + images, rows, group)
-        image, origin, length, tile = _image_of(offsets, images, keys, rank, BLOCK_N)
-        lengths += image * scales
-        lse += origin
-        delta += origin
-        origin = origin.to(tl.int64) * _UNIT
-        q += origin * q_row
-        k += origin * k_row
-        v += origin * v_row
-        grad += origin * grad_row
-        grad_k += origin * grad_k_row
-        grad_v += origin * grad_v_row
-        queries, keys = length, length
+        tile, origin, key_end, row = _place_in_images(offsets, images, keys, rows, group, BLOCK_N)
+        key = origin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        if origin + tile * BLOCK_N >= key_end:
+            return
+        query_end = key_end
     groups = heads // share
     batch, head = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
     k += (batch * k_batch + head * k_head) * _UNIT
@@ -649,14 +610,11 @@ def attention_backward_keys_kernel(
     grad_k += (batch * grad_k_batch + head * grad_k_head) * _UNIT
     grad_v += (batch * grad_v_batch + head * grad_v_head) * _UNIT
 
-    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = key.to(tl.int64)[:, None] * _UNIT
     channel = tl.arange(0, BLOCK_D)
     line = channel[None, :]
-    held_k = _take(k + wide * k_row + line, key[:, None], keys, line, True, WIDTH)
-    held_v = _take(v + wide * v_row + line, key[:, None], keys, line, True, WIDTH)
-    begins = _begins(lengths, scales, prefix, SCALES)
-    position = tl.minimum(key, keys - 1)
+    held_k = _take(k + wide * k_row + line, key[:, None], key_end, line, True, WIDTH)
+    held_v = _take(v + wide * v_row + line, key[:, None], key_end, line, True, WIDTH)
     offset = keys - queries  # position of the first query
 
     factor = _in_base(softmax_scale, PRECISION)
@@ -665,14 +623,15 @@ def attention_backward_keys_kernel(
     ahead = tl.arange(0, BLOCK_M)
     for index in tl.static_range(RANGES):
         if seen_by is None:
-            begin, end, last = _begins_of(begins, position), None, queries
+            begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
+            end, last = None, queries
         else:
-            begin, end = _range_of(begins, seen_by, scales, position, keys, index, RANGES)
+            begin, end = _range_of(seen_by, keys, tl.minimum(key, key_end - 1), index)
             last = tl.max(end, 0) - offset
         first = tl.maximum(tl.min(begin, 0) - offset, 0)
         for sharer in range(share):
             query_head = head * share + sharer
-            row_at = (batch * heads + query_head) * tokens
+            row_at = (batch * heads + query_head) * queries
             q_at = q + (batch * q_batch + query_head * q_head) * _UNIT
             grad_at = grad + (batch * grad_batch + query_head * grad_head) * _UNIT
             # One loop with the mask: a second one without it costs 20 to 100 registers, and those spill.
@@ -681,10 +640,10 @@ def attention_backward_keys_kernel(
                 far = query.to(tl.int64)[:, None] * _UNIT
                 total_k, total_v = _pass_queries(
                     total_k, total_v, held_k, held_v, q_at + far * q_row + line, grad_at + far * grad_row + line,
-                    lse + row_at, delta + row_at, query, queries, offset, begin, end, channel, factor,
+                    lse + row_at, delta + row_at, query, query_end, offset, begin, end, channel, factor,
                     WIDTH, PRECISION,
                 )  # fmt: skip
-    inside = (key < keys)[:, None] & (line < WIDTH)
+    inside = (key < key_end)[:, None] & (line < WIDTH)
     total_k *= softmax_scale
     tl.store(grad_k + wide * grad_k_row + line, total_k.to(grad_k.dtype.element_ty), mask=inside)
     tl.store(grad_v + wide * grad_v_row + line, total_v.to(grad_v.dtype.element_ty), mask=inside)
@@ -725,61 +684,59 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _programs(tokens: int, tile: int, offsets: torch.Tensor | None) -> int:
-    """A row of heads: one a tile, or a slot where there are several images (see `_image_of`)."""
+    """A row of heads: one a tile, or a slot where there are several images (see `_place_in_images`)."""
     return triton.cdiv(tokens, tile) if offsets is None else tokens // tile + offsets.shape[0]
 
 
-def _sizes(lengths: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, int]:
+def _sizes(lengths: torch.Tensor | None, offsets: torch.Tensor | None) -> tuple[int, int]:
     """Images and scales."""
-    return 1 if offsets is None else offsets.shape[0], lengths.shape[-1]
+    return 1 if offsets is None else offsets.shape[0], 0 if lengths is None else lengths.shape[0]
 
 
-def _switches(lengths: torch.Tensor, table: torch.Tensor | None) -> dict[str, int]:
-    """What is compiled in of a mask."""
-    scales = max(MAX_SCALES, triton.next_power_of_2(lengths.shape[-1]))
-    return {"SCALES": scales, "RANGES": 1 if table is None else table.shape[1]}
+def _ranges(table: torch.Tensor | None) -> int:
+    return 1 if table is None else table.shape[0]
 
 
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     prefix: int,
     softmax_scale: float,
     capability: int,
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
-    offsets: torch.Tensor | None = None,
     sees: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> None:
     """Fills out and lse.
 
     Args:
         q: (B, H, Lq, D); k, v: (B, G, L, D), Lq at most L; `aligned`.
-        lengths: (S,) int32 or int64, of the scales, contiguous; with offsets (N, S) int32.
+        lengths: (S,) int32 or int64, of the scales, contiguous; None with sees.
         prefix: tokens before the first scale.
         softmax_scale: factor on the scores, not negative.
         capability: of the device, 90 for 9.0.
         out: like q.
         lse: (B, H, Lq) float32, contiguous.
-        offsets: (N,) int32, ascending from 0, contiguous: the first token of each of N images, Lq = L; None is one.
-        sees: (S, R, 2) int32, contiguous: the blocks that each of at most MAX_BLOCKS blocks sees, as R disjoint ranges
-            of them (at most MAX_RANGES; an empty one is 0, 0), where an end of -1 is the token that looks; None: the
-            scales up to its own.
+        sees: (R, 2, L) int32, contiguous: for every token the keys that it sees, as R disjoint ranges [begin, end),
+            some perhaps empty; None: those to the end of its scale.
+        offsets: (N,) int32, ascending from 0, contiguous, with sees and Lq = L: the first token of each of N images, of
+            which each sees itself alone; None is one.
     """
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     rows = batch * heads
     tile = forward_tile(width, q.element_size(), capability)
     attention_forward_kernel[(_programs(queries, tile.held, offsets) * rows,)](
-        q, k, v, lengths, offsets, sees, out, lse, queries, keys, heads, heads // k.shape[1],
+        q, k, v, lengths, sees, offsets, out, lse, queries, keys, heads, heads // k.shape[1],
         rows, _group(rows, 2 * keys * width * k.element_size()), *_sizes(lengths, offsets), prefix,
         softmax_scale,
         *_strides(q), *_strides(k), *_strides(v), *_strides(out),
         WIDTH=width, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=_block(width),
-        **_switches(lengths, sees), num_warps=tile.warps, num_stages=tile.stages,
+        RANGES=_ranges(sees), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -791,7 +748,7 @@ def attention_backward(
     out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     lse: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     prefix: int,
     softmax_scale: float,
     capability: int,
@@ -800,21 +757,20 @@ def attention_backward(
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
     *,
-    offsets: torch.Tensor | None = None,
     sees: torch.Tensor | None = None,
     seen_by: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> None:
     """Fills grad_q, grad_k and grad_v.
 
     Args:
         grad: gradient of out, like q, `aligned`.
         grad_lse: of lse, like lse, or None.
-        q, k, v, out, lse, lengths, prefix, softmax_scale, capability, offsets, sees: as `attention_forward` had and
+        q, k, v, out, lse, lengths, prefix, softmax_scale, capability, sees, offsets: as `attention_forward` had and
             left them.
         delta: workspace like lse.
         grad_q, grad_k, grad_v: like q, k, v.
-        seen_by: with sees, the same the other way round: the blocks that see each block, as disjoint ranges, where a
-            begin of -1 is the token that is looked at.
+        seen_by: with sees, (P, 2, L) int32, contiguous: the tokens that see each key, likewise.
     """
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
@@ -823,20 +779,20 @@ def attention_backward(
     rows = batch * heads
     tile = query_tile(width, size, capability)
     attention_backward_queries_kernel[(_programs(queries, tile.held, offsets) * rows,)](
-        grad, grad_lse, q, k, v, out, lse, lengths, offsets, sees, delta, grad_q, queries, keys, heads, share,
+        grad, grad_lse, q, k, v, out, lse, lengths, sees, offsets, delta, grad_q, queries, keys, heads, share,
         rows, _group(rows, 2 * keys * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
         *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(grad_q),
-        **shape, **_switches(lengths, sees), BLOCK_M=tile.held, BLOCK_N=tile.passed,
+        **shape, RANGES=_ranges(sees), BLOCK_M=tile.held, BLOCK_N=tile.passed,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     rows = batch * groups
     tile = key_tile(width, size, capability)
     attention_backward_keys_kernel[(_programs(keys, tile.held, offsets) * rows,)](
-        grad, q, k, v, lse, lengths, offsets, seen_by, delta, grad_k, grad_v, queries, keys, heads, share,
+        grad, q, k, v, lse, lengths, seen_by, offsets, delta, grad_k, grad_v, queries, keys, heads, share,
         rows, _group(rows, 2 * share * queries * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
         *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(grad_k),
         *_strides(grad_v),
-        **shape, **_switches(lengths, seen_by), BLOCK_M=tile.passed, BLOCK_N=tile.held,
+        **shape, RANGES=_ranges(seen_by), BLOCK_M=tile.passed, BLOCK_N=tile.held,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -868,7 +824,6 @@ def _cases() -> list[tuple]:
                     "BLOCK_M": tile.passed if keys_held else tile.held,
                     "BLOCK_N": tile.held if keys_held else tile.passed,
                     "BLOCK_D": _block(width),
-                    "SCALES": MAX_SCALES,
                     "RANGES": 1,
                     **{name: None for name in kernel.arg_names if name in ("offsets", "sees", "seen_by")},
                 }

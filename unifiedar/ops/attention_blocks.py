@@ -3,9 +3,9 @@
     lse_i = log sum_j exp(softmax_scale q_i . k_j), over the j that i sees
     out_i = sum_j exp(softmax_scale q_i . k_j - lse_i) v_j
 
-Who sees whom is a `masks.Mask`: the tokens of each block, of several images one after another, and which blocks a block
-sees. Shapes, grouped queries and queries fewer than keys are those of `ops.block_causal_attention`, whose kernels do
-the work.
+Who sees whom is a `masks.Mask`: a few ranges of tokens for every token, of one image or of several one after another.
+Shapes, grouped queries and queries fewer than keys are those of `ops.block_causal_attention`, whose kernels do the
+work.
 """
 
 from typing import Literal, overload
@@ -33,41 +33,30 @@ __all__ = ["block_attention"]
 # ---- definitions -----------------------------------------------------------------------------------------------------
 
 
-def _unseen(queries: int, keys: int, lengths: Tensor, offsets: Tensor | None, sees: Tensor | None) -> Tensor:
-    """(Lq, L): whether the query does not see the key; the last block of the last image goes on to the end."""
-    token = torch.arange(keys, device=lengths.device)
-    first = lengths.new_zeros(1) if offsets is None else offsets
-    image = (token[:, None] >= first).sum(1) - 1
-    begins = lengths.cumsum(1) - lengths
-    block = ((token - first[image])[:, None] >= begins[image]).sum(1) - 1
-    behind = keys - queries
-    same = image[behind:, None] == image
-    if sees is None:
-        return ~(same & (block <= block[behind:, None]))
-    begin, end = sees[block[behind:]].unbind(-1)  # (Lq, R)
-    before_end = torch.where(
-        (end < 0)[:, None], (token <= token[behind:, None])[..., None], block[:, None] < end[:, None]
-    )
-    return ~(same & ((block[:, None] >= begin[:, None]) & before_end).any(-1))
+def _unseen(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
+    """(Lq, L): whether the query does not see the key."""
+    queries, keys = q.shape[2], k.shape[2]
+    token = torch.arange(keys, device=k.device)
+    begin, end = sees[:, :, keys - queries :, None].unbind(1)  # (R, Lq, 1)
+    return ~((begin <= token) & (token < end)).any(0)
 
 
-def _blocks_eager(q, k, v, lengths, offsets, sees, seen_by, softmax_scale):
-    return _attend(q, k, v, _unseen(q.shape[2], k.shape[2], lengths, offsets, sees), softmax_scale)
+def _blocks_eager(q, k, v, sees, seen_by, offsets, softmax_scale):
+    return _attend(q, k, v, _unseen(q, k, sees), softmax_scale)
 
 
-def _blocks_backward_eager(grad, grad_lse, q, k, v, out, lse, lengths, offsets, sees, seen_by, softmax_scale):
-    unseen = _unseen(q.shape[2], k.shape[2], lengths, offsets, sees)
-    return _attend_backward(grad, grad_lse, q, k, v, out, lse, unseen, softmax_scale)
+def _blocks_backward_eager(grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, softmax_scale):
+    return _attend_backward(grad, grad_lse, q, k, v, out, lse, _unseen(q, k, sees), softmax_scale)
 
 
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
 
 
-def _blocks_fake(q, k, v, lengths, offsets, sees, seen_by, softmax_scale):
+def _blocks_fake(q, k, v, sees, seen_by, offsets, softmax_scale):
     return _outputs(q)
 
 
-def _blocks_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, offsets, sees, seen_by, softmax_scale):
+def _blocks_backward_fake(grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, softmax_scale):
     return _gradients(q, k, v)
 
 
@@ -78,14 +67,14 @@ def _blocks_setup(ctx, inputs, output):
 
 
 def _blocks_gradient(ctx, grad, grad_lse):
-    q, k, v, lengths, offsets, sees, seen_by, out, lse = ctx.saved_tensors
-    nothing = (None,) * 5
+    q, k, v, sees, seen_by, offsets, out, lse = ctx.saved_tensors
+    nothing = (None,) * 4
     if grad is None and grad_lse is None:
         return None, None, None, *nothing
     if grad is None:
         grad = torch.zeros_like(out)
     gradients = _block_attention_backward(
-        grad, grad_lse, q, k, v, out, lse, lengths, offsets, sees, seen_by, ctx.softmax_scale, ctx.backend
+        grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, ctx.softmax_scale, ctx.backend
     )
     return *gradients, *nothing
 
@@ -97,34 +86,33 @@ def _blocks_backward_unfit_triton(grad, grad_lse, q, k, v, *_mask) -> str | None
     return _attention_unfit_triton(q, k, v)
 
 
-def _run_blocks_triton(q, k, v, lengths, offsets, sees, seen_by, softmax_scale):
+def _run_blocks_triton(q, k, v, sees, seen_by, offsets, softmax_scale):
     out, lse = _outputs(q)
     if not lse.numel():
         return out, lse
     with torch.cuda.device_of(q):
         _native.kernels("attention").attention_forward(
-            *_readable(q, k, v), lengths, 0, softmax_scale, _native.capability(q), out, lse,
-            offsets=offsets, sees=sees,
+            *_readable(q, k, v), None, 0, softmax_scale, _native.capability(q), out, lse, sees=sees, offsets=offsets,
         )  # fmt: skip
     return out, lse
 
 
-def _run_blocks_backward_triton(grad, grad_lse, q, k, v, out, lse, lengths, offsets, sees, seen_by, softmax_scale):
+def _run_blocks_backward_triton(grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, softmax_scale):
     gradients = _gradients(q, k, v)
     if not lse.numel():
         return _all_zero(gradients)
     with torch.cuda.device_of(q):
         _native.kernels("attention").attention_backward(
             *_readable(grad, q, k, v, out), None if grad_lse is None else grad_lse.contiguous(), lse.contiguous(),
-            lengths, 0, softmax_scale, _native.capability(q), torch.empty_like(lse), *gradients,
-            offsets=offsets, sees=sees, seen_by=seen_by,
+            None, 0, softmax_scale, _native.capability(q), torch.empty_like(lse), *gradients,
+            sees=sees, seen_by=seen_by, offsets=offsets,
         )  # fmt: skip
     return gradients
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
-_MASK = "Tensor lengths, Tensor? offsets, Tensor? sees, Tensor? seen_by"
+_MASK = "Tensor sees, Tensor seen_by, Tensor? offsets"
 
 _block_attention = Op(
     f"block_attention(Tensor q, Tensor k, Tensor v, {_MASK}, float softmax_scale) -> (Tensor, Tensor)",
@@ -208,11 +196,11 @@ def block_attention(
     softmax_scale = _check_inputs(function, q, k, v, softmax_scale)
     if not isinstance(mask, Mask):
         raise TypeError(f"{function}: mask must be a mask of ops.masks, got {type(mask).__name__}")
-    _checks.check_same_device(function, "mask", mask.lengths, "q", q)
+    _checks.check_same_device(function, "mask", mask.sees, "q", q)
     queries, length = q.shape[2], k.shape[2]
-    if mask.tokens is not None and mask.tokens != length:
+    if mask.tokens != length:
         raise ValueError(f"{function}: mask must be of the {length} tokens of k, got one of {mask.tokens}")
     if mask.offsets is not None and queries != length:
         raise ValueError(f"{function}: q must have the {length} tokens of k where images are packed, got {queries}")
-    out, lse = _block_attention(q, k, v, mask.lengths, mask.offsets, mask.sees, mask.seen_by, softmax_scale, backend)
+    out, lse = _block_attention(q, k, v, mask.sees, mask.seen_by, mask.offsets, softmax_scale, backend)
     return (out, lse) if return_lse else out

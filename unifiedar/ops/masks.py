@@ -1,59 +1,58 @@
-"""Masks in a few integers: which blocks of tokens see which, for `ops.block_attention`.
+"""Masks in a few integers a token: which blocks of tokens see which, for `ops.block_attention`.
 
-A sequence is blocks one after another, scales for instance. A mask says how many tokens each block has and which blocks
-it sees, whole: nothing of it is a number a token, and nothing L x L. Lengths may lie in a tensor that only the device
-reads, so that other lengths need no new mask to be worked out on the host. Several images of different lengths go one
-after another in one sequence (packed): each sees itself alone.
+A sequence is blocks one after another, scales for instance, and a mask says how many tokens each block has and which
+blocks it sees, whole. What is kept of it is at most four ranges a token; nothing is L x L. Several images of different
+lengths go one after another in one sequence (packed): each sees itself alone.
 
-Make a mask once a batch, not once a layer; all layers read it.
+Make a mask once a batch, not once a layer; all layers read it. Lengths may lie in a tensor that only the device reads:
+then a few torch operators on that device make the mask, without waiting for it, and a CUDA graph may hold them.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unifiedar.ops import _checks
 
-__all__ = ["MAX_BLOCKS", "MAX_RANGES", "Mask", "blocks", "causal", "packed", "skip_causal", "sliding", "spacetime"]
+__all__ = ["MAX_RANGES", "Mask", "blocks", "causal", "packed", "skip_causal", "sliding", "spacetime"]
 
-MAX_BLOCKS = 128
 MAX_RANGES = 4
-SELF = -1  # in a table: the token that looks (end), or that is looked at (begin)
+_SELF = -1  # in a table of blocks: the token that looks (as an end), or that is looked at (as a begin)
 
 Lengths = Sequence[int] | Sequence[Sequence[int]] | Tensor
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Blocks of tokens and who sees whom; made by the functions of this module, all tensors int32 on one device.
+    """Who sees whom among L tokens; made by the functions of this module. All tensors are int32 on one device.
 
     Args:
-        lengths: (N, S) tokens of every block of every image.
+        sees: (R, 2, L) the tokens that each token sees, as R disjoint ranges [begin, end), some perhaps empty.
+        seen_by: (P, 2, L) the tokens that see each token, likewise.
         offsets: (N,) the first token of every image; None: one image, which may have more keys than queries.
-        sees: (S, R, 2) the blocks that each block sees, as disjoint ranges [begin, end) of at most `MAX_RANGES`, an
-            empty one (0, 0); an end of -1 is the token that looks. None: those up to itself.
-        seen_by: (S, P, 2) the blocks that see each block, likewise; a begin of -1 is the token that is looked at.
-        tokens: of all images; None where only the device knows.
     """
 
-    lengths: Tensor
+    sees: Tensor
+    seen_by: Tensor
     offsets: Tensor | None
-    sees: Tensor | None
-    seen_by: Tensor | None
-    tokens: int | None
+
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return self.sees.shape[2]
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.lengths.device
+        return self.sees.device
 
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask on a device."""
-        names = ("lengths", "offsets", "sees", "seen_by")
-        moved = {name: x if x is None else x.to(device) for name in names for x in (getattr(self, name),)}
-        return replace(self, **moved)
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return Mask(self.sees.to(device), self.seen_by.to(device), offsets)
 
 
 def blocks(
@@ -61,15 +60,18 @@ def blocks(
     sees: Sequence[Iterable[int]],
     *,
     causal: Iterable[int] = (),
+    tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> Mask:
     """The mask in which a block sees the blocks that it names.
 
     Args:
-        lengths: tokens of each of S blocks, 1 to 128 of them, zeros allowed: S integers, or for a packed batch N
-            sequences of as many; or an int32 or int64 tensor (S,) or (N, S) of them. All images have the same S.
-        sees: for each block the numbers of those that it sees, itself among them; at most 4 runs of neighbours.
-        causal: blocks in which a token sees only those up to itself, of its own block.
+        lengths: tokens of each of S blocks, zeros allowed: S integers, or for a packed batch N sequences of as many; or
+            an int32 or int64 tensor (S,) or (N, S) of them. All images have the same S.
+        sees: for each block the numbers of those that it sees, itself among them: at most 4 runs of neighbours.
+        causal: blocks in which a token sees, of its own block, only those up to itself.
+        tokens: L, the sum of all lengths. Needed for a tensor on a GPU alone, which is not looked at here: lengths
+            below 0 count as 0 there, what is beyond L is cut off, and the last block goes on to L.
         device: of the mask; None is the one of a tensor, else the CPU.
 
     Returns:
@@ -77,15 +79,11 @@ def blocks(
 
     Raises:
         TypeError: for arguments of another type or dtype.
-        ValueError: for lengths below 0, a number of blocks that does not match or is out of range, a block that is not
-            there or does not see itself, or one that sees, or is seen by, more than 4 runs.
-
-    Note:
-        The lengths of a tensor on a GPU are not looked at: what is below 0 counts as 0, and the last block of the last
-        image goes on to the last token. Two or more images need as many queries as keys.
+        ValueError: for lengths below 0 or that do not add up to tokens, no blocks, a number of blocks that does not
+            match, a block that is not there or does not see itself, or one that sees, or is seen by, more than 4 runs.
     """
     function = "blocks"
-    sizes, tokens = _lengths(function, lengths, device)
+    sizes, total = _lengths(function, lengths, tokens, device)
     count = sizes.shape[1]
     seen = [set(some) for some in sees]
     if len(seen) != count:
@@ -112,10 +110,10 @@ def blocks(
                     f"{function}: {name} must let a block {what} at most {MAX_RANGES} runs of blocks, "
                     f"got {len(runs)} for block {i}"
                 )
-    return _made(sizes, tokens, _table(ahead), _table(back))
+    return _made(sizes, total, ahead, back)
 
 
-def packed(scale_lengths: Lengths, *, device: torch.device | str | None = None) -> Mask:
+def packed(scale_lengths: Lengths, *, tokens: int | None = None, device: torch.device | str | None = None) -> Mask:
     """The mask of several images one after another, each as `ops.block_causal_attention` has it.
 
     A token sees the tokens of its own image in its own scale and all earlier ones. Each image comes out bit for bit as
@@ -124,33 +122,37 @@ def packed(scale_lengths: Lengths, *, device: torch.device | str | None = None) 
 
     Args:
         scale_lengths: tokens of each scale of each of N images: sequences of integers, one an image, not all of the
-            same length, or an int32 or int64 tensor (N, S), 0 where there is no scale; up to 128 scales, one or more
-            images. One sequence, or (S,), is one image.
-        device: as `blocks` has it.
+            same length, or an int32 or int64 tensor (N, S), 0 where there is no scale. One sequence, or (S,), is one
+            image.
+        tokens, device: as `blocks` has them.
 
     Returns:
         The mask.
 
     Raises:
         TypeError: for arguments of another type or dtype.
-        ValueError: for lengths below 0 or a number of scales out of range.
+        ValueError: for lengths below 0 or that do not add up to tokens, or no scales.
     """
-    return _made(*_lengths("packed", scale_lengths, device), None, None)
+    sizes, total = _lengths("packed", scale_lengths, tokens, device)
+    count = sizes.shape[1]
+    return _made(sizes, total, [[(0, i + 1)] for i in range(count)], [[(i, count)] for i in range(count)])
 
 
-def causal(lengths: int | Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Mask:
+def causal(
+    lengths: int | Sequence[int] | Tensor, *, tokens: int | None = None, device: torch.device | str | None = None
+) -> Mask:
     """The mask in which a token sees those up to itself.
 
     Args:
         lengths: of the sequence, or of several that are packed: integers, or an int32 or int64 tensor (N,).
-        device: as `blocks` has it.
+        tokens, device: as `blocks` has them.
 
     Returns:
         The mask.
 
     Raises:
         TypeError: for arguments of another type or dtype.
-        ValueError: for lengths below 0, or none.
+        ValueError: for lengths below 0 or that do not add up to tokens, or none.
     """
     if isinstance(lengths, Tensor):
         rows: Lengths = lengths[:, None] if lengths.ndim == 1 else lengths
@@ -158,48 +160,55 @@ def causal(lengths: int | Sequence[int] | Tensor, *, device: torch.device | str 
         rows = [[length] for length in lengths]
     else:
         rows = [[lengths]]
-    return blocks(rows, [[0]], causal=[0], device=device)
+    return blocks(rows, [[0]], causal=[0], tokens=tokens, device=device)
 
 
-def sliding(scale_lengths: Lengths, window: int, *, sinks: int = 0, device: torch.device | str | None = None) -> Mask:
+def sliding(
+    scale_lengths: Lengths,
+    window: int,
+    *,
+    sinks: int = 0,
+    tokens: int | None = None,
+    device: torch.device | str | None = None,
+) -> Mask:
     """The mask in which a scale sees itself, the `window` scales before it, and the first `sinks` scales.
 
     Args:
         scale_lengths: as `blocks` has lengths.
         window: scales before its own that a token sees, at least 0.
         sinks: the first scales that everybody behind them sees, at least 0: 1 if the first is a text.
-        device: as `blocks` has it.
+        tokens, device: as `blocks` has them.
 
     Returns:
         The mask.
 
     Raises:
         TypeError: for arguments of another type or dtype.
-        ValueError: for lengths, window or sinks below 0, or a number of scales out of range.
+        ValueError: for lengths, window or sinks below 0, lengths that do not add up to tokens, or no scales.
     """
     _checks.check_integer("sliding", "window", window, 0)
     _checks.check_integer("sliding", "sinks", sinks, 0)
     count = _count(scale_lengths)
     seen = [{*range(max(0, i - window), i + 1), *range(min(sinks, i))} for i in range(count)]
-    return blocks(scale_lengths, seen, device=device)
+    return blocks(scale_lengths, seen, tokens=tokens, device=device)
 
 
-def skip_causal(block_lengths: Lengths, *, device: torch.device | str | None = None) -> Mask:
+def skip_causal(block_lengths: Lengths, *, tokens: int | None = None, device: torch.device | str | None = None) -> Mask:
     """The mask of blocks that are denoised one by one: first all clean ones, then all noised ones, as many.
 
     A clean block sees the clean ones up to itself; a noised one the clean ones before its own, and itself (the
     skip-causal mask of Hu et al., "ACDiT" (2024), section 3).
 
     Args:
-        block_lengths: of the B clean blocks, as `blocks` has lengths, B at most 64; the noised ones have the same.
-        device: as `blocks` has it.
+        block_lengths: of the B clean blocks, as `blocks` has lengths; the noised ones have the same.
+        tokens, device: as `blocks` has them.
 
     Returns:
         The mask, of 2 B blocks.
 
     Raises:
         TypeError: for arguments of another type or dtype.
-        ValueError: for lengths below 0 or a number of blocks out of range.
+        ValueError: for lengths below 0 or that do not add up to tokens (twice their sum), or no blocks.
     """
     count = _count(block_lengths)
     if isinstance(block_lengths, Tensor):
@@ -210,7 +219,7 @@ def skip_causal(block_lengths: Lengths, *, device: torch.device | str | None = N
         twice = [*block_lengths, *block_lengths]  # type: ignore[list-item]
     clean = [range(i + 1) for i in range(count)]
     noised = [[*range(i), count + i] for i in range(count)]
-    return blocks(twice, [*clean, *noised], device=device)
+    return blocks(twice, [*clean, *noised], tokens=tokens, device=device)
 
 
 def spacetime(text: int, clips: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Mask:
@@ -221,8 +230,7 @@ def spacetime(text: int, clips: Sequence[Sequence[int]], *, device: torch.device
 
     Args:
         text: tokens of the text, at least 0.
-        clips: for each clip the tokens of its scales, all frames of a scale together; with the text at most 128
-            blocks.
+        clips: for each clip the tokens of its scales, all frames of a scale together.
         device: of the mask; None is the CPU.
 
     Returns:
@@ -230,7 +238,7 @@ def spacetime(text: int, clips: Sequence[Sequence[int]], *, device: torch.device
 
     Raises:
         TypeError: for arguments of another type.
-        ValueError: for lengths below 0, a clip without scales, or too many blocks.
+        ValueError: for lengths below 0, or a clip without scales.
     """
     function = "spacetime"
     _checks.check_integer(function, "text", text, 0)
@@ -260,65 +268,81 @@ def _count(lengths: Lengths) -> int:
     return len(lengths[0]) if _nested(lengths) else len(lengths)  # type: ignore[arg-type]
 
 
-def _lengths(function: str, lengths: Lengths, device: torch.device | str | None) -> tuple[Tensor, int | None]:
-    """(N, S) int32, and the sum of all if the host knows it."""
+def _lengths(
+    function: str, lengths: Lengths, tokens: int | None, device: torch.device | str | None
+) -> tuple[Tensor, int]:
+    """(N, S) int64 on the mask's device, and the sum of all."""
+    if tokens is not None:
+        _checks.check_integer(function, "tokens", tokens, 0)
     if isinstance(lengths, Tensor):
         _checks.check_tensor(function, "lengths", lengths, (torch.int32, torch.int64))
         if lengths.ndim not in (1, 2):
             raise ValueError(f"{function}: lengths must be (S,) or (N, S), got {tuple(lengths.shape)}")
-        sizes = lengths.detach()
-        sizes = sizes[None] if sizes.ndim == 1 else sizes
+        sizes = (lengths[None] if lengths.ndim == 1 else lengths).detach().long()
         _check_sizes(function, *sizes.shape)
-        tokens = None
-        if sizes.device.type == "cpu":
-            least, tokens = int(sizes.min()), int(sizes.sum())
-            if least < 0:
-                raise ValueError(f"{function}: lengths must be at least 0, got {least}")
-        return sizes.to(sizes.device if device is None else device, torch.int32).clamp(min=0).contiguous(), tokens
-    if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
-        raise TypeError(f"{function}: lengths must be integers or a tensor, got {type(lengths).__name__}")
-    rows = [list(row) for row in lengths] if _nested(lengths) else [list(lengths)]  # type: ignore[arg-type]
-    widest = max(map(len, rows))
-    _check_sizes(function, len(rows), widest)
-    for row in rows:
-        for value in row:
-            _checks.check_integer(function, "lengths", value, 0)
-    if function != "packed" and min(map(len, rows)) != widest:
-        raise ValueError(f"{function}: lengths must have as many blocks for each image, got {sorted(map(len, rows))}")
-    filled = [row + [0] * (widest - len(row)) for row in rows]
-    return torch.tensor(filled, dtype=torch.int32).to(device or "cpu"), sum(map(sum, rows))
+        if sizes.device.type != "cpu":
+            if tokens is None:
+                raise ValueError(f"{function}: tokens must be given for lengths on a device, which are not looked at")
+            return (sizes if device is None else sizes.to(device)).clamp(min=0), tokens
+        least = int(sizes.min())
+        if least < 0:
+            raise ValueError(f"{function}: lengths must be at least 0, got {least}")
+    else:
+        if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
+            raise TypeError(f"{function}: lengths must be integers or a tensor, got {type(lengths).__name__}")
+        rows = [list(row) for row in lengths] if _nested(lengths) else [list(lengths)]  # type: ignore[arg-type]
+        counts = sorted(map(len, rows))
+        _check_sizes(function, len(rows), counts[-1])
+        for row in rows:
+            for value in row:
+                _checks.check_integer(function, "lengths", value, 0)
+        if function != "packed" and counts[0] != counts[-1]:
+            raise ValueError(f"{function}: lengths must be of as many blocks for each image, got {counts}")
+        sizes = torch.tensor([row + [0] * (counts[-1] - len(row)) for row in rows])
+    total = int(sizes.sum())
+    if tokens is not None and tokens != total:
+        raise ValueError(f"{function}: tokens must be the sum of lengths, {total}, got {tokens}")
+    return sizes if device is None else sizes.to(device), total
 
 
 def _check_sizes(function: str, images: int, count: int) -> None:
     if images < 1:
         raise ValueError(f"{function}: lengths must be of one or more images, got {images}")
-    if not 1 <= count <= MAX_BLOCKS:
-        raise ValueError(f"{function}: lengths must be of 1 to {MAX_BLOCKS} blocks, got {count}")
+    if count < 1:
+        raise ValueError(f"{function}: lengths must be of one or more blocks, got {count}")
 
 
-def _ranges(some: set[int], stepped: bool, own: int, back: bool) -> list[tuple[int, int]]:
+def _ranges(some: set[int], stepped: bool, own: int, back: bool) -> list[Range]:
     """Runs of neighbours as [begin, end), cut at the token itself in a block where tokens see only those before."""
-    runs: list[tuple[int, int]] = []
+    runs: list[Range] = []
     for one in sorted(some):
-        if runs and runs[-1][1] == one and not (stepped and one == own and back):
+        cut = stepped and one == own
+        if runs and runs[-1][1] == one and not (cut and back):
             runs[-1] = (runs[-1][0], one + 1)
         else:
-            runs.append((SELF if stepped and one == own and back else one, one + 1))
-        if stepped and one == own and not back:
-            runs[-1] = (runs[-1][0], SELF)
+            runs.append((_SELF if cut and back else one, one + 1))
+        if cut and not back:
+            runs[-1] = (runs[-1][0], _SELF)
     return runs
 
 
-def _table(rows: list[list[tuple[int, int]]]) -> Tensor:
-    """(S, R, 2), with empty ranges behind those that there are."""
-    widest = max(map(len, rows))
-    return torch.tensor([row + [(0, 0)] * (widest - len(row)) for row in rows], dtype=torch.int32)
+def _made(sizes: Tensor, tokens: int, sees: list[list[Range]], seen_by: list[list[Range]]) -> Mask:
+    """From lengths (N, S), and ranges of blocks for each of the S blocks."""
+    flat = sizes.flatten()
+    begins = (flat.cumsum(0) - flat).clamp(max=tokens)
+    token = torch.arange(tokens, device=sizes.device)
+    place = torch.searchsorted(begins, token, right=True) - 1  # of the blocks that begin there, the last
+    begins = torch.cat((begins, begins.new_full((1,), tokens)))
+    count = sizes.shape[1]
+    offsets = begins[:-1:count].to(torch.int32) if sizes.shape[0] > 1 else None
+    return Mask(*(_by_token(ranges, begins, token, place, count) for ranges in (sees, seen_by)), offsets)
 
 
-def _made(sizes: Tensor, tokens: int | None, sees: Tensor | None, seen_by: Tensor | None) -> Mask:
-    offsets = None
-    if sizes.shape[0] > 1:
-        sums = sizes.sum(1)
-        offsets = (sums.cumsum(0) - sums).to(torch.int32)
-    tables = (table if table is None else table.to(sizes.device) for table in (sees, seen_by))
-    return Mask(sizes, offsets, *tables, tokens)
+def _by_token(ranges: list[list[Range]], begins: Tensor, token: Tensor, place: Tensor, count: int) -> Tensor:
+    """(R, 2, L), of the ranges of blocks of each token's block; `place` of it among the blocks of all images."""
+    widest = max(map(len, ranges))
+    filled = [row + [(0, 0)] * (widest - len(row)) for row in ranges]
+    found = torch.tensor(filled, device=token.device).permute(1, 2, 0)[:, :, place % count]  # (R, 2, L)
+    first = begins[place - place % count + found.clamp(min=0)]
+    itself = torch.stack((token, token + 1))
+    return torch.where(found == _SELF, itself, first).to(torch.int32).contiguous()
