@@ -15,6 +15,7 @@ The backward is two kernels: one a query tile (dq, and delta = rowsum(dout out) 
 with atomics needs 5.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,8 @@ _SCALARS = [
 class Tile:
     """What a program holds (`held` rows of queries, or of keys) and what it passes by at a time (`passed` rows).
 
-    Without spills. On Hopper as `python -m bench tune attention` found them, at a shape of 64 and one of 128 channels;
-    elsewhere the largest.
+    Without spills, also where rows have several ranges, which takes registers. On Hopper as `python -m bench tune
+    attention` found them for schedules, at a shape of 64 and one of 128 channels; elsewhere the largest.
     """
 
     held: int
@@ -63,30 +64,34 @@ def _roomy(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def forward_tile(width: int, itemsize: int, capability: int) -> Tile:
+def forward_tile(width: int, itemsize: int, capability: int, ranges: int = 1) -> Tile:
     """Tile of the forward kernel: queries held, keys passed."""
     if itemsize == 4:
+        if ranges > 1 and width > 64:
+            return Tile(32, 16, 8, 2)
         return Tile(32, 32, 8, 2)
     if width <= 64:
         return Tile(64, 64, 4, 3)
     return Tile(128, 64, 8, 3) if _roomy(capability) else Tile(128, 32, 8, 3)
 
 
-def query_tile(width: int, itemsize: int, capability: int) -> Tile:
+def query_tile(width: int, itemsize: int, capability: int, ranges: int = 1) -> Tile:
     """Tile of the backward kernel of the queries: queries held, keys passed."""
     if itemsize == 4:
         return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 1)
     if width <= 64:
         return Tile(64, 64, 4, 3) if _roomy(capability) else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 3) if _roomy(capability) else Tile(64, 64, 8, 2)
+    return Tile(128, 64, 8, 3) if _roomy(capability) and ranges == 1 else Tile(64, 64, 8, 2)
 
 
-def key_tile(width: int, itemsize: int, capability: int) -> Tile:
+def key_tile(width: int, itemsize: int, capability: int, ranges: int = 1) -> Tile:
     """Tile of the backward kernel of the keys: keys held, queries passed. Padded channels cost registers for masks."""
     if itemsize == 4:
         return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 2)
     if width <= 64:
-        return Tile(64, 32, 4, 2) if _roomy(capability) else Tile(128, 32, 8, 2)
+        return Tile(64, 32, 4, 2) if _roomy(capability) else Tile(128, 32, 8, 2 if ranges == 1 else 1)
+    if _roomy(capability) and ranges > 1:
+        return Tile(64, 32, 8, 1)
     if _roomy(capability):
         # (64, 32, 4, 2) takes 23 % less time at 128 channels, but spills.
         return Tile(64, 32, 8, 1) if width != _block(width) else Tile(64, 64, 8, 2)
@@ -119,9 +124,9 @@ def _begins_of(begins, position):
 
 
 @triton.jit
-def _range_of(table, tokens, token, INDEX: tl.constexpr):
+def _range_of(table, tokens, token, index):
     """Begin and end of a range of what each token sees, or is seen by; an empty one is from afar to 0."""
-    at = table + 2 * INDEX * tokens.to(tl.int64) + token
+    at = table + 2 * index * tokens.to(tl.int64) + token
     begin, end = tl.load(at), tl.load(at + tokens)
     return tl.where(begin < end, begin, _FAR), tl.where(begin < end, end, 0)
 
@@ -324,7 +329,7 @@ def attention_forward_kernel(
     key = tl.arange(0, BLOCK_N)
     k_from = k + (key.to(tl.int64) * _UNIT)[None, :] * k_row + channel[:, None]
     v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + channel[None, :]
-    for index in tl.static_range(RANGES):
+    for index in range(RANGES):
         if sees is None:
             position = tl.minimum(query + keys - queries, keys - 1)
             first, end = None, _ends_of(_begins(lengths, scales, prefix), position, keys)
@@ -474,7 +479,7 @@ def attention_backward_queries_kernel(
     key = tl.arange(0, BLOCK_N)
     k_from = k + (key.to(tl.int64) * _UNIT)[:, None] * k_row + line
     v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + line
-    for index in tl.static_range(RANGES):
+    for index in range(RANGES):
         if sees is None:
             position = tl.minimum(query + keys - queries, keys - 1)
             first, end = None, _ends_of(_begins(lengths, scales, prefix), position, keys)
@@ -621,7 +626,7 @@ def attention_backward_keys_kernel(
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     ahead = tl.arange(0, BLOCK_M)
-    for index in tl.static_range(RANGES):
+    for index in range(RANGES):
         if seen_by is None:
             begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
             end, last = None, queries
@@ -729,7 +734,7 @@ def attention_forward(
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     rows = batch * heads
-    tile = forward_tile(width, q.element_size(), capability)
+    tile = forward_tile(width, q.element_size(), capability, _ranges(sees))
     attention_forward_kernel[(_programs(queries, tile.held, offsets) * rows,)](
         q, k, v, lengths, sees, offsets, out, lse, queries, keys, heads, heads // k.shape[1],
         rows, _group(rows, 2 * keys * width * k.element_size()), *_sizes(lengths, offsets), prefix,
@@ -777,7 +782,7 @@ def attention_backward(
     share, size, block = heads // groups, q.element_size(), _block(width)
     shape = {"WIDTH": width, "PRECISION": _precision(q.dtype), "BLOCK_D": block}
     rows = batch * heads
-    tile = query_tile(width, size, capability)
+    tile = query_tile(width, size, capability, _ranges(sees))
     attention_backward_queries_kernel[(_programs(queries, tile.held, offsets) * rows,)](
         grad, grad_lse, q, k, v, out, lse, lengths, sees, offsets, delta, grad_q, queries, keys, heads, share,
         rows, _group(rows, 2 * keys * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
@@ -786,7 +791,7 @@ def attention_backward(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     rows = batch * groups
-    tile = key_tile(width, size, capability)
+    tile = key_tile(width, size, capability, _ranges(seen_by))
     attention_backward_keys_kernel[(_programs(keys, tile.held, offsets) * rows,)](
         grad, q, k, v, lse, lengths, seen_by, offsets, delta, grad_k, grad_v, queries, keys, heads, share,
         rows, _group(rows, 2 * share * queries * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
@@ -799,14 +804,15 @@ def attention_backward(
 
 def _cases() -> list[tuple]:
     """What to compile, as in `unifiedar.kernels.codes`: the models' head sizes, a narrow one, float32, each with the
-    tile of each kind of GPU. Divisors are what `aligned` guarantees."""
+    tile of each kind of GPU, and some with tables and images. Divisors are what `aligned` guarantees."""
     cases: list[tuple] = []
     kernels = (
-        (attention_forward_kernel, forward_tile, False),
-        (attention_backward_queries_kernel, query_tile, False),
-        (attention_backward_keys_kernel, key_tile, True),
+        (attention_forward_kernel, forward_tile, "sees"),
+        (attention_backward_queries_kernel, query_tile, "sees"),
+        (attention_backward_keys_kernel, key_tile, "seen_by"),
     )
     tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
+    tables = {(64, "bf16"): (1, 4), (96, "bf16"): (4,), (128, "bf16"): (1, 2), (40, "fp16"): (2,), (128, "fp32"): (2,)}
     for width, feature in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (40, "fp16"), (64, "fp32"), (128, "fp32")):
         size = 4 if feature == "fp32" else 2
         types = {
@@ -815,26 +821,30 @@ def _cases() -> list[tuple]:
             **dict.fromkeys(("lengths", "offsets", "sees", "seen_by"), "*i32"),
             "softmax_scale": "fp32",
         }
-        for kernel, tile_of, keys_held in kernels:
-            for arch in (80, 90):
-                tile = tile_of(width, size, arch)
-                constants = {
-                    "WIDTH": width,
-                    "PRECISION": "tf32x3" if size == 4 else "tf32",
-                    "BLOCK_M": tile.passed if keys_held else tile.held,
-                    "BLOCK_N": tile.held if keys_held else tile.passed,
-                    "BLOCK_D": _block(width),
-                    "RANGES": 1,
-                    **{name: None for name in kernel.arg_names if name in ("offsets", "sees", "seen_by")},
-                }
-                names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-                signature = {**names, **dict.fromkeys(constants, "constexpr")}
-                divisors = {name: 16 for name in names if name in tensors}
-                options = {"num_warps": tile.warps, "num_stages": tile.stages}
-                cases.append((kernel, signature, constants, options, divisors, (arch,)))
-                if "grad_lse" in names and width == 64 and size == 2:  # most training has none
-                    without = {**constants, "grad_lse": None}
-                    cases.append((kernel, {**signature, "grad_lse": "constexpr"}, without, options, divisors, (arch,)))
+        for (kernel, tile_of, table), arch, ranges in itertools.product(
+            kernels, (80, 90), (0, *tables.get((width, feature), ()))
+        ):
+            tile = tile_of(width, size, arch, max(1, ranges))
+            held, passed = ("BLOCK_N", "BLOCK_M") if table == "seen_by" else ("BLOCK_M", "BLOCK_N")
+            # A schedule, one range in several images, or several ranges in one.
+            absent = {0: (table, "offsets"), 1: ("lengths",)}.get(ranges, ("lengths", "offsets"))
+            constants = {
+                "WIDTH": width,
+                "PRECISION": "tf32x3" if size == 4 else "tf32",
+                held: tile.held,
+                passed: tile.passed,
+                "BLOCK_D": _block(width),
+                "RANGES": max(1, ranges),
+                **dict.fromkeys(absent),
+            }
+            names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+            signature = {**names, **dict.fromkeys(constants, "constexpr")}
+            divisors = {name: 16 for name in names if name in tensors}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            cases.append((kernel, signature, constants, options, divisors, (arch,)))
+            if "grad_lse" in names and width == 64 and size == 2 and not ranges:  # most training has none
+                without = {**constants, "grad_lse": None}
+                cases.append((kernel, {**signature, "grad_lse": "constexpr"}, without, options, divisors, (arch,)))
     return cases
 
 
