@@ -103,13 +103,13 @@ def problems(operator: str, count: int, longest: int, seed: int) -> Iterator[Pro
     for i in range(count):
         heads = draw.choice([(1, 1), (2, 2), (2, 1), (3, 1)])
         size = draw.choice([draw.randint(1, min(70, longest)), draw.randint(1, longest)])
-        common = {"heads": heads, "width": WIDTHS[i % len(WIDTHS)], "seed": draw.randrange(2**31)}
+        width, key = WIDTHS[i % len(WIDTHS)], draw.randrange(2**31)
         if operator == "block_causal_attention":
             blocks = draw.randint(2, 33)  # the prefix, and up to 32 scales
             row = _split(draw, size, blocks)
             queries = draw.choice([size, draw.randint(1, size)])
             sees = tuple(frozenset(range(j + 1)) for j in range(blocks))
-            yield Problem((row,), sees, frozenset(), row[0], queries, **common)
+            yield Problem((row,), sees, frozenset(), row[0], queries, heads, width, key)
             continue
         images, blocks = draw.choice([1, draw.randint(1, 6)]), draw.randint(1, 7)  # 7 have at most 4 runs
         kind = draw.choice(["packed", "window", "any"])
@@ -124,7 +124,7 @@ def problems(operator: str, count: int, longest: int, seed: int) -> Iterator[Pro
         flat = _split(draw, size, images * blocks)
         rows = tuple(flat[at : at + blocks] for at in range(0, len(flat), blocks))
         queries = draw.choice([size, draw.randint(1, size)]) if images == 1 else size
-        yield Problem(rows, tuple(map(frozenset, some)), stepped, None, queries, **common)
+        yield Problem(rows, tuple(map(frozenset, some)), stepped, None, queries, heads, width, key)
 
 
 def _split(draw: random.Random, total: int, parts: int) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ def certify(
     Returns:
         A row for each of these and each head size.
     """
-    found = []
+    found: list[Row] = []
     for operator in ("block_causal_attention", "block_attention"):
         drawn = list(problems(operator, count, longest, seed))
         for backend in (one.name for one in registry[operator].backends):

@@ -10,6 +10,7 @@ then a few torch operators on that device make the mask, without waiting for it,
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,35 +83,7 @@ def blocks(
         ValueError: for lengths below 0 or that do not add up to tokens, no blocks, a number of blocks that does not
             match, a block that is not there or does not see itself, or one that sees, or is seen by, more than 4 runs.
     """
-    function = "blocks"
-    sizes, total = _lengths(function, lengths, tokens, device)
-    count = sizes.shape[1]
-    seen = [set(some) for some in sees]
-    if len(seen) != count:
-        raise ValueError(f"{function}: sees must name what each of {count} blocks sees, got {len(seen)} blocks")
-    for i, some in enumerate(seen):
-        for one in some:
-            _checks.check_integer(function, f"sees[{i}]", one, 0)
-            if one >= count:
-                raise ValueError(f"{function}: sees[{i}] must name blocks below {count}, got {one}")
-        if i not in some:
-            raise ValueError(f"{function}: sees[{i}] must hold {i}, for a token sees its own block, got {sorted(some)}")
-    stepped = set(causal)
-    for one in stepped:
-        _checks.check_integer(function, "causal", one, 0)
-        if one >= count:
-            raise ValueError(f"{function}: causal must name blocks below {count}, got {one}")
-    lookers: list[set[int]] = [{i for i in range(count) if j in seen[i]} for j in range(count)]
-    ahead = [_ranges(some, i in stepped, i, False) for i, some in enumerate(seen)]
-    back = [_ranges(some, j in stepped, j, True) for j, some in enumerate(lookers)]
-    for name, what, some in (("sees", "see", ahead), ("sees", "be seen by", back)):
-        for i, runs in enumerate(some):
-            if len(runs) > MAX_RANGES:
-                raise ValueError(
-                    f"{function}: {name} must let a block {what} at most {MAX_RANGES} runs of blocks, "
-                    f"got {len(runs)} for block {i}"
-                )
-    return _made(sizes, total, ahead, back)
+    return _blocks("blocks", lengths, sees, causal, tokens, device)
 
 
 def packed(scale_lengths: Lengths, *, tokens: int | None = None, device: torch.device | str | None = None) -> Mask:
@@ -133,7 +106,7 @@ def packed(scale_lengths: Lengths, *, tokens: int | None = None, device: torch.d
         TypeError: for arguments of another type or dtype.
         ValueError: for lengths below 0 or that do not add up to tokens, or no scales.
     """
-    sizes, total = _lengths("packed", scale_lengths, tokens, device)
+    sizes, total = _lengths("packed", scale_lengths, tokens, device, ragged=True)
     count = sizes.shape[1]
     return _made(sizes, total, [[(0, i + 1)] for i in range(count)], [[(i, count)] for i in range(count)])
 
@@ -154,13 +127,14 @@ def causal(
         TypeError: for arguments of another type or dtype.
         ValueError: for lengths below 0 or that do not add up to tokens, or none.
     """
+    rows: Any
     if isinstance(lengths, Tensor):
-        rows: Lengths = lengths[:, None] if lengths.ndim == 1 else lengths
+        rows = lengths[:, None] if lengths.ndim == 1 else lengths
     elif isinstance(lengths, Sequence) and not isinstance(lengths, (str, bytes)):
         rows = [[length] for length in lengths]
     else:
         rows = [[lengths]]
-    return blocks(rows, [[0]], causal=[0], tokens=tokens, device=device)
+    return _blocks("causal", rows, [[0]], [0], tokens, device)
 
 
 def sliding(
@@ -190,7 +164,7 @@ def sliding(
     _checks.check_integer("sliding", "sinks", sinks, 0)
     count = _count(scale_lengths)
     seen = [{*range(max(0, i - window), i + 1), *range(min(sinks, i))} for i in range(count)]
-    return blocks(scale_lengths, seen, tokens=tokens, device=device)
+    return _blocks("sliding", scale_lengths, seen, (), tokens, device)
 
 
 def skip_causal(block_lengths: Lengths, *, tokens: int | None = None, device: torch.device | str | None = None) -> Mask:
@@ -219,7 +193,7 @@ def skip_causal(block_lengths: Lengths, *, tokens: int | None = None, device: to
         twice = [*block_lengths, *block_lengths]  # type: ignore[list-item]
     clean = [range(i + 1) for i in range(count)]
     noised = [[*range(i), count + i] for i in range(count)]
-    return blocks(twice, [*clean, *noised], tokens=tokens, device=device)
+    return _blocks("skip_causal", twice, [*clean, *noised], (), tokens, device)
 
 
 def spacetime(text: int, clips: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Mask:
@@ -249,10 +223,48 @@ def spacetime(text: int, clips: Sequence[Sequence[int]], *, device: torch.device
         seen += [{0, largest, len(lengths) + j} for j in range(len(clip))]
         lengths += clip
         largest = len(lengths) - 1
-    return blocks(lengths, seen, device=device)
+    return _blocks(function, lengths, seen, (), None, device)
 
 
 # ---- from lengths and sets to tensors --------------------------------------------------------------------------------
+
+
+def _blocks(
+    function: str,
+    lengths: Lengths,
+    sees: Sequence[Iterable[int]],
+    causal: Iterable[int],
+    tokens: int | None,
+    device: torch.device | str | None,
+) -> Mask:
+    sizes, total = _lengths(function, lengths, tokens, device)
+    count = sizes.shape[1]
+    seen = [set(some) for some in sees]
+    if len(seen) != count:
+        raise ValueError(f"{function}: sees must name what each of {count} blocks sees, got {len(seen)} blocks")
+    for i, some in enumerate(seen):
+        for one in some:
+            _checks.check_integer(function, f"sees[{i}]", one, 0)
+            if one >= count:
+                raise ValueError(f"{function}: sees[{i}] must name blocks below {count}, got {one}")
+        if i not in some:
+            raise ValueError(f"{function}: sees[{i}] must hold {i}, for a token sees its own block, got {sorted(some)}")
+    stepped = set(causal)
+    for one in stepped:
+        _checks.check_integer(function, "causal", one, 0)
+        if one >= count:
+            raise ValueError(f"{function}: causal must name blocks below {count}, got {one}")
+    lookers: list[set[int]] = [{i for i in range(count) if j in seen[i]} for j in range(count)]
+    ahead = [_ranges(some, i in stepped, i, False) for i, some in enumerate(seen)]
+    back = [_ranges(some, j in stepped, j, True) for j, some in enumerate(lookers)]
+    for what, table in (("see", ahead), ("be seen by", back)):
+        for i, runs in enumerate(table):
+            if len(runs) > MAX_RANGES:
+                raise ValueError(
+                    f"{function}: sees must let a block {what} at most {MAX_RANGES} runs of blocks, "
+                    f"got {len(runs)} for block {i}"
+                )
+    return _made(sizes, total, ahead, back)
 
 
 def _nested(lengths: Lengths) -> bool:
@@ -269,7 +281,12 @@ def _count(lengths: Lengths) -> int:
 
 
 def _lengths(
-    function: str, lengths: Lengths, tokens: int | None, device: torch.device | str | None
+    function: str,
+    lengths: Lengths,
+    tokens: int | None,
+    device: torch.device | str | None,
+    *,
+    ragged: bool = False,
 ) -> tuple[Tensor, int]:
     """(N, S) int64 on the mask's device, and the sum of all."""
     if tokens is not None:
@@ -296,7 +313,7 @@ def _lengths(
         for row in rows:
             for value in row:
                 _checks.check_integer(function, "lengths", value, 0)
-        if function != "packed" and counts[0] != counts[-1]:
+        if not ragged and counts[0] != counts[-1]:
             raise ValueError(f"{function}: lengths must be of as many blocks for each image, got {counts}")
         sizes = torch.tensor([row + [0] * (counts[-1] - len(row)) for row in rows])
     total = int(sizes.sum())
@@ -335,7 +352,8 @@ def _made(sizes: Tensor, tokens: int, sees: list[list[Range]], seen_by: list[lis
     begins = torch.cat((begins, begins.new_full((1,), tokens)))
     count = sizes.shape[1]
     offsets = begins[:-1:count].to(torch.int32) if sizes.shape[0] > 1 else None
-    return Mask(*(_by_token(ranges, begins, token, place, count) for ranges in (sees, seen_by)), offsets)
+    by_row, by_column = (_by_token(ranges, begins, token, place, count) for ranges in (sees, seen_by))
+    return Mask(by_row, by_column, offsets)
 
 
 def _by_token(ranges: list[list[Range]], begins: Tensor, token: Tensor, place: Tensor, count: int) -> Tensor:
