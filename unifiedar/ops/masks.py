@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unifiedar.ops import _checks
+from unifiedar.ops import _checks, _native
 
 __all__ = ["MAX_RANGES", "Mask", "blocks", "causal", "packed", "skip_causal", "sliding", "spacetime"]
 
@@ -359,8 +359,9 @@ def _made(sizes: Tensor, tokens: int, sees: list[list[Range]], seen_by: list[lis
 def _by_token(ranges: list[list[Range]], begins: Tensor, token: Tensor, place: Tensor, count: int) -> Tensor:
     """(R, 2, L), of the ranges of blocks of each token's block; `place` of it among the blocks of all images."""
     widest = max(map(len, ranges))
-    filled = [row + [(0, 0)] * (widest - len(row)) for row in ranges]
-    found = torch.tensor(filled, device=token.device).permute(1, 2, 0)[:, :, place % count]  # (R, 2, L)
+    filled = [end for row in ranges for pair in row + [(0, 0)] * (widest - len(row)) for end in pair]
+    table = _native.integers_on(token.device, tuple(filled)).long().view(count, widest, 2)
+    found = table.permute(1, 2, 0)[:, :, place % count]  # (R, 2, L)
     first = begins[place - place % count + found.clamp(min=0)]
     itself = torch.stack((token, token + 1))
     return torch.where(found == _SELF, itself, first).to(torch.int32).contiguous()
