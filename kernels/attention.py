@@ -36,7 +36,7 @@ _IMAGES = tl.constexpr(32)  # looked at in one step
 
 # Sizes and strides, none of which is to be compiled in.
 _SCALARS = [
-    *("queries", "keys", "heads", "share", "rows", "group", "images", "scales", "prefix"),
+    *("queries", "keys", "heads", "share", "rows", "group", "images", "ranges", "scales", "prefix"),
     *(f"{name}_{step}" for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
       for step in ("batch", "head", "row")),
 ]  # fmt: skip
@@ -64,10 +64,10 @@ def _roomy(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def forward_tile(width: int, itemsize: int, capability: int, ranges: int = 1) -> Tile:
+def forward_tile(width: int, itemsize: int, capability: int, one_range: bool = True) -> Tile:
     """Tile of the forward kernel: queries held, keys passed."""
     if itemsize == 4:
-        if ranges > 1 and width > 64:
+        if not one_range and width > 64:
             return Tile(32, 16, 8, 2)
         return Tile(32, 32, 8, 2)
     if width <= 64:
@@ -75,22 +75,22 @@ def forward_tile(width: int, itemsize: int, capability: int, ranges: int = 1) ->
     return Tile(128, 64, 8, 3) if _roomy(capability) else Tile(128, 32, 8, 3)
 
 
-def query_tile(width: int, itemsize: int, capability: int, ranges: int = 1) -> Tile:
+def query_tile(width: int, itemsize: int, capability: int, one_range: bool = True) -> Tile:
     """Tile of the backward kernel of the queries: queries held, keys passed."""
     if itemsize == 4:
         return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 1)
     if width <= 64:
         return Tile(64, 64, 4, 3) if _roomy(capability) else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 3) if _roomy(capability) and ranges == 1 else Tile(64, 64, 8, 2)
+    return Tile(128, 64, 8, 3) if _roomy(capability) and one_range else Tile(64, 64, 8, 2)
 
 
-def key_tile(width: int, itemsize: int, capability: int, ranges: int = 1) -> Tile:
+def key_tile(width: int, itemsize: int, capability: int, one_range: bool = True) -> Tile:
     """Tile of the backward kernel of the keys: keys held, queries passed. Padded channels cost registers for masks."""
     if itemsize == 4:
         return Tile(32, 32, 8, 2) if width <= 64 else Tile(16, 16, 8, 2)
     if width <= 64:
-        return Tile(64, 32, 4, 2) if _roomy(capability) else Tile(128, 32, 8, 2 if ranges == 1 else 1)
-    if _roomy(capability) and ranges > 1:
+        return Tile(64, 32, 4, 2) if _roomy(capability) else Tile(128, 32, 8, 2 if one_range else 1)
+    if _roomy(capability) and not one_range:
         return Tile(64, 32, 8, 1)
     if _roomy(capability):
         # (64, 32, 4, 2) takes 23 % less time at 128 channels, but spills.
@@ -262,7 +262,7 @@ def attention_forward_kernel(
     k,  # [batch, heads / share, keys, width]
     v,  # like k
     lengths,  # [scales] int32 or int64; not looked at with a table
-    sees,  # [RANGES, 2, keys] int32: begins and ends of the keys that each token sees; None: to the end of its scale
+    sees,  # [ranges, 2, keys] int32: begins and ends of the keys that each token sees; None: to the end of its scale
     offsets,  # [images] int32: first token of each, with a table and as many queries as keys; None: one image
     out,  # like q
     lse,  # [batch, heads, queries] float32, contiguous
@@ -273,6 +273,7 @@ def attention_forward_kernel(
     rows,  # batch * heads
     group,
     images,
+    ranges,
     scales,
     prefix,
     softmax_scale,
@@ -293,7 +294,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr,
+    RANGES: tl.constexpr,  # 1, or 0 for as many as `ranges` says
 ):
     """Grid: (tiles of queries * batch * heads,), with offsets (slots of `_place_in_images` * batch * heads,).
 
@@ -329,7 +330,7 @@ def attention_forward_kernel(
     key = tl.arange(0, BLOCK_N)
     k_from = k + (key.to(tl.int64) * _UNIT)[None, :] * k_row + channel[:, None]
     v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + channel[None, :]
-    for index in range(RANGES):
+    for index in range(RANGES if RANGES else ranges):
         if sees is None:
             position = tl.minimum(query + keys - queries, keys - 1)
             first, end = None, _ends_of(_begins(lengths, scales, prefix), position, keys)
@@ -411,6 +412,7 @@ def attention_backward_queries_kernel(
     rows,
     group,
     images,
+    ranges,
     scales,
     prefix,
     softmax_scale,
@@ -437,7 +439,7 @@ def attention_backward_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr,
+    RANGES: tl.constexpr,  # 1, or 0 for as many as `ranges` says
 ):
     """Grid: as forward. Fills grad_q and delta."""
     if offsets is None:
@@ -479,7 +481,7 @@ def attention_backward_queries_kernel(
     key = tl.arange(0, BLOCK_N)
     k_from = k + (key.to(tl.int64) * _UNIT)[:, None] * k_row + line
     v_from = v + (key.to(tl.int64) * _UNIT)[:, None] * v_row + line
-    for index in range(RANGES):
+    for index in range(RANGES if RANGES else ranges):
         if sees is None:
             position = tl.minimum(query + keys - queries, keys - 1)
             first, end = None, _ends_of(_begins(lengths, scales, prefix), position, keys)
@@ -554,7 +556,7 @@ def attention_backward_keys_kernel(
     v,  # like k
     lse,  # [batch, heads, queries] float32, contiguous
     lengths,  # as forward
-    seen_by,  # [RANGES, 2, keys] int32: begins and ends of the tokens that see each key; None: from its scale on
+    seen_by,  # [ranges, 2, keys] int32: begins and ends of the tokens that see each key; None: from its scale on
     offsets,  # as forward
     delta,  # [batch, heads, queries] float32, contiguous
     grad_k,  # like k; written
@@ -566,6 +568,7 @@ def attention_backward_keys_kernel(
     rows,  # batch * heads / share
     group,
     images,
+    ranges,
     scales,
     prefix,
     softmax_scale,
@@ -592,7 +595,7 @@ def attention_backward_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr,
+    RANGES: tl.constexpr,  # 1, or 0 for as many as `ranges` says
 ):
     """Grid: (tiles of keys * batch * key heads,), with offsets (slots of `_place_in_images` * batch * key heads,).
 
@@ -626,7 +629,7 @@ def attention_backward_keys_kernel(
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     ahead = tl.arange(0, BLOCK_M)
-    for index in range(RANGES):
+    for index in range(RANGES if RANGES else ranges):
         if seen_by is None:
             begin = _begins_of(_begins(lengths, scales, prefix), tl.minimum(key, keys - 1))
             end, last = None, queries
@@ -693,13 +696,17 @@ def _programs(tokens: int, tile: int, offsets: torch.Tensor | None) -> int:
     return triton.cdiv(tokens, tile) if offsets is None else tokens // tile + offsets.shape[0]
 
 
-def _sizes(lengths: torch.Tensor | None, offsets: torch.Tensor | None) -> tuple[int, int]:
-    """Images and scales."""
-    return 1 if offsets is None else offsets.shape[0], 0 if lengths is None else lengths.shape[0]
+def _sizes(
+    lengths: torch.Tensor | None, table: torch.Tensor | None, offsets: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """Images, ranges a row and scales."""
+    images = 1 if offsets is None else offsets.shape[0]
+    return images, 1 if table is None else table.shape[0], 0 if lengths is None else lengths.shape[0]
 
 
-def _ranges(table: torch.Tensor | None) -> int:
-    return 1 if table is None else table.shape[0]
+def _one(table: torch.Tensor | None) -> int:
+    """RANGES: 1 is compiled in, which saves registers; other numbers compile nothing new."""
+    return int(table is None or table.shape[0] == 1)
 
 
 def attention_forward(
@@ -734,14 +741,14 @@ def attention_forward(
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     rows = batch * heads
-    tile = forward_tile(width, q.element_size(), capability, _ranges(sees))
+    tile = forward_tile(width, q.element_size(), capability, bool(_one(sees)))
     attention_forward_kernel[(_programs(queries, tile.held, offsets) * rows,)](
         q, k, v, lengths, sees, offsets, out, lse, queries, keys, heads, heads // k.shape[1],
-        rows, _group(rows, 2 * keys * width * k.element_size()), *_sizes(lengths, offsets), prefix,
+        rows, _group(rows, 2 * keys * width * k.element_size()), *_sizes(lengths, sees, offsets), prefix,
         softmax_scale,
         *_strides(q), *_strides(k), *_strides(v), *_strides(out),
         WIDTH=width, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed, BLOCK_D=_block(width),
-        RANGES=_ranges(sees), num_warps=tile.warps, num_stages=tile.stages,
+        RANGES=_one(sees), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -782,22 +789,23 @@ def attention_backward(
     share, size, block = heads // groups, q.element_size(), _block(width)
     shape = {"WIDTH": width, "PRECISION": _precision(q.dtype), "BLOCK_D": block}
     rows = batch * heads
-    tile = query_tile(width, size, capability, _ranges(sees))
+    tile = query_tile(width, size, capability, bool(_one(sees)))
     attention_backward_queries_kernel[(_programs(queries, tile.held, offsets) * rows,)](
         grad, grad_lse, q, k, v, out, lse, lengths, sees, offsets, delta, grad_q, queries, keys, heads, share,
-        rows, _group(rows, 2 * keys * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
+        rows, _group(rows, 2 * keys * width * size), *_sizes(lengths, sees, offsets), prefix, softmax_scale,
         *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(grad_q),
-        **shape, RANGES=_ranges(sees), BLOCK_M=tile.held, BLOCK_N=tile.passed,
+        **shape, RANGES=_one(sees), BLOCK_M=tile.held, BLOCK_N=tile.passed,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     rows = batch * groups
-    tile = key_tile(width, size, capability, _ranges(seen_by))
+    tile = key_tile(width, size, capability, bool(_one(seen_by)))
     attention_backward_keys_kernel[(_programs(keys, tile.held, offsets) * rows,)](
         grad, q, k, v, lse, lengths, seen_by, offsets, delta, grad_k, grad_v, queries, keys, heads, share,
-        rows, _group(rows, 2 * share * queries * width * size), *_sizes(lengths, offsets), prefix, softmax_scale,
+        rows, _group(rows, 2 * share * queries * width * size), *_sizes(lengths, seen_by, offsets), prefix,
+        softmax_scale,
         *_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(grad_k),
         *_strides(grad_v),
-        **shape, RANGES=_ranges(seen_by), BLOCK_M=tile.passed, BLOCK_N=tile.held,
+        **shape, RANGES=_one(seen_by), BLOCK_M=tile.passed, BLOCK_N=tile.held,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -812,7 +820,6 @@ def _cases() -> list[tuple]:
         (attention_backward_keys_kernel, key_tile, "seen_by"),
     )
     tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
-    tables = {(64, "bf16"): (1, 4), (128, "bf16"): (1, 2)}
     for width, feature in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (40, "fp16"), (64, "fp32"), (128, "fp32")):
         size = 4 if feature == "fp32" else 2
         types = {
@@ -821,20 +828,18 @@ def _cases() -> list[tuple]:
             **dict.fromkeys(("lengths", "offsets", "sees", "seen_by"), "*i32"),
             "softmax_scale": "fp32",
         }
-        for (kernel, tile_of, table), arch, ranges in itertools.product(
-            kernels, (80, 90), (0, *tables.get((width, feature), ()))
-        ):
-            tile = tile_of(width, size, arch, max(1, ranges))
+        masks = ("schedule", "packed", "table") if width in (64, 128) and size == 2 else ("schedule",)
+        for (kernel, tile_of, table), arch, mask in itertools.product(kernels, (80, 90), masks):
+            tile = tile_of(width, size, arch, mask != "table")
             held, passed = ("BLOCK_N", "BLOCK_M") if table == "seen_by" else ("BLOCK_M", "BLOCK_N")
-            # A schedule, one range in several images, or several ranges in one.
-            absent = {0: (table, "offsets"), 1: ("lengths",)}.get(ranges, ("lengths", "offsets"))
+            absent = {"schedule": (table, "offsets"), "packed": ("lengths",), "table": ("lengths", "offsets")}[mask]
             constants = {
                 "WIDTH": width,
                 "PRECISION": "tf32x3" if size == 4 else "tf32",
                 held: tile.held,
                 passed: tile.passed,
                 "BLOCK_D": _block(width),
-                "RANGES": max(1, ranges),
+                "RANGES": int(mask != "table"),
                 **dict.fromkeys(absent),
             }
             names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
@@ -842,7 +847,7 @@ def _cases() -> list[tuple]:
             divisors = {name: 16 for name in names if name in tensors}
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             cases.append((kernel, signature, constants, options, divisors, (arch,)))
-            if "grad_lse" in names and width == 64 and size == 2 and not ranges:  # most training has none
+            if "grad_lse" in names and width == 64 and size == 2 and mask == "schedule":  # most training has none
                 without = {**constants, "grad_lse": None}
                 cases.append((kernel, {**signature, "grad_lse": "constexpr"}, without, options, divisors, (arch,)))
     return cases
