@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument(
         "--page", type=Path, default=certificate.PAGE, metavar="FILE", help="default: docs/attention-..."
     )
+    proof.add_argument(
+        "--head-size", type=int, action="append", choices=certificate.WIDTHS, help="only cases of this one; repeatable"
+    )
     for family in families():
         measure = commands.add_parser(family, parents=[device], help=f"measure the family {family}")
         measure.add_argument(
@@ -123,6 +126,7 @@ def _certify(arguments: argparse.Namespace) -> int:
         longest=longest,
         repeats=arguments.repeats,
         seed=arguments.seed,
+        widths=arguments.head_size or certificate.WIDTHS,
         report=lambda line: print(line, flush=True),
     )
     versions = f"torch {torch.__version__}, Triton {_results.triton_version() or 'absent'}"
