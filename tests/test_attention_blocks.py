@@ -327,7 +327,14 @@ def test_lengths_in_a_tensor(room, dtype):
 
 def test_lengths_that_nobody_looks_at_stay_inside(device):
     """As on a GPU: what is beyond the tokens is cut off, and the last block goes on to the end."""
-    for lengths in ([[4, 5], [6, 7]], [[40, 5], [6, 7]], [[1, 0], [0, 1]], [[2**40, 1], [1, 1]], [[0, 0], [0, 0]]):
+    for lengths in (
+        [[4, 5], [6, 7]],
+        [[40, 5], [6, 7]],
+        [[1, 0], [0, 1]],
+        [[2**63 - 1, 2**63 - 1], [-(2**63), 1]],
+        [[-5, 9], [-1, 40]],
+        [[0, 0], [0, 0]],
+    ):
         sizes = torch.tensor(lengths, device=device)
         mask = masks._made(sizes, 30, [[(0, 1)], [(0, 2)]], [[(0, 2)], [(1, 2)]])
         token = torch.arange(30, device=device)

@@ -300,7 +300,7 @@ def _lengths(
         if sizes.device.type != "cpu":
             if tokens is None:
                 raise ValueError(f"{function}: tokens must be given for lengths on a device, which are not looked at")
-            return (sizes if device is None else sizes.to(device)).clamp(min=0), tokens
+            return sizes if device is None else sizes.to(device), tokens
         least = int(sizes.min())
         if least < 0:
             raise ValueError(f"{function}: lengths must be at least 0, got {least}")
@@ -345,7 +345,7 @@ def _ranges(some: set[int], stepped: bool, own: int, back: bool) -> list[Range]:
 
 def _made(sizes: Tensor, tokens: int, sees: list[list[Range]], seen_by: list[list[Range]]) -> Mask:
     """From lengths (N, S), and ranges of blocks for each of the S blocks."""
-    flat = sizes.flatten()
+    flat = sizes.flatten().clamp(0, tokens)  # so that no sum of what nobody looked at overflows
     begins = (flat.cumsum(0) - flat).clamp(max=tokens)
     token = torch.arange(tokens, device=sizes.device)
     place = torch.searchsorted(begins, token, right=True) - 1  # of the blocks that begin there, the last
