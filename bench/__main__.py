@@ -1,4 +1,4 @@
-"""`python -m bench`: list the cases, measure a family, try tiles, write the scoreboard."""
+"""`python -m bench`: list the cases, measure a family, try tiles, certify attention, write the scoreboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import _results, _scoreboard
+from bench import _results, _scoreboard, certificate
 from bench._case import Case, families, family_cases, run_family
 from bench.tune import KNOBS, tune
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "tune":
             return _tune(arguments)
+        if arguments.command == "certificate":
+            return _certify(arguments)
         return _measure(arguments)
     except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib) as problem:
         print(f"bench: {problem}", file=sys.stderr)
@@ -51,6 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     turn.add_argument("--case", action="append", metavar="PATTERN", help="only cases of this name; repeatable")
     turn.add_argument("--knob", action="append", metavar="NAME", help="only this function's tiles; repeatable")
     turn.add_argument("--budget", type=float, default=0.5, metavar="SECONDS", help="samples a case; default 0.5")
+    proof = commands.add_parser("certificate", parents=[device], help="hold attention to float64, backend by backend")
+    proof.add_argument("--cases", type=int, default=200, metavar="N", help="for each backend and dtype; default 200")
+    proof.add_argument("--longest", type=int, metavar="TOKENS", help="of a case; default 700, on the CPU 100")
+    proof.add_argument("--repeats", type=int, default=1, metavar="N", help="further runs of each case; default 1")
+    proof.add_argument("--seed", type=int, default=0, help="of the cases; default 0")
+    proof.add_argument(
+        "--page", type=Path, default=certificate.PAGE, metavar="FILE", help="default: docs/attention-..."
+    )
+    proof.add_argument(
+        "--head-size", type=int, action="append", choices=certificate.WIDTHS, help="only cases of this one; repeatable"
+    )
     for family in families():
         measure = commands.add_parser(family, parents=[device], help=f"measure the family {family}")
         measure.add_argument(
@@ -95,6 +108,34 @@ def _tune(arguments: argparse.Namespace) -> int:
     chosen = [knob for knob in knobs if knob.function in (arguments.knob or known)]
     tune(chosen, cases, device, budget_s=arguments.budget, report=lambda line: print(line, flush=True))
     return 0
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    longest = arguments.longest or (700 if device.type == "cuda" else 100)
+    for name, value, least in (
+        ("cases", arguments.cases, 1),
+        ("longest", longest, 1),
+        ("repeats", arguments.repeats, 0),
+    ):
+        if value < least:
+            raise _Problem(f"--{name} must be at least {least}, got {value}")
+    rows = certificate.certify(
+        device,
+        count=arguments.cases,
+        longest=longest,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        widths=arguments.head_size or certificate.WIDTHS,
+        report=lambda line: print(line, flush=True),
+    )
+    versions = f"torch {torch.__version__}, Triton {_results.triton_version() or 'absent'}"
+    drawn = f"{arguments.cases} cases for each backend and dtype, up to {longest} tokens, seed {arguments.seed}"
+    print(f"wrote {certificate.write(rows, device, f'{drawn}; {versions}.', arguments.page)}")
+    wrong = [row for row in rows if row.wrong or (row.backend != "eager" and row.same < row.repeats)]
+    for row in wrong:
+        print(f"bench: {row.operator} {row.backend} {row.dtype} {row.width}: {row.wrong}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _measure(arguments: argparse.Namespace) -> int:

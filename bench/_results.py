@@ -31,7 +31,18 @@ import torch
 
 from bench._time import Timing
 
-__all__ = ["SCHEMA", "CaseResult", "Environment", "ResultsError", "Run", "environment", "read", "read_all", "write"]
+__all__ = [
+    "SCHEMA",
+    "CaseResult",
+    "Environment",
+    "ResultsError",
+    "Run",
+    "environment",
+    "read",
+    "read_all",
+    "triton_version",
+    "write",
+]
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +140,15 @@ def _cpu_name() -> str:
     return f"{name.group(1).strip() if name else platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def triton_version() -> str | None:
+    """Of the Triton that is installed; None without one."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
 def environment(
     device: torch.device | str,
     *,
@@ -147,19 +167,13 @@ def environment(
 
     device = torch.device(device)
     cuda = device.type == "cuda"
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     return Environment(
         device=torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         kind=device.type,
         driver=_driver() if cuda else None,
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=triton_version,
+        triton=triton_version(),
         cuda=torch.version.cuda,
         unifiedar=unifiedar.__version__,
         commit=commit or os.environ.get("UNIFIEDAR_COMMIT") or _git_commit(ROOT),

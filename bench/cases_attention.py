@@ -1,9 +1,10 @@
-"""Cases of the family `attention`: block-causal attention at the training shapes of published models.
+"""Cases of the family `attention`: block-causal attention at the training shapes of published models, and packed.
 
 `forward` is the output alone, `backward` the forward with the gradients of q, k and v. Operations count visible scores
-only: with V = sum over scales of length times end, 4 B H D V forward (two products) and 10 B H D V more backward
-(five). Least traffic: q, k, v and the output once; with the backward the same again, the incoming gradient and three
-outgoing ones; lse written, and read again.
+only: with V = sum over scales of length times end (in each picture), 4 B H D V forward (two products) and 10 B H D V
+more backward (five). Least traffic: q, k, v and the output once; with the backward the same again, the incoming
+gradient and three outgoing ones; lse written, and read again. A packed sequence holds pictures of different shapes; its
+mask is made once, as a training step would.
 
 "SDPA, no mask" is no peer, for it computes something else: what dense attention takes for all L x L scores.
 """
@@ -11,7 +12,7 @@ outgoing ones; lse written, and read again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,30 +20,88 @@ import torch
 import torch.nn.functional as F
 
 from bench._case import OURS, Case, Check, Variant, against, tensors
-from unifiedar.ops import block_causal_attention, registry
+from unifiedar.ops import block_attention, block_causal_attention, masks, registry
 
 __all__ = ["cases"]
 
 
+Scales = tuple[int, ...]
+"""Tokens of each."""
+
+
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a published model in training: scales are squares of these sides."""
+    """Sizes of a published model in training; several pictures are packed in one sequence."""
 
     name: str
     batch: int
     heads: int
     width: int
-    sides: tuple[int, ...]
+    pictures: tuple[Scales, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return sum(map(sum, self.pictures))
 
 
-_VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-_VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-_INFINITY = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+def _squares(*sides: int) -> Scales:
+    return tuple(side * side for side in sides)
+
+
+_VAR_256 = _squares(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_VAR_512 = _squares(1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+_VAR_1024 = _squares(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+_INFINITY = _squares(1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+_SIDES_4_3 = (
+    (1, 1),
+    (2, 2),
+    (4, 3),
+    (8, 6),
+    (12, 9),
+    (16, 12),
+    (20, 15),
+    (24, 18),
+    (28, 21),
+    (36, 27),
+    (48, 36),
+    (60, 45),
+    (72, 54),
+)
+_SIDES_2_1 = (
+    (1, 1),
+    (2, 2),
+    (4, 2),
+    (6, 3),
+    (10, 5),
+    (16, 8),
+    (22, 11),
+    (30, 15),
+    (38, 19),
+    (46, 23),
+    (60, 30),
+    (74, 37),
+    (90, 45),
+)
+_INFINITY_4_3 = tuple(height * width for height, width in _SIDES_4_3)
+_INFINITY_2_1 = tuple(height * width for height, width in _SIDES_2_1)
+_SMALL = 7  # scales of Infinity's 0.06 megapixels; 10 are .25 and 12 are .6
 MODELS = (
-    Model("var-256-d16", 32, 16, 64, _VAR_256),
-    Model("var-256-d30", 32, 30, 64, _VAR_256),
-    Model("var-512-d36", 8, 36, 64, _VAR_512),
-    Model("infinity-2b", 1, 16, 128, _INFINITY),
+    Model("var-256-d16", 32, 16, 64, (_VAR_256,)),
+    Model("var-256-d30", 32, 30, 64, (_VAR_256,)),
+    Model("var-512-d36", 8, 36, 64, (_VAR_512,)),
+    Model("infinity-2b", 1, 16, 128, (_INFINITY,)),
+    Model("var-256-d16-b1", 1, 16, 64, (_VAR_256,)),
+    Model("var-256-d16-b8", 8, 16, 64, (_VAR_256,)),
+    Model("var-256-d16-b64", 64, 16, 64, (_VAR_256,)),
+    Model("var-1024-d30", 2, 30, 64, (_VAR_1024,)),
+    Model("infinity-2b-0.06m", 16, 16, 128, (_INFINITY[:_SMALL],)),
+    Model("infinity-2b-0.25m", 4, 16, 128, (_INFINITY[:10],)),
+    Model("infinity-2b-0.60m", 2, 16, 128, (_INFINITY[:12],)),
+    Model("infinity-2b-4:3", 1, 16, 128, (_INFINITY_4_3,)),
+    Model("infinity-2b-2:1", 1, 16, 128, (_INFINITY_2_1,)),
+    Model("infinity-125m-0.06m", 16, 8, 96, (_INFINITY[:_SMALL],)),
+    Model("infinity-2b-packed", 1, 16, 128, (_INFINITY[:10], _INFINITY_4_3[:10], _INFINITY_2_1[:10])),
 )
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -56,21 +115,21 @@ def cases(device: torch.device) -> list[Case]:
     return [_case(model, use, device.type != "cuda") for model in MODELS for use in ("forward", "backward")]
 
 
-def visible(lengths: Sequence[int]) -> int:
+def visible(pictures: Sequence[Sequence[int]]) -> int:
     """Scores of one head that are not masked."""
-    return sum(length * end for length, end in zip(lengths, accumulate(lengths), strict=True))
+    return sum(length * end for one in pictures for length, end in zip(one, accumulate(one), strict=True))
 
 
 def _case(model: Model, use: str, small: bool) -> Case:
-    lengths = [side * side for side in (model.sides[:6] if small else model.sides)]
-    batch, heads = (1, 2) if small else (model.batch, model.heads)
-    length, width, dtype = sum(lengths), model.width, torch.bfloat16
+    if small:
+        model = replace(model, batch=1, heads=2, pictures=tuple(scales[:6] for scales in model.pictures[:3]))
+    batch, heads, length, width, dtype = model.batch, model.heads, model.length, model.width, torch.bfloat16
     shape = (batch, heads, length, width)
     elements, rows = batch * heads * length * width, batch * heads * length
-    moved, operations = 4 * elements * dtype.itemsize + 4 * rows, 4 * batch * heads * width * visible(lengths)
+    moved, operations = 4 * elements * dtype.itemsize + 4 * rows, 4 * batch * heads * width * visible(model.pictures)
     if use == "backward":
         moved += 8 * elements * dtype.itemsize + 4 * rows
-        operations += 10 * batch * heads * width * visible(lengths)
+        operations += 10 * batch * heads * width * visible(model.pictures)
 
     def make(seed: int, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
@@ -82,7 +141,7 @@ def _case(model: Model, use: str, small: bool) -> Case:
 
     def check(inputs: Inputs) -> Check:
         wide = tuple(x.detach().double() for x in inputs)
-        same = against(_by_heads(wide, lengths, use), _by_heads(inputs, lengths, use), peer_tolerance=2e-2)
+        same = against(_by_heads(wide, model, use), _by_heads(inputs, model, use), peer_tolerance=2e-2)
 
         def compare(variant: Variant, output: object) -> None:
             if variant.role != "yardstick":
@@ -91,38 +150,54 @@ def _case(model: Model, use: str, small: bool) -> Case:
         return compare
 
     def backend(inputs: Inputs) -> str:
-        arguments = (*inputs[:3], lengths, None, 0, width**-0.5)
-        return registry["block_causal_attention"].choose("auto", *arguments).name
+        if len(model.pictures) == 1:
+            arguments = (*inputs[:3], list(model.pictures[0]), None, 0, width**-0.5)
+            return registry["block_causal_attention"].choose("auto", *arguments).name
+        mask = masks.packed(model.pictures, device=inputs[0].device)
+        who = (mask.sees, mask.seen_by, mask.offsets, width**-0.5)
+        return registry["block_attention"].choose("auto", *inputs[:3], *who).name
 
     return Case(
         name=f"{model.name}/{use}",
-        shape={"B": batch, "H": heads, "L": length, "D": width, "scales": len(lengths)},
+        shape={"B": batch, "H": heads, "L": length, "D": width, "scales": sum(map(len, model.pictures))},
         dtype=dtype,
         bytes=moved,
         flops=operations,
         make=make,
-        variants=_variants(lengths, use, small),
+        variants=_variants(model, use, small),
         check=check,
         backend=backend,
         on_matrix_units=True,
     )
 
 
-def _variants(lengths: list[int], use: str, small: bool) -> Sequence[Variant]:
+def _variants(model: Model, use: str, small: bool) -> Sequence[Variant]:
     def variant(name: str, role: str, prepare: Callable[[torch.Tensor], Formula]) -> Variant:
         """`prepare` takes q and returns the formula: what is done once a schedule is done there."""
         return Variant(name, role, lambda inputs: _call(prepare(inputs[0]), inputs, use))
 
     def ours(backend: str) -> Callable[[torch.Tensor], Formula]:
-        return lambda like: lambda q, k, v: block_causal_attention(q, k, v, lengths, backend=backend)
+        return lambda like: _ours(model, like, backend)
 
     found = [variant(OURS, "ours", ours("auto"))]
     if not small:
-        found += [variant(f"{OURS} {name}", "backend", ours(name)) for name in ("cuda", "triton", "eager")]
-        found.append(variant("FlexAttention, Triton", "peer", lambda like: _flex(lengths, like)))
-    found.append(variant("SDPA + mask", "peer", lambda like: _masked(lengths, like)))
+        found += [variant(f"{OURS} {name}", "backend", ours(name)) for name in _backends(model)]
+        found.append(variant("FlexAttention, Triton", "peer", lambda like: _flex(model, like)))
+    found.append(variant("SDPA + mask", "peer", lambda like: _masked(model, like)))
     found.append(variant("SDPA, no mask", "yardstick", lambda like: F.scaled_dot_product_attention))
     return found
+
+
+def _backends(model: Model) -> list[str]:
+    name = "block_causal_attention" if len(model.pictures) == 1 else "block_attention"
+    return [backend.name for backend in registry[name].backends]
+
+
+def _ours(model: Model, like: torch.Tensor, backend: str) -> Formula:
+    if len(model.pictures) == 1:
+        return lambda q, k, v: block_causal_attention(q, k, v, model.pictures[0], backend=backend)
+    mask = masks.packed(model.pictures, device=like.device)
+    return lambda q, k, v: block_attention(q, k, v, mask, backend=backend)
 
 
 def _call(formula: Formula, inputs: Inputs, use: str) -> Callable[[], object]:
@@ -137,12 +212,10 @@ def _call(formula: Formula, inputs: Inputs, use: str) -> Callable[[], object]:
     return forward_and_backward
 
 
-def _by_heads(inputs: tuple[torch.Tensor, ...], lengths: list[int], use: str) -> list[torch.Tensor]:
+def _by_heads(inputs: tuple[torch.Tensor, ...], model: Model, use: str) -> list[torch.Tensor]:
     """The definition, a few heads at a time: it holds L x L scores of each."""
 
-    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return block_causal_attention(q, k, v, lengths, backend="eager")
-
+    eager = _ours(model, inputs[0], "eager")
     length = inputs[0].shape[2]
     step = max(1, 2**27 // length**2)
     parts = []
@@ -154,29 +227,33 @@ def _by_heads(inputs: tuple[torch.Tensor, ...], lengths: list[int], use: str) ->
     return [torch.cat(part).view(inputs[0].shape) for part in zip(*parts, strict=True)]
 
 
-def _levels(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+def _levels(model: Model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The picture of every token, and its scale counted over all pictures."""
+    flat = [scale for scales in model.pictures for scale in scales]
+    level = torch.arange(len(flat), device=device).repeat_interleave(torch.tensor(flat, device=device))
+    counts = torch.tensor([sum(scales) for scales in model.pictures], device=device)
+    return torch.arange(len(counts), device=device).repeat_interleave(counts), level
 
 
-def _masked(lengths: list[int], like: torch.Tensor) -> Formula:
+def _masked(model: Model, like: torch.Tensor) -> Formula:
     """As VAR trains: an additive mask of 0 and -inf."""
-    level = _levels(lengths, like.device)
+    picture, level = _levels(model, like.device)
     bias = torch.zeros(len(level), len(level), dtype=like.dtype, device=like.device)
-    bias.masked_fill_(level[None, :] > level[:, None], float("-inf"))
+    bias.masked_fill_((level > level[:, None]) | (picture != picture[:, None]), float("-inf"))
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None])
 
 
-def _flex(lengths: list[int], like: torch.Tensor) -> Formula:
+def _flex(model: Model, like: torch.Tensor) -> Formula:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    level = _levels(lengths, like.device)
-    # The mask is looked up at padded positions too.
-    level = F.pad(level, (0, -len(level) % 128), value=len(lengths))
+    length = model.length
+    # The mask is looked up at padded positions too: a picture and a scale of their own.
+    picture, level = (F.pad(x, (0, -length % 128), value=length) for x in _levels(model, like.device))
 
     def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return level[key] <= level[query]
+        earlier = level[key] <= level[query]
+        return earlier if len(model.pictures) == 1 else earlier & (picture[key] == picture[query])
 
-    length = sum(lengths)
     block_mask = create_block_mask(sees, None, None, length, length, device=str(like.device))
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)

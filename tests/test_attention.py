@@ -236,6 +236,30 @@ def test_strides(room):
     check(room, (q, k, v, one, grad_lse), lengths)
 
 
+@every_kernel
+def test_a_preallocated_cache_is_read_in_place(room):
+    """Scale by scale: queries of one, keys and values of all earlier ones where they lie, nothing behind them."""
+    _, device, dtype = room
+    lengths, width = [1, 4, 9, 30], 64
+    q, k, v = tensors(room, 25, 2, 4, 2, 44, 44, width)[:3]
+    cache = torch.full((2, 2, 2, 64, width), torch.nan, dtype=dtype, device=device)
+    readable = family._in_boxes if room[0] == "cuda" else lambda x: family._readable(x)[0]
+    begin = 0
+    for length in lengths:
+        end = begin + length
+        cache[:, :, :, begin:end] = torch.stack((k, v))[:, :, :, begin:end]
+        keys, values = cache[:, :, :, :end]
+        assert readable(keys) is keys
+        assert readable(values) is values
+        got, want = (
+            block_causal_attention(q[:, :, begin:end], *pair, [length], prefix=begin, return_lse=True, backend=room[0])
+            for pair in ((keys, values), (k[:, :, :end].contiguous(), v[:, :, :end].contiguous()))
+        )
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other)
+        begin = end
+
+
 @rooms
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_in_a_tensor(room, dtype):

@@ -9,6 +9,7 @@ from published_attention import Infinity, Var, grid_of, mask_of, randomize
 from torch import nn
 
 from unifiedar.nn import NextScaleAttention, rope_table
+from unifiedar.ops import masks
 
 LENGTHS = [1, 4, 9, 16]
 SCHEDULE = [(1, side, side) for side in (1, 2, 3, 4)]
@@ -137,6 +138,26 @@ def test_several_scales_at_once_over_a_cache():
         cache = ours.new_cache(2, sum(LENGTHS))
         first = ours(x[:, :5], LENGTHS[:2], rope=rope[:, :5], cache=cache)
         rest = ours(x[:, 5:], torch.tensor(LENGTHS[2:]), rope=rope[:, 5:], cache=cache, begin=5)
+    torch.testing.assert_close(torch.cat((first, rest), 1), want, rtol=0, atol=1e-5)
+
+
+def test_packed_images_and_other_masks():
+    """Two images in one sequence, each with its angles; then scales that see the one before, also over a cache."""
+    _, ours, rope = pair(KINDS["Infinity"])
+    x = tokens()
+    small = sum(LENGTHS[:3])
+    packed = torch.cat((x, x[:, :small]), 1)
+    got = ours(packed, masks.packed([LENGTHS, LENGTHS[:3]]), rope=torch.cat((rope, rope[:, :small]), 1))
+    torch.testing.assert_close(got[:, : sum(LENGTHS)], ours(x, LENGTHS, rope=rope), rtol=0, atol=1e-5)
+    want = ours(x[:, :small], LENGTHS[:3], rope=rope[:, :small])
+    torch.testing.assert_close(got[:, sum(LENGTHS) :], want, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        mask = masks.sliding(LENGTHS, 1)
+        want = ours(x, mask, rope=rope)
+        assert not torch.allclose(want, ours(x, LENGTHS, rope=rope), rtol=0, atol=1e-3)
+        cache = ours.new_cache(2, sum(LENGTHS))
+        first = ours(x[:, :5], masks.sliding(LENGTHS[:2], 1), rope=rope[:, :5], cache=cache)
+        rest = ours(x[:, 5:], mask, rope=rope[:, 5:], cache=cache, begin=5)
     torch.testing.assert_close(torch.cat((first, rest), 1), want, rtol=0, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.ops import _checks, block_causal_attention, qk_norm_rope
+from unifiedar.ops import _checks, block_attention, block_causal_attention, masks, qk_norm_rope
 
 __all__ = ["NextScaleAttention", "rope_table"]
 
@@ -168,7 +168,7 @@ class NextScaleAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        scale_lengths: Sequence[int] | Tensor | None = None,
+        scale_lengths: Sequence[int] | Tensor | masks.Mask | None = None,
         *,
         rope: Tensor | None = None,
         cache: Tensor | None = None,
@@ -178,7 +178,8 @@ class NextScaleAttention(nn.Module):
 
         Args:
             x: (B, L, C), the tokens of one or more whole scales.
-            scale_lengths: of the scales in x, as `ops.block_causal_attention` takes them; None: x is one scale.
+            scale_lengths: of the scales in x, as `ops.block_causal_attention` takes them; None: x is one scale. Or a
+                mask of `ops.masks`, of several images packed in x for instance; with a cache, of begin + L tokens.
             rope: (2, L, D / 2), the angles of x's tokens (see `rope_table`; with a cache, rows begin to begin + L of
                 the whole schedule's), or None.
             cache: (2, B, H, length, D) as `new_cache` makes it; holds the tokens before begin, and is given those of x
@@ -213,8 +214,11 @@ class NextScaleAttention(nn.Module):
             k, v = cache[:, :, :, : begin + length]
         elif norm is not None or rope is not None:
             q, k = qk_norm_rope(q, k, norm=norm, gain=gain, rope=rope)
-        lengths = [length] if scale_lengths is None else scale_lengths
-        out = block_causal_attention(q, k, v, lengths, prefix=begin, softmax_scale=self.softmax_scale)
+        if isinstance(scale_lengths, masks.Mask):
+            out = block_attention(q, k, v, scale_lengths, softmax_scale=self.softmax_scale)
+        else:
+            lengths = [length] if scale_lengths is None else scale_lengths
+            out = block_causal_attention(q, k, v, lengths, prefix=begin, softmax_scale=self.softmax_scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _check_cache(self, name: str, cache: Tensor, q: Tensor, begin: int) -> None:

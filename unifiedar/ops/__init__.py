@@ -8,8 +8,10 @@ does not fit the call is refused then, too); the others stay with "auto", so tha
 the operators beneath; its `explain(...)` says which backends fit a call and why the others do not.
 """
 
+from unifiedar.ops import masks
 from unifiedar.ops._op import BACKENDS, Backend, Op, registry
 from unifiedar.ops.attention import block_causal_attention
+from unifiedar.ops.attention_blocks import block_attention
 from unifiedar.ops.codes import ResidualCodes, code_statistics, residual_lookup, residual_quantize
 from unifiedar.ops.codes_bitwise import (
     BitwiseCodes,
@@ -49,11 +51,13 @@ __all__ = [
     "bitwise_pack",
     "bitwise_quantize",
     "bitwise_unpack",
+    "block_attention",
     "block_causal_attention",
     "code_statistics",
     "cut_logits",
     "depth_decode",
     "group_norm",
+    "masks",
     "modulated_norm",
     "multiscale_inputs",
     "multiscale_lookup",

@@ -42,15 +42,19 @@ def _scale_of(q: Tensor, k: Tensor, lengths: Tensor, prefix: int) -> tuple[Tenso
     return scale[k.shape[2] - q.shape[2] :], scale
 
 
-def _scores(q: Tensor, k: Tensor, lengths: Tensor, prefix: int, softmax_scale: float) -> Tensor:
+def _later(q: Tensor, k: Tensor, lengths: Tensor, prefix: int) -> Tensor:
+    """(Lq, L): whether the key is of a later scale than the query, which does not see it."""
+    query_scale, key_scale = _scale_of(q, k, lengths, prefix)
+    return key_scale > query_scale[:, None]
+
+
+def _scores(q: Tensor, k: Tensor, unseen: Tensor, softmax_scale: float) -> Tensor:
     """(B, G, R Lq, L): rounded to the dtype of q as its product with k is, then float32 (or float64); -inf unseen."""
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1:3]
     scores = (q * softmax_scale).reshape(batch, groups, -1, q.shape[3]) @ k.mT
     scores = scores.to(_accumulator(q.dtype)).view(batch, groups, heads // groups, queries, keys)
-    query_scale, key_scale = _scale_of(q, k, lengths, prefix)
-    scores = scores.masked_fill(key_scale > query_scale[:, None], -math.inf)
-    return scores.view(batch, groups, -1, keys)
+    return scores.masked_fill(unseen, -math.inf).view(batch, groups, -1, keys)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -60,11 +64,16 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _attention_eager(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], schedule: Tensor | None, prefix: int, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale)
+    return _attend(q, k, v, _later(q, k, _lengths_on(q.device, lengths, schedule), prefix), softmax_scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """out and lse, with unseen (Lq, L)."""
+    out, lse = _outputs(q)
     if not lse.numel():
         return out, lse
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, _lengths_on(q.device, lengths, schedule), prefix, softmax_scale)
+        scores = _scores(q, k, unseen, softmax_scale)
         total = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - total[..., None]).to(q.dtype)
         out.copy_((weights @ v).view(q.shape))
@@ -90,7 +99,23 @@ def _attention_backward_eager(
     prefix: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale)
+    unseen = _later(q, k, _lengths_on(q.device, lengths, schedule), prefix)
+    return _attend_backward(grad, grad_lse, q, k, v, out, lse, unseen, softmax_scale)
+
+
+def _attend_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    unseen: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, with unseen (Lq, L)."""
+    gradients = _gradients(q, k, v)
     if not lse.numel():
         return _all_zero(gradients)
     batch, groups = k.shape[:2]
@@ -104,7 +129,7 @@ def _attention_backward_eager(
         delta = (grad.to(wide) * out.to(wide)).sum(-1)
         if grad_lse is not None:
             delta = delta - grad_lse
-        scores = _scores(q, k, _lengths_on(q.device, lengths, schedule), prefix, softmax_scale)
+        scores = _scores(q, k, unseen, softmax_scale)
         weights = torch.exp(scores - rows(lse)[..., None])
         grad_weights = (rows(grad) @ v.mT).to(wide)
         grad_scores = (weights * (grad_weights - rows(delta)[..., None])).to(q.dtype)
@@ -124,12 +149,22 @@ def _like(x: Tensor) -> Tensor:
     return out if out.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale):
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse, not filled."""
     return _like(q), q.new_empty(q.shape[:-1], dtype=_accumulator(q.dtype))
 
 
-def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale):
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v, not filled."""
     return _like(q), _like(k), _like(v)
+
+
+def _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale):
+    return _outputs(q)
+
+
+def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale):
+    return _gradients(q, k, v)
 
 
 def _attention_setup(ctx, inputs, output):
@@ -183,7 +218,7 @@ def _sizes_unfit(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _attention_unfit_triton(q, k, v, lengths, schedule, prefix, softmax_scale) -> str | None:
+def _attention_unfit_triton(q, k, v, *_mask) -> str | None:
     reason = _native.triton_unfit(q)
     if reason is None and q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"needs float32, bfloat16 or float16, got {str(q.dtype).removeprefix('torch.')}"
@@ -377,6 +412,20 @@ def block_causal_attention(
         is captured). A new schedule compiles nothing.
     """
     function = "block_causal_attention"
+    softmax_scale = _check_inputs(function, q, k, v, softmax_scale)
+    length = k.shape[2]
+    _checks.check_integer(function, "prefix", prefix, 0)
+    if isinstance(scale_lengths, Tensor):
+        _check_schedule(function, scale_lengths, prefix, q, length)
+        lengths, schedule = [], scale_lengths.detach().contiguous()
+    else:
+        lengths, schedule = _check_lengths(function, scale_lengths, prefix, length), None
+    out, lse = _block_causal_attention(q, k, v, lengths, schedule, prefix, softmax_scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def _check_inputs(function: str, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:
+    """Raises for what does not belong together; returns the factor on the scores."""
     _checks.check_heads(function, q=q, k=k, v=v)
     batch, heads, queries, width = q.shape
     groups, length = k.shape[1:3]
@@ -390,19 +439,10 @@ def block_causal_attention(
         raise ValueError(f"{function}: q must have a multiple of k's {groups} heads, got {heads}")
     if queries > length:
         raise ValueError(f"{function}: q must have at most the {length} tokens of k, got {queries}")
-    _checks.check_integer(function, "prefix", prefix, 0)
     if softmax_scale is None:
-        softmax_scale = width**-0.5
-    else:
-        _checks.check_number(function, "softmax_scale", softmax_scale, 0)
-        softmax_scale = float(softmax_scale)
-    if isinstance(scale_lengths, Tensor):
-        _check_schedule(function, scale_lengths, prefix, q, length)
-        lengths, schedule = [], scale_lengths.detach().contiguous()
-    else:
-        lengths, schedule = _check_lengths(function, scale_lengths, prefix, length), None
-    out, lse = _block_causal_attention(q, k, v, lengths, schedule, prefix, softmax_scale, backend)
-    return (out, lse) if return_lse else out
+        return width**-0.5
+    _checks.check_number(function, "softmax_scale", softmax_scale, 0)
+    return float(softmax_scale)
 
 
 def _check_lengths(function: str, scale_lengths: Sequence[int], prefix: int, length: int) -> list[int]:
