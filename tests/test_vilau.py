@@ -287,7 +287,7 @@ def test_checkpoint_that_does_not_fit(tmp_path):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     config["depth_layers"] = 3
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="do not fit its config"):
+    with pytest.raises(CheckpointError, match="do not fit the configuration"):
         VILAU.from_checkpoint(tmp_path / "m")
 
 

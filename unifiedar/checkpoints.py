@@ -32,9 +32,9 @@ from typing import Any, TypeGuard
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "load_tensors", "read_config", "resolve", "save", "shipped", "weights_folder"]
+__all__ = ["CheckpointError", "assign", "load_tensors", "read_config", "resolve", "save", "shipped", "weights_folder"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -138,6 +138,24 @@ def load_tensors(path: str | os.PathLike[str], *, under: Sequence[str] = ()) -> 
     if path.suffix in PICKLED:
         return _dequantize(_load_pickled(path, under), path)
     raise CheckpointError(f"{path}: not a checkpoint; expected a folder, .safetensors, {', '.join(PICKLED)}")
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Makes the tensors of a checkpoint a model's parameters and buffers: each key once, none missing.
+
+    Args:
+        model: of the checkpoint's configuration, on the meta device or any other.
+        tensors: as `load_tensors` returns them.
+        path: where they came from, for the error.
+
+    Raises:
+        CheckpointError: if a key is missing, unknown, or of another shape.
+    """
+    try:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: weights do not fit the configuration: {detail}") from error
 
 
 def save(

@@ -118,11 +118,7 @@ class Autoencoder(nn.Module):
             config = cls._config_of(found, tensors)
         with torch.device("meta"):
             model = cls(config)
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise checkpoints.CheckpointError(f"{found}: weights do not fit its configuration: {detail}") from error
+        checkpoints.assign(model, tensors, found)
         for module in model.modules():  # counters that no file holds, or that were of other scales, start at zero
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:

@@ -214,11 +214,7 @@ class RQTransformer(nn.Module):
                 config = RQTransformerConfig.from_dict(values)
         tensors = checkpoints.load_tensors(folder)
         model = _on_meta(config) if config is not None else _find_published(tensors, folder)
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise checkpoints.CheckpointError(f"{folder}: weights do not fit the configuration: {detail}") from error
+        checkpoints.assign(model, tensors, folder)
         return model.to(device=device, dtype=dtype or model.dtype).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:

@@ -461,11 +461,7 @@ class VAR(nn.Module):
             config = config_of(tensors, found)
         with torch.device("meta"):
             model = cls(config)
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise checkpoints.CheckpointError(f"{found}: weights do not fit the configuration: {detail}") from error
+        checkpoints.assign(model, tensors, found)
         if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
             raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)

@@ -284,11 +284,7 @@ class VILAU(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         tensors = checkpoints.load_tensors(folder)
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise checkpoints.CheckpointError(f"{folder}: weights do not fit its config.json: {detail}") from error
+        checkpoints.assign(model, tensors, folder)
         model.tower.tie()
         vocabulary = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
         if vocabulary.is_file():
