@@ -94,9 +94,10 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
         return {"module": module, "hidden": hidden.bfloat16(), "codebook": codebook, "noise": noise, "weights": weights}
 
     def decode(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
-        return inputs["module"].decode(
+        found = inputs["module"].decode(
             inputs["hidden"], inputs["codebook"], noise=inputs["noise"], backend=backend, **SETTINGS
         )
+        return found.codes, found.total
 
     def variant(name: str, role: str, backend: str) -> Variant:
         return Variant(name, role, lambda inputs: lambda: decode(inputs, backend))

@@ -324,7 +324,7 @@ def test_module_uses_the_kernel_when_asked():
     case, kernel = on_gpu(small_case(rows=4, guidance=2.0))
     temperature, top_k, top_p = case.settings
     settings = {"guidance": 2.0, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": case.noise}
-    codes, total = case.module.decode(case.hidden, case.codebook, backend="cuda", **settings)
+    codes, total, *_ = case.module.decode(case.hidden, case.codebook, backend="cuda", **settings)
     want = kernel()
     assert torch.equal(codes, want.codes)
     assert torch.equal(total, want.total)
@@ -354,7 +354,7 @@ def test_heads_of_another_width_are_left_to_the_definition():
     hidden, codebook = torch.randn(2, 64, device="cuda").bfloat16(), torch.randn(9, 16, device="cuda").bfloat16()
     with pytest.raises(ValueError, match="needs heads 64 wide, got 32"):
         module.decode(hidden, codebook, backend="cuda", temperature=0)
-    codes, _ = module.decode(hidden, codebook, temperature=0)
+    codes, *_ = module.decode(hidden, codebook, temperature=0)
     assert codes.shape == (2, 2)
 
 

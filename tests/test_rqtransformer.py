@@ -173,7 +173,7 @@ def test_cached_logits_equal_teacher_forced_ones(name, monkeypatch, device):
     seen = []
 
     def record(*args, **options):
-        result = depth_decode(*args, **options, return_logits=True)
+        result = depth_decode(*args, **(options | {"return_logits": True}))
         seen.extend(result.logits.unbind(1))
         return result
 
@@ -259,6 +259,15 @@ def test_codebooks():
         drawn = model.sample(partial, quantizer, noise=noise)
         assert torch.equal(drawn, model.sample(partial, quantizer.table, noise=noise))
     assert torch.equal(model(partial, table).codes, model(partial, torch.stack([table] * 3)).codes)
+
+
+def test_logits_that_are_nan_are_an_error_with_a_place():
+    model = built(CLASSES)
+    _, table, _ = inputs("classes")
+    with torch.no_grad():
+        model.head.pos_emb_d[0, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"picture 0 at position 0, depth 1$"):
+        model.generate(table, cond=torch.tensor([1, 2]))
 
 
 def test_generate():

@@ -12,6 +12,7 @@ from unifiedar.models import VILAU, VILAUConfig
 from unifiedar.models.llama import KeyValueCache, Llama, LlamaConfig
 from unifiedar.models.vilau import BOS, EOS, IM_END, IM_START, Sampling
 from unifiedar.nn import DepthTransformer
+from unifiedar.nn.depth import require_sound
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +91,41 @@ def test_decode_agrees_with_teacher_forcing(shared):
     depth = DepthTransformer(48, 32, 32, 2, 2, depth=3, num_codes=24).double().eval()
     codebook = torch.randn(*(() if shared else (3,)), 24, 32, dtype=torch.float64)
     hidden = torch.randn(5, 48, dtype=torch.float64)
-    codes, total = depth.decode(hidden, codebook, temperature=0)
+    codes, total, *_ = depth.decode(hidden, codebook, temperature=0)
     rows = torch.stack([(codebook if shared else codebook[d])[codes[:, d]] for d in range(3)], dim=1)
     torch.testing.assert_close(total, rows.sum(1))
     assert torch.equal(depth(hidden, rows.cumsum(1)).argmax(-1), codes)
+
+
+def test_decode_goes_through_given_codes():
+    torch.manual_seed(0)
+    depth = DepthTransformer(48, 32, 32, 2, 2, depth=3, num_codes=24).double().eval()
+    codebook, hidden = torch.randn(24, 32, dtype=torch.float64), torch.randn(5, 48, dtype=torch.float64)
+    codes = torch.randint(24, (5, 3))
+    result = depth.decode(hidden, codebook, forced=codes, return_logits=True)
+    assert torch.equal(result.codes, codes)
+    torch.testing.assert_close(result.logits, depth(hidden, depth.running_sums(codes, codebook)))
+
+
+def test_logits_that_are_nan_are_an_error_with_a_place():
+    torch.manual_seed(0)
+    depth = DepthTransformer(48, 32, 32, 2, 2, depth=3, num_codes=24).eval()
+    codebook, hidden = torch.randn(24, 32), torch.randn(4, 48)
+    sound = depth.decode(hidden, codebook, temperature=0)
+    require_sound("draw", [])
+    require_sound("draw", [sound.unsound])
+    hidden[2, 5] = torch.nan
+    found = [sound.unsound, depth.decode(hidden, codebook, temperature=0).unsound]
+    with pytest.raises(FloatingPointError, match=r"^draw: .* picture 2 at position 8, depth 0$"):
+        require_sound("draw", found, first=7)
 
 
 def test_decode_pairs_rows_for_guidance():
     torch.manual_seed(0)
     depth = DepthTransformer(48, 32, 32, 2, 2, depth=3, num_codes=24).eval()
     codebook, hidden = torch.randn(24, 32), torch.randn(4, 48)
-    alone, _ = depth.decode(hidden, codebook, temperature=0)
-    guided, total = depth.decode(torch.cat([hidden, torch.randn(4, 48)]), codebook, guidance=1.0, temperature=0)
+    alone, *_ = depth.decode(hidden, codebook, temperature=0)
+    guided, total, *_ = depth.decode(torch.cat([hidden, torch.randn(4, 48)]), codebook, guidance=1.0, temperature=0)
     assert torch.equal(guided, alone)
     assert total.shape == (4, 32)
     with pytest.raises(ValueError, match="temperature must be one number or 3"):
@@ -158,6 +182,14 @@ def test_progress_counts_every_position(model):
 def test_no_prompts(model):
     assert model.generate([]).shape == (0, 3, 16, 16)
     assert model.describe(torch.empty(0, 3, 16, 16, dtype=torch.uint8)) == []
+
+
+def test_generate_says_where_logits_are_nan():
+    model = small_model()
+    with torch.no_grad():
+        model.depth_transformer.pos_emb_d[0, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"^generate: .* picture 0 at position 0, depth 1$"):
+        model.generate(["red disc"])
 
 
 def test_generate_refuses(model):

@@ -121,7 +121,7 @@ def test_depth_decoding(model, name, kind, check, golden):
     """Guidance 3, top-k 900, top-p 0.96, which the published code fixes, with noise of ours in its multinomial."""
     config = model.config
     hidden = uniform(f"{name}.{kind}.hidden", 6, 1, config.language.hidden_size)[:, 0] * 2
-    codes, total = model.depth_transformer.decode(
+    codes, total, *_ = model.depth_transformer.decode(
         hidden,
         model.tower.quantizer.table,
         guidance=3.0,

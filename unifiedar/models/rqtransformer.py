@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unifiedar import checkpoints
 from unifiedar.nn import DepthTransformer, ResidualQuantizer
-from unifiedar.nn.depth import Classifier, Stack
+from unifiedar.nn.depth import Classifier, Stack, require_sound
 
 __all__ = ["RQLogits", "RQTransformer", "RQTransformerConfig"]
 
@@ -453,6 +453,7 @@ class RQTransformer(nn.Module):
             TypeError: for an argument of another type or dtype.
             ValueError: for a shape that does not match, a condition out of range or missing, a start outside the grid,
                 guidance without `unconditional` or the other way round, and what `sample_codes` refuses.
+            FloatingPointError: if logits are NaN, naming picture, position and depth.
 
         Note:
             Put the model in eval mode first. Keys and values of earlier positions and depths are kept in memory that is
@@ -526,15 +527,17 @@ class RQTransformer(nn.Module):
             sums = self.head.running_sums(codes[:, :begin], table)[:, :, -1]
             x = torch.cat([x, read(sums, 0)], dim=1)
         hidden = self.body_transformer(x, cache)[:, -1]
+        unsound: list[Tensor] = []
         for position in range(begin, end):
-            codes[:, position], total = self.head.decode(
-                hidden, table, guidance=guidance, noise=noise(position), **settings
-            )
+            found = self.head.decode(hidden, table, guidance=guidance, noise=noise(position), **settings)
+            codes[:, position] = found.codes
+            unsound.append(found.unsound)
             if position + 1 < end:
-                x = read(total.unsqueeze(1), position)
+                x = read(found.total.unsqueeze(1), position)
                 hidden = self.body_transformer(x, cache, config.condition_length + position)[:, -1]
             if progress is not None:
                 progress(1)
+        require_sound(function, unsound, begin)
         return codes.view(partial.shape)
 
 

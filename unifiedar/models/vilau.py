@@ -20,6 +20,7 @@ from unifiedar.models.convolutional import Decoder, DecoderConfig
 from unifiedar.models.llama import KeyValueCache, Llama, LlamaConfig
 from unifiedar.models.siglip import SiglipConfig, SiglipModel
 from unifiedar.nn import DepthTransformer, Quantized, ResidualQuantizer
+from unifiedar.nn.depth import require_sound
 from unifiedar.tokenizer import TextTokenizer, load
 
 __all__ = ["VILAU", "Sampling", "VILAUConfig", "VisionTower"]
@@ -393,6 +394,9 @@ class VILAU(nn.Module):
 
         Returns:
             (N, 3, S, S) uint8 RGB on the CPU.
+
+        Raises:
+            FloatingPointError: if logits are NaN, naming picture, position and depth.
         """
         codes = self.generate_codes(
             prompts, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=progress
@@ -436,12 +440,13 @@ class VILAU(nn.Module):
         )
         hidden = self.llm(self.llm.embed(ids), cache, pad)[:, -1]
         codes: list[Tensor] = []
+        unsound: list[Tensor] = []
         codebook = self.tower.quantizer.table
         for step in range(self.image_tokens):
             noise = torch.stack(
                 [torch.empty(self.config.depth, self.config.num_codes).exponential_(generator=g) for g in generators]
             )
-            chosen, total = self.depth_transformer.decode(
+            found = self.depth_transformer.decode(
                 hidden,
                 codebook,
                 guidance=guidance if guided else None,
@@ -450,12 +455,14 @@ class VILAU(nn.Module):
                 top_p=top_p,
                 noise=noise.to(device, non_blocking=True),
             )
-            codes.append(chosen)
+            codes.append(found.codes)
+            unsound.append(found.unsound)
             if step + 1 < self.image_tokens:
-                x = self.mm_projector(total.to(self.dtype)).unsqueeze(1)
+                x = self.mm_projector(found.total.to(self.dtype)).unsqueeze(1)
                 hidden = self.llm(torch.cat([x, x]) if guided else x, cache, pad)[:, -1]
             if progress is not None:
                 progress(1)
+        require_sound("generate", unsound)
         return torch.stack(codes, dim=1)
 
     @torch.no_grad()

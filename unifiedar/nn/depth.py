@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unifiedar.ops import DepthBlock, DepthWeights, depth_decode, residual_lookup
+from unifiedar.ops import DepthBlock, DepthCodes, DepthWeights, depth_decode, residual_lookup
 from unifiedar.ops.depth import depth_block, depth_pack, wants_packed
 
-__all__ = ["DepthTransformer"]
+__all__ = ["DepthTransformer", "require_sound"]
 
 
 class _Attention(nn.Module):
@@ -172,8 +172,10 @@ class DepthTransformer(nn.Module):
         top_p: float | Sequence[float] = 0.0,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        forced: Tensor | None = None,
+        return_logits: bool = False,
         backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> DepthCodes:
         """Emit the D codes of each position; keys and values of earlier depths are kept, so that no work is repeated.
 
         Args:
@@ -182,18 +184,21 @@ class DepthTransformer(nn.Module):
             guidance, temperature, top_k, top_p, generator: as `unifiedar.ops.sample_codes`; temperature, top_k and
                 top_p may be one number for each depth.
             noise: (N, D, K) ~ Exp(1) that decides the draws, drawn from `generator` if None.
+            forced: (N, D) int64 codes to go through instead of drawing any, for a look at the logits.
+            return_logits: whether to return the logits of every depth, too.
             backend: "auto", "cuda" or "eager". The CUDA kernel reads a packed copy of the weights, which is made at the
                 first call, kept beside them and made anew when they change.
 
         Returns:
-            codes (N, D) int64 and the sum of their embeddings (N, C), in the codebook's dtype.
+            `DepthCodes`: codes (N, D) int64, the sum of their embeddings (N, C) in the codebook's dtype, at which depth
+            logits were NaN (`require_sound` looks), and the logits (rows, D, K) before guidance or None.
 
         Raises:
             TypeError, ValueError: as `unifiedar.ops.depth_decode` says.
         """
         weights = self.weights()
         packed = self._packed(weights) if wants_packed(hidden, codebook, weights, backend) else None
-        result = depth_decode(
+        return depth_decode(
             hidden,
             codebook,
             weights,
@@ -203,7 +208,25 @@ class DepthTransformer(nn.Module):
             top_p=top_p,
             noise=noise,
             generator=generator,
+            forced=forced,
+            return_logits=return_logits,
             packed=packed,
             backend=backend,
         )
-        return result.codes, result.total
+
+
+def require_sound(function: str, unsound: Sequence[Tensor], first: int = 0) -> None:
+    """Raises FloatingPointError if logits of any position were NaN; waits for the GPU to look.
+
+    Args:
+        function: whose error it is.
+        unsound: for each position in turn (N,), as `DepthCodes` has it.
+        first: number of the first of these positions.
+    """
+    found = torch.stack(list(unsound)).cpu() if unsound else torch.empty(0, 0)
+    if (found >= 0).any():
+        position, row = (found >= 0).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{function}: logits must not be NaN, got some in picture {row} at position {first + position}, "
+            f"depth {int(found[position, row])}"
+        )
