@@ -603,7 +603,7 @@ struct Decoder {
     const T* keys = cache(layer, 0, 0) + offset;
     const T* values = cache(layer, 1, 0) + offset;
     const int64_t next = int64_t(rows) * dim;
-    constexpr int kBatch = 3;  // depths whose keys and values are in flight together
+    constexpr int kBatch = kGroups > 2 ? 2 : 3;  // depths with keys and values in flight; three spill with 32 rows
     uint4 query[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) query[half] = load_shared_by_all(space<T>(at.q) + offset + half * 32);
