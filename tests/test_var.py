@@ -635,22 +635,22 @@ def test_graphs_draw_what_steps_draw(on_gpu, labels, smooth):
     for settings in ({"seed": 0}, {"seed": 1, "cfg": 3.0, "top_k": 20, "top_p": 0.9}):
         expected = on_gpu.generate(labels, **settings, more_smooth=smooth, graphs=False)
         for _ in range(2):
-            got = on_gpu.generate(labels, **settings, more_smooth=smooth)
+            got = on_gpu.generate(labels, **settings, more_smooth=smooth, graphs=True)
             assert same_pictures(got, expected)
 
 
 @pytest.mark.gpu
 def test_settings_never_capture_anew(on_gpu):
     on_gpu.forget_captures()
-    on_gpu.generate([1, 2], seed=0)
+    on_gpu.generate([1, 2], seed=0, graphs=True)
     (before,) = on_gpu.captures
     assert before.seconds > 0
     assert (before.batch, before.guided) == (2, True)
     settings = ((1.5, 0, 0.0, 0), (4.0, 0, 0.0, 0), (4.0, 3, 0.0, 0), (4.0, 3, 0.5, 0), (4.0, 3, 0.5, 1))
-    drawn = [on_gpu.generate([3, 4], cfg=cfg, top_k=k, top_p=p, seed=seed) for cfg, k, p, seed in settings]
+    drawn = [on_gpu.generate([3, 4], cfg=cfg, top_k=k, top_p=p, seed=seed, graphs=True) for cfg, k, p, seed in settings]
     assert on_gpu.captures == [before]
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(drawn))
-    on_gpu.generate([1, 2, 3], seed=0)
+    on_gpu.generate([1, 2, 3], seed=0, graphs=True)
     assert len(on_gpu.captures) == 2
 
 
@@ -660,7 +660,7 @@ def test_edits_on_a_gpu(on_gpu):
     for smooth in (False, True):
         settings = {"seed": 1, "cfg": 3.0, "more_smooth": smooth}
         expected = on_gpu.edit(codes, mask, [1, 2], **settings, graphs=False)
-        got = on_gpu.edit(codes, mask, [1, 2], **settings)
+        got = on_gpu.edit(codes, mask, [1, 2], **settings, graphs=True)
         assert same_pictures(got, expected)
         assert same_pictures(on_gpu.edit(codes, torch.ones(3, 3), **settings), on_gpu.vae.decode_codes(codes))
 
@@ -676,7 +676,7 @@ def test_half_precision_on_a_gpu(on_gpu, dtype, backend, monkeypatch):
     half.attach(on_gpu.vae)
     got = half.teacher_forced([3, 10], given_codes())
     assert (got - expected).norm() <= (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
-    a = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95)
+    a = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95, graphs=True)
     b = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95, graphs=False)
     assert (a.int() - b.int()).abs().max() <= 2
 
@@ -685,9 +685,9 @@ def test_half_precision_on_a_gpu(on_gpu, dtype, backend, monkeypatch):
 def test_weights_that_moved_are_captured_anew(on_gpu):
     model = copy.deepcopy(on_gpu)
     model.attach(on_gpu.vae)
-    before = model.generate([1, 2], seed=0)
+    before = model.generate([1, 2], seed=0, graphs=True)
     with torch.no_grad():
         model.class_emb.weight.mul_(-1)  # in place: the graph sees it
-    assert not torch.equal(model.generate([1, 2], seed=0), before)
+    assert not torch.equal(model.generate([1, 2], seed=0, graphs=True), before)
     model.class_emb.weight.data = -model.class_emb.weight.data.clone()  # elsewhere
-    assert torch.equal(model.generate([1, 2], seed=0), before)
+    assert torch.equal(model.generate([1, 2], seed=0, graphs=True), before)

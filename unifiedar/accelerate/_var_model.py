@@ -2,7 +2,7 @@
 
 Published: some 30 launches a block and scale, every weight cast anew at each of them under autocast, what the condition
 decides computed anew at every scale, keys and values copied to longer tensors. Swapped: `autoregressive_infer_cfg` and
-`forward` run on a `models.VAR` that has the module's parameters; on a GPU its graphs are replayed.
+`forward` run on a `models.VAR` that has the module's parameters.
 
 The tokenizer stays the module's own. Under autocast the generation works on a copy of the matrix products' weights,
 cast once and again when they change: half the memory of float32 weights more, while there are such calls.
@@ -178,7 +178,7 @@ def _drop(block: Any) -> float:
 def _swap(module: Any) -> Swap:
     text = (
         "autoregressive_infer_cfg and forward by models.VAR on its parameters: norms with their gates, attention by "
-        "scales, a cache allocated once, graphs on a GPU; under autocast weights are cast once, into a copy"
+        "scales, a cache allocated once; under autocast weights are cast once, into a copy"
     )
     return Swap(text, {"autoregressive_infer_cfg": autoregressive_infer_cfg, "forward": forward})
 

@@ -692,7 +692,7 @@ class VAR(nn.Module):
         seed: int | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> Tensor:
         """Draw pictures of classes.
 
@@ -706,8 +706,9 @@ class VAR(nn.Module):
                 FID.
             images_per_call: pictures that are drawn at once, all if None. Parts are drawn one after the other with one
                 generator, so that it changes what a seed draws.
-            graphs: whether a GPU replays CUDA graphs. The first call of a batch size then captures them, see
-                `captures`; sizes are rounded up, to multiples of 8 above 8.
+            graphs: whether a GPU replays CUDA graphs (off unless asked for: capturing has not run on one yet). The
+                first call of a batch size then captures them, see `captures`; sizes are rounded up, to multiples of 8
+                above 8.
 
         Returns:
             (N, 3, H, W) uint8, on the model's device.
@@ -737,7 +738,7 @@ class VAR(nn.Module):
         top_p: float = 0.0,
         seed: int | None = None,
         images_per_call: int | None = None,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> list[Tensor]:
         """As `generate`, but the codes: for every scale (N, h w) int64, which `vae.decode_codes` paints."""
         return self._draw(
@@ -755,7 +756,7 @@ class VAR(nn.Module):
         seed: int | torch.Generator | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> Tensor:
         """As `generate`, for a tokenizer of another make: what its decoder paints, (N, code_dim, h, w).
 
@@ -782,7 +783,7 @@ class VAR(nn.Module):
         seed: int | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> Tensor:
         """Draw a part of pictures anew: in-painting, out-painting, or with labels a change of class there.
 
