@@ -599,12 +599,13 @@ def test_sessions_of_edits_and_of_other_weights(replayed):
         assert all(torch.equal(one, other) for one, other in zip(codes, expected, strict=True))
     assert [one.edits for one in model.captures] == [True]
     replayed(model, [1, 2])
-    before = len(model.captures)
+    before, held = len(model.captures), [model.pos_start.data]  # held, so that no copy comes to lie where one was
     model.pos_start.data = model.pos_start.data.clone()  # a graph would read the old place
     replayed(model, [1, 2])
     assert len(model.captures) == before + 1
     for _ in range(5):
-        model.pos_start.data = model.pos_start.data.clone()
+        held.append(model.pos_start.data)
+        model.pos_start.data = held[-1].clone()
         replayed(model, [1, 2])
     assert len(model.captures) == 4
 
