@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoder_small import RQ, pictures, rqvae
-from safetensors import safe_open
+from autoencoder_small import RQ, goldens, pictures, rqvae
 from torch import Tensor
 from vilau_small import fingerprint
 
@@ -37,14 +36,12 @@ def test_published_keys_and_shapes(name, manifest, parameters):
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    with safe_open(HERE / "goldens" / "autoencoders-small.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return goldens()[0]
 
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, dict]:
-    with safe_open(HERE / "goldens" / "autoencoders-small.safetensors", "pt") as file:
-        return {key: json.loads(value) for key, value in file.metadata().items()}
+    return goldens()[1]
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from autoencoder_small import VQ, pictures, vqvae
+from autoencoder_small import VQ, goldens, pictures, vqvae
 from helpers import interpreter_skip
-from safetensors import safe_open
 from torch import Tensor
 from vilau_small import fingerprint
 
@@ -38,14 +37,12 @@ def test_published_keys_and_shapes():
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    with safe_open(HERE / "goldens" / "autoencoders-small.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return goldens()[0]
 
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, dict]:
-    with safe_open(HERE / "goldens" / "autoencoders-small.safetensors", "pt") as file:
-        return {key: json.loads(value) for key, value in file.metadata().items()}
+    return goldens()[1]
 
 
 @pytest.fixture
