@@ -163,7 +163,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     for name, text in (
         ("info", "which backends exist, which are usable here, and why others are not"),
-        ("train", "train a model (tower, unified, export)"),
+        ("train", "train a model (tower, unified, vae, var, export)"),
         ("data", "build a data set (emoji)"),
     ):
         commands.add_parser(name, help=text, add_help=False)
