@@ -315,9 +315,7 @@ class VAR(nn.Module):
         "d30": _published(30),
         "d36": _published(36, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared=True),
         # Small enough to ship in 8 bits; its classes are those of the pictures that it is trained on.
-        "emoji": VARConfig(
-            8, 192, 3, (1, 2, 3, 4, 6, 8, 8), 2000, 2048, 16, shared_adaln=True, drop_path=0.1 * 8 / 24
-        ),
+        "emoji": VARConfig(8, 192, 3, (1, 2, 3, 4, 6, 8, 8), 2000, 2048, 16, shared_adaln=True, drop_path=0.1 * 8 / 24),
     }
 
     lvl_1L: Tensor

@@ -1,4 +1,4 @@
-"""Training on captioned pictures: `unifiedar train tower` and then `unified`, VILA-U's recipe; `vae` and `var`, VAR's."""
+"""Training on captioned pictures: `unifiedar train tower`, then `unified`, for VILA-U; `vae`, then `var`, for VAR."""
 
 import importlib
 import sys

@@ -39,7 +39,7 @@ def scale_means(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 class _Learned:
-    """What is learned of pictures: their classes, their codes (N, L) and what is read before each scale but the first."""
+    """What is learned of pictures: classes, codes (N, L), and what is read before each scale but the first."""
 
     def __init__(self, pictures: Pictures, vae: VQVAE, labels: str):
         self.labels = pictures.concepts if labels == "concept" else pictures.styles
@@ -84,7 +84,8 @@ class _Losses:
     def of(self, logits: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Losses and accuracies of logits (B, L, K) for codes (B, L): of all, and of each scale."""
         smoothing = self.args.label_smoothing
-        losses = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none", label_smoothing=smoothing).mean(0)
+        each = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none", label_smoothing=smoothing)
+        losses = each.view_as(codes).mean(0)
         right = (logits.detach().argmax(2) == codes).float().mean(0)
         curves = {"loss": self.means @ losses.detach(), "accuracy": self.means @ right}
         single = {f"scale_{i}_{name}": one for name, curve in curves.items() for i, one in enumerate(curve)}
@@ -105,8 +106,10 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     for name in ("label_smoothing", "cond_drop", "drop_path", "end_rate"):
         value = getattr(args, name)
-        if value is not None and not (0 <= value < 1 or value == 1 and name in ("cond_drop", "end_rate")):
+        if value is not None and not 0 <= value <= 1:
             raise fail(f"--{name.replace('_', '-')} must be from 0 to 1, got {value}")
+    if args.drop_path == 1:
+        raise fail("--drop-path must be below 1, got 1")
     if args.warmup is None:
         args.warmup = args.steps // 50
     args.lr *= args.batch * int(os.environ.get("WORLD_SIZE", 1)) / 256
