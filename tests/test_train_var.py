@@ -89,12 +89,46 @@ def test_both_stages_learn_and_the_result_draws(data, tmp_path, capsys):
     sizes = [sum(path.stat().st_size for path in one.glob("*.safetensors")) for one in (folder / "model", small)]
     assert sizes[1] < 0.4 * sizes[0]
     capsys.readouterr()
-    for name in ("axe", "red disc"):
-        assert (
-            cli.main(["generate", name, "--model", str(small), "--device", "cpu", "-o", str(tmp_path / "x.png")]) == 0
-        )
-    assert cli.main(["generate", "red disk", "--model", str(small), "-o", str(tmp_path / "x.png")]) == 1
-    assert "'red disk' is no class of the model; near: red disc" in capsys.readouterr().err
+    options = ["--model", str(small), "--device", "cpu", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", " red disc ", "--seed", "4", "--guidance", "2", "--top-p", "0.5", *options]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    again = VAR.from_checkpoint(small)
+    label = again.class_names.index("red disc")
+    assert torch.equal(again.generate(label, seed=4, cfg=1.0, top_k=24, top_p=0.5)[0], drawn)
+    for argv, words in (
+        (["generate", "red disk"], "'red disk' is no class of the model; near: red disc"),
+        (["generate", "axe", "--guidance", "0.5"], "--guidance: must be at least 1"),
+        (["generate", "axe", "--temperature", "1"], "--temperature: a VAR has none"),
+        (["generate", "axe", "--top-k", "25"], "top_k must be from 0 to 24"),
+    ):
+        assert cli.main([*argv, *options]) == 1
+        assert words in capsys.readouterr().err
+    picture = [str(tmp_path / "x.png"), "--model", str(small), "--device", "cpu"]
+    assert cli.main(["describe", *picture]) == 1
+    assert "a VAR, which can generate but not describe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_export_is_close(tmp_path, capsys, precision):
+    torch.manual_seed(0)
+    config = replace(SIZES, scales=TOKENIZER.scales, num_classes=2, num_codes=24, code_dim=8)
+    model = VAR(config, VQVAE(TOKENIZER).eval()).eval()
+    model.class_names = ("dog", "cat")
+    argv = ["export", "--model", str(model.save_whole(tmp_path / "whole")), "--out", str(tmp_path / "small")]
+    assert train.main([*argv, "--precision", precision]) == 0
+    again = VAR.from_checkpoint(tmp_path / "small")
+    for name, value in model.whole().items():
+        error = (again.whole()[name].float() - value).abs().nan_to_num()
+        exact = precision == "int8" and value.ndim < 2
+        bound = value.float().nan_to_num(neginf=0).abs().max() * (0 if exact else 1 / 250)
+        assert (error <= bound).all(), name
+    assert again.generate([0, 1, 2], seed=0).shape == (3, 3, 16, 16)
+    argv[2] = str(model.save(tmp_path / "alone"))
+    assert cli.main(["generate", "dog", "--model", argv[2], "-o", str(tmp_path / "x.png")]) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert train.main(argv) == 1
+    assert "has no tokenizer in it" in capsys.readouterr().err
 
 
 def test_labels_may_be_styles(data, tmp_path):

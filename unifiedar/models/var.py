@@ -477,8 +477,7 @@ class VAR(nn.Module):
         if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
             raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)
-        if dtype is not None:
-            model.cast_products(dtype)
+        model.cast_products(dtype or model.dtype)  # a small copy has vectors in another dtype than matrices
         if names and len(names) != config.num_classes:
             raise checkpoints.CheckpointError(
                 f"{found}: class_names in config.json must name all {config.num_classes} classes, got {len(names)}"

@@ -12,8 +12,10 @@ from unifiedar.models import VAR, VILAU
 
 __all__ = ["export", "main"]
 
-# Of a VAR and its tokenizer: what has no rows to scale by, or moves every pixel by its rounding; and few bytes.
-_WIDE = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul", "attn_bias_for_masking", "ema_vocab_hit_SV")
+# Of a VAR: few bytes, that no matrix product reads or that have no rows to scale by. They stay as they are.
+_WIDE = ("word_embed", "pos_start", "lvl_embed", "ada_gss", "scale_mul")
+# Of a VAR and its tokenizer: what 8 bits would be too coarse for, with one scale for all positions, say.
+_HALVED = ("vae.quantize.", "pos_1LC", "attn_bias_for_masking")
 
 
 def export(source: str | Path, target: str | Path, *, precision: str = "int8") -> Path:
@@ -23,8 +25,8 @@ def export(source: str | Path, target: str | Path, *, precision: str = "int8") -
         source: a VILA-U, as `VILAU.from_checkpoint` takes it, or a folder of a VAR with its tokenizer.
         target: folder to make or replace.
         precision: "int8": weights of two dimensions or more in 8 bits with a float32 scale a row, except the code
-            vectors, whose rounding would move every pixel (bfloat16), and a VAR's positions, scales and gains (as they
-            are); "bf16": all but these in bfloat16.
+            vectors, whose rounding would move every pixel, and a VAR's positions (bfloat16), and what little else it has
+            beside matrices of products (as it is); "bf16": all but the last in bfloat16.
 
     Returns:
         The folder.
@@ -57,10 +59,10 @@ def _export_var(source: Path, target: str | Path, precision: str) -> Path:
         for name, value in tensors.items()
         if value.ndim >= 2 and value.is_floating_point() and not any(part in name for part in _WIDE)
     }
-    vectors = {name for name in matrices if name.startswith("vae.quantize.")}
-    for name in vectors if precision == "int8" else matrices:
+    halved = {name for name in matrices if name.startswith(_HALVED)} if precision == "int8" else matrices
+    for name in halved:
         tensors[name] = tensors[name].to(torch.bfloat16)
-    return model.save_whole(target, tensors, int8=matrices - vectors if precision == "int8" else ())
+    return model.save_whole(target, tensors, int8=matrices - halved)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -146,7 +146,8 @@ class Loop(Generic[M]):
         self.averaged.load_state_dict(self.model.state_dict())
         self.averaged.eval()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 decays = parameter.ndim >= 2 and not any(part in name for part in undecayed)
