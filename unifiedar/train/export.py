@@ -25,8 +25,8 @@ def export(source: str | Path, target: str | Path, *, precision: str = "int8") -
         source: a VILA-U, as `VILAU.from_checkpoint` takes it, or a folder of a VAR with its tokenizer.
         target: folder to make or replace.
         precision: "int8": weights of two dimensions or more in 8 bits with a float32 scale a row, except the code
-            vectors, whose rounding would move every pixel, and a VAR's positions (bfloat16), and what little else it has
-            beside matrices of products (as it is); "bf16": all but the last in bfloat16.
+            vectors, whose rounding would move every pixel, and a VAR's positions (bfloat16), and what little else a VAR
+            has beside matrices of products (as it is); "bf16": all but the last in bfloat16.
 
     Returns:
         The folder.
