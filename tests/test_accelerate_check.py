@@ -27,7 +27,7 @@ VAR.__module__ = "models.var"
 def build_vae_var(device, depth=3, **options):
     torch.nn.Conv1d.reset_parameters = lambda self: None  # as the published one does
     print("chatter")
-    config = VQVAE.configs["vae_ch160v4096z32"]
+    (config,) = VQVAE.configs.values()
     vae = VQVAE(config)
     for convolution in vae.quantize.quant_resi.modules():
         convolution.resi_ratio = 0.5
