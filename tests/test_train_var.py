@@ -291,8 +291,15 @@ def test_folder_with_tokenizer(tmp_path):
         alone.save_whole(tmp_path / "x")
     path = tmp_path / "whole" / "config.json"
     config_text = json.loads(path.read_text())
-    for names, words in ((["dog"], "must name all 2 classes, got 1"), ("dog", "list of names"), ([1, 2], "list of")):
-        path.write_text(json.dumps(config_text | {"class_names": names}))
+    for wrong, words in (
+        ({"class_names": ["dog"]}, "must name all 2 classes, got 1"),
+        ({"class_names": "dog"}, "list of names"),
+        ({"class_names": [1, 2]}, "list of names"),
+        ({"vae": ["dog"]}, "vae in config.json must be an object"),
+        ({"vae": {"model": "rqvae"}}, "must describe a 'vqvae'"),
+        ({"vae": None}, "do not fit the configuration"),
+    ):
+        path.write_text(json.dumps(config_text | wrong))
         with pytest.raises(checkpoints.CheckpointError, match=words):
             VAR.from_checkpoint(tmp_path / "whole")
 

@@ -466,6 +466,8 @@ class VAR(nn.Module):
         if found.is_dir():
             values = checkpoints.read_config(found)
             own, names = values.pop("vae", None), _names(values.pop("class_names", []), found)
+            if own is not None and not isinstance(own, dict):
+                raise checkpoints.CheckpointError(f"{found}: vae in config.json must be an object, got {own!r:.40}")
             config = config or VARConfig.from_dict(values)
         tensors = checkpoints.load_tensors(found, under=_INSIDE)
         of_vae = {name[len(_VAE) :]: tensors.pop(name) for name in list(tensors) if own and name.startswith(_VAE)}
