@@ -212,7 +212,7 @@ def test_bad_options(data, tmp_path, options, words):
 
 def test_bad_stage_and_tower(data, tmp_path, capsys):
     assert train.main(["body"]) == 2
-    assert "'tower', 'unified' or 'export', got 'body'" in capsys.readouterr().err
+    assert "'tower', 'unified', 'vae', 'var' or 'export', got 'body'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"--tower: .*no such model"):
         run("unified", data, tmp_path / "out", "--tower", tmp_path / "nowhere")
 

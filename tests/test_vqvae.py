@@ -293,7 +293,7 @@ def test_what_does_not_load(tmp_path, model):
     state = dict(model.state_dict())
     path = tmp_path / "vae.pth"
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match=r"keys and shapes of a published VQVAE \(vae_ch160v4096z32\)"):
+    with pytest.raises(CheckpointError, match=r"keys and shapes of a published VQVAE \(vae_ch160v4096z32, emoji\)"):
         VQVAE.from_checkpoint(path)
     with pytest.raises(CheckpointError, match="do not fit"):
         VQVAE.from_checkpoint(path, config=replace(VQ, num_codes=95))

@@ -21,6 +21,7 @@ null if only a contact sheet was asked for. A picture's `seed`, given as ``--see
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -35,6 +36,8 @@ from unifiedar.devices import DeviceError, add_device_argument, usable_device
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from unifiedar.models import VAR
 
 __all__ = ["main"]
 
@@ -137,7 +140,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "draw pictures from prompts")
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help='such as "red apple, noto style"')
+    text = 'such as "red apple, noto style"; for a VAR the name of a class'
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help=text)
     generate.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; - is stdin")
     _add_output(generate)
     _add_model(generate)
@@ -163,7 +167,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     for name, text in (
         ("info", "which backends exist, which are usable here, and why others are not"),
-        ("train", "train a model (tower, unified, export)"),
+        ("train", "train a model (tower, unified, vae, var, export)"),
         ("data", "build a data set (emoji)"),
     ):
         commands.add_parser(name, help=text, add_help=False)
@@ -336,10 +340,7 @@ def _generate(args: argparse.Namespace, report: _Report) -> None:
     model = None
     if any(prompt not in problems for prompt in prompts):
         model = _load(args, report)
-        for prompt in prompts:
-            if prompt not in problems and (tokens := len(model.tokenizer.encode(prompt))) > model.max_prompt_tokens:
-                limit = model.max_prompt_tokens
-                problems[prompt] = f"prompt {_shorten(prompt)!r} has {tokens} tokens; the model takes at most {limit}"
+        problems |= {prompt: text for prompt in prompts if prompt not in problems and (text := _misfit(model, prompt))}
     for prompt in prompts:
         if prompt in problems:
             report.fail(prompt.encode(errors="replace").decode(), problems[prompt])
@@ -446,16 +447,73 @@ def _load(args: argparse.Namespace, report: _Report) -> Any:
     except Exception as error:  # a configuration or a tokenizer with odd values fails wherever these are used first
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise CommandError(f"{path}: not a checkpoint that can be loaded ({cause})") from error
-    if args.command != "reconstruct" and model.tokenizer is None:
+    if isinstance(model, _Classes):
+        if args.command != "generate":
+            raise CommandError(f"{path}: a VAR, which can generate but not {args.command}")
+    elif args.command != "reconstruct" and model.tokenizer is None:
         raise CommandError(f"{path}: has no tokenizer.json, without which it cannot {args.command}")
     report.device = device
     return model
 
 
 def _from_checkpoint(path: Path, device: str, dtype: Any) -> Any:
-    from unifiedar.models import VILAU
+    from unifiedar import checkpoints
+    from unifiedar.models import VAR, VILAU
 
+    if path.is_dir() and checkpoints.read_config(path).get("model") == "var":
+        model = VAR.from_checkpoint(path, device, dtype)
+        if model.vae is None or not model.class_names:
+            raise checkpoints.CheckpointError(f"{path}: has no tokenizer, or no names of classes, which drawing needs")
+        return _Classes(model)
     return VILAU.from_checkpoint(path, device=device, dtype=dtype)
+
+
+class _Classes:
+    """A VAR as `generate` asks for pictures: a prompt is the name of a class."""
+
+    image_tokens = 1  # a batch is reported whole
+
+    def __init__(self, model: "VAR"):
+        self.model = model
+        self.labels = {name: i for i, name in enumerate(model.class_names)}
+
+    def misfit(self, prompt: str) -> str | None:
+        """Why this is no class, if it is none."""
+        if prompt.strip() in self.labels:
+            return None
+        near = difflib.get_close_matches(prompt.strip(), self.labels, 3) or list(self.labels)[:3]
+        return f"{_shorten(prompt)!r} is no class of the model; near: {', '.join(near)}"
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        guidance: float | None,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        seed: Sequence[int],
+        progress: Callable[[int], object],
+    ) -> "Tensor":
+        """Pictures (N, 3, S, S) uint8, each of its own seed and so drawn alone; settings not given are those of the
+        published FID."""
+        import torch
+
+        if temperature is not None:
+            raise CommandError("--temperature: a VAR has none; --top-k and --top-p sharpen what it draws")
+        if guidance is not None and guidance < 1:
+            raise CommandError(f"--guidance: must be at least 1, without guidance, for a VAR, got {guidance:g}")
+        settings = {
+            "cfg": 1.5 if guidance is None else guidance - 1,
+            "top_k": min(900, self.model.config.num_codes) if top_k is None else top_k,
+            "top_p": 0.96 if top_p is None else top_p,
+        }
+        drawn = [
+            self.model.generate(self.labels[prompt.strip()], seed=one, **settings)  # type: ignore[arg-type]
+            for prompt, one in zip(prompts, seed, strict=True)
+        ]
+        progress(1)
+        return torch.cat(drawn)
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -482,6 +540,16 @@ def _prompt_problem(prompt: str) -> str | None:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are no text
         return f"prompt {_shorten(prompt)!r} is not valid UTF-8"
+    return None
+
+
+def _misfit(model: Any, prompt: str) -> str | None:
+    """Why this model cannot draw a prompt, if it cannot."""
+    if isinstance(model, _Classes):
+        return model.misfit(prompt)
+    tokens, limit = len(model.tokenizer.encode(prompt)), model.max_prompt_tokens
+    if tokens > limit:
+        return f"prompt {_shorten(prompt)!r} has {tokens} tokens; the model takes at most {limit}"
     return None
 
 

@@ -116,9 +116,23 @@ class Autoencoder(nn.Module):
         tensors = checkpoints.load_tensors(found, under=cls.inside)
         if config is None:
             config = cls._config_of(found, tensors)
+        return cls.from_tensors(config, tensors, found, device, dtype, decoder_dtype=decoder_dtype)
+
+    @classmethod
+    def from_tensors(
+        cls: type[Model],
+        config: Any,
+        tensors: Mapping[str, Tensor],
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        decoder_dtype: torch.dtype | None = None,
+    ) -> Model:
+        """As `from_checkpoint`, of tensors that are read already; `path` is where they came from, for the error."""
         with torch.device("meta"):
             model = cls(config)
-        checkpoints.assign(model, tensors, found)
+        checkpoints.assign(model, tensors, path)
         for module in model.modules():  # counters that no file holds, or that were of other scales, start at zero
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:

@@ -9,7 +9,7 @@ Every weight is read once a scale, but those that see the condition alone, which
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -28,6 +28,7 @@ __all__ = ["VAR", "VARConfig", "config_of"]
 Scale = int | tuple[int, int]
 
 _INSIDE = ("trainer", "var_wo_ddp")  # where a trainer's checkpoint has the model
+_VAE = "vae."  # what the names of the tokenizer's tensors begin with in a folder that holds both
 _SESSIONS = 4  # batches and ways of drawing whose graphs are kept
 
 
@@ -298,6 +299,9 @@ class VAR(nn.Module):
         vae: the tokenizer, which is no part of the state_dict and does not move with the model. Without one there are
             neither codes nor pictures; `attach` takes one later.
 
+    Attributes:
+        class_names: what the classes are called, for models whose folder says so; else empty.
+
     Raises:
         TypeError: for a vae that is none.
         ValueError: for sizes below 1, heads that do not divide dim, a scale larger than the last, chances that are
@@ -310,6 +314,8 @@ class VAR(nn.Module):
         "d24": _published(24),
         "d30": _published(30),
         "d36": _published(36, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared=True),
+        # Small enough to ship in 8 bits; its classes are those of the pictures that it is trained on.
+        "emoji": VARConfig(8, 192, 3, (1, 2, 3, 4, 6, 8, 8), 2000, 2048, 16, shared_adaln=True, drop_path=0.1 * 8 / 24),
     }
 
     lvl_1L: Tensor
@@ -349,6 +355,7 @@ class VAR(nn.Module):
         self.register_buffer("attn_bias_for_masking", mask[None, None])
         self._sessions = engine.Pool(_SESSIONS)
         self._vae: tuple[VQVAE, ...] = ()  # in a tuple it is no submodule
+        self.class_names: tuple[str, ...] = ()
         if vae is not None:
             self.attach(vae)
         if not self.pos_1LC.is_meta:
@@ -444,8 +451,8 @@ class VAR(nn.Module):
             device: where to put it, the CPU if None.
             dtype: of the matrix products, as stored if None (see `cast_products`).
             vae: the tokenizer: one that is loaded, or a path as `VQVAE.from_checkpoint` takes it, then put on the same
-                device; the trainer's checkpoint holds one too. Folders written by `save` have none.
-            decoder_dtype: of the tokenizer's decoder, where `vae` is a path.
+                device; the trainer's checkpoint holds one too. None takes that of the folder, if it has one.
+            decoder_dtype: of the tokenizer's decoder, unless `vae` is loaded already.
             config: sizes. None takes those of config.json in the folder or, for a file, reads them off the tensors,
                 with square scales, heads of 64 channels if there are no gains to count, and published settings.
 
@@ -454,9 +461,16 @@ class VAR(nn.Module):
             ValueError, TypeError: for a vae that does not go with the model.
         """
         found = checkpoints.resolve(path)
-        if config is None and found.is_dir():
-            config = VARConfig.from_dict(checkpoints.read_config(found))
+        own: Any = None
+        names: tuple[str, ...] = ()
+        if found.is_dir():
+            values = checkpoints.read_config(found)
+            own, names = values.pop("vae", None), _names(values.pop("class_names", []), found)
+            if own is not None and not isinstance(own, dict):
+                raise checkpoints.CheckpointError(f"{found}: vae in config.json must be an object, got {own!r:.40}")
+            config = config or VARConfig.from_dict(values)
         tensors = checkpoints.load_tensors(found, under=_INSIDE)
+        of_vae = {name[len(_VAE) :]: tensors.pop(name) for name in list(tensors) if own and name.startswith(_VAE)}
         if config is None:
             config = config_of(tensors, found)
         with torch.device("meta"):
@@ -465,18 +479,58 @@ class VAR(nn.Module):
         if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
             raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)
-        if dtype is not None:
-            model.cast_products(dtype)
+        model.cast_products(dtype or model.dtype)  # a small copy has vectors in another dtype than matrices
+        if names and len(names) != config.num_classes:
+            raise checkpoints.CheckpointError(
+                f"{found}: class_names in config.json must name all {config.num_classes} classes, got {len(names)}"
+            )
+        model.class_names = names
         if isinstance(vae, (str, os.PathLike)):
             vae = VQVAE.from_checkpoint(vae, model.device, decoder_dtype=decoder_dtype)
+        elif vae is None and own:
+            sizes = VQVAE.config_class.from_dict(own)
+            vae = VQVAE.from_tensors(sizes, of_vae, found, model.device, decoder_dtype=decoder_dtype)
         if vae is not None:
             model.attach(vae)
         return model
 
     def save(self, folder: str | Path) -> Path:
-        """Write weights and config to a folder that `from_checkpoint` reads, atomically; replaces such a folder."""
-        tensors, config = self.state_dict(), self.config.to_dict()
-        return checkpoints.save(folder, tensors, config, overwrite=True, max_shard_bytes=4_000_000_000)
+        """Write weights and config to a folder that `from_checkpoint` reads, atomically; replaces such a folder.
+
+        The tokenizer is not written; `save_whole` does that too.
+        """
+        return self._write(folder, self.state_dict(), self.config.to_dict())
+
+    def save_whole(
+        self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None, *, int8: Collection[str] = ()
+    ) -> Path:
+        """As `save`, together with the tokenizer: what `from_checkpoint` needs no `vae` for.
+
+        Args:
+            folder: to make or replace.
+            tensors: in place of those of `whole` (other dtypes, say), by the same names.
+            int8: names of those to store in 8 bits (see `checkpoints.save`).
+
+        Raises:
+            ValueError: without a tokenizer.
+            CheckpointError: if the folder cannot be written.
+        """
+        whole = self.whole()
+        assert self.vae is not None
+        config = self.config.to_dict() | {"vae": self.vae.config.to_dict()}
+        return self._write(folder, whole if tensors is None else tensors, config, int8)
+
+    def whole(self) -> dict[str, Tensor]:
+        """The state_dict and, under names that begin with "vae.", the tokenizer's; ValueError without one."""
+        vae = self._tokenizer("whole")
+        return {**self.state_dict(), **{_VAE + name: value for name, value in vae.state_dict().items()}}
+
+    def _write(
+        self, folder: str | Path, tensors: Mapping[str, Tensor], config: dict[str, Any], int8: Collection[str] = ()
+    ) -> Path:
+        if self.class_names:
+            config = config | {"class_names": list(self.class_names)}
+        return checkpoints.save(folder, tensors, config, int8=int8, overwrite=True, max_shard_bytes=4_000_000_000)
 
     def export(self, path: str | Path) -> None:
         """Write the published layout: one file with the state_dict in float32, which VAR's own code loads."""
@@ -968,6 +1022,12 @@ class VAR(nn.Module):
         places = tuple(one.data_ptr() for one in weights)
         key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
         return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
+
+
+def _names(values: Any, path: Path) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise checkpoints.CheckpointError(f"{path}: class_names in config.json must be a list of names")
+    return tuple(values)
 
 
 def _rows(edit: _Edit, begin: int, end: int) -> tuple[list[Tensor], Tensor]:

@@ -58,7 +58,11 @@ class VQVAE(Autoencoder):
     """
 
     configs: ClassVar[Mapping[str, VQVAEConfig]] = {
-        "vae_ch160v4096z32": VQVAEConfig(DecoderConfig(160, (1, 1, 2, 2, 4), 2, 32, 256, (16,), fused_qkv=True), 4096)
+        "vae_ch160v4096z32": VQVAEConfig(DecoderConfig(160, (1, 1, 2, 2, 4), 2, 32, 256, (16,), fused_qkv=True), 4096),
+        # The last size twice: what one map of 2,048 vectors leaves of a picture is most of its lines.
+        "emoji": VQVAEConfig(
+            DecoderConfig(32, (1, 2, 2, 3), 1, 16, 64, (), fused_qkv=True), 2048, scales=(1, 2, 3, 4, 6, 8, 8)
+        ),
     }
     config_class = VQVAEConfig
     inside = ("trainer", "vae_local")

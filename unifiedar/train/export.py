@@ -8,19 +8,25 @@ from pathlib import Path
 import torch
 
 from unifiedar import checkpoints
-from unifiedar.models import VILAU
+from unifiedar.models import VAR, VILAU
 
 __all__ = ["export", "main"]
+
+# Of a VAR: few bytes, that no matrix product reads or that have no rows to scale by. They stay as they are.
+_WIDE = ("word_embed", "pos_start", "lvl_embed", "ada_gss", "scale_mul")
+# Of a VAR and its tokenizer: what 8 bits would be too coarse for, with one scale for all positions, say.
+_HALVED = ("vae.quantize.", "pos_1LC", "attn_bias_for_masking")
 
 
 def export(source: str | Path, target: str | Path, *, precision: str = "int8") -> Path:
     """Write a smaller copy of a model.
 
     Args:
-        source: as `VILAU.from_checkpoint` takes it.
+        source: a VILA-U, as `VILAU.from_checkpoint` takes it, or a folder of a VAR with its tokenizer.
         target: folder to make or replace.
         precision: "int8": weights of two dimensions or more in 8 bits with a float32 scale a row, except the code
-            vectors, whose rounding would move every pixel (bfloat16); "bf16": all of them in bfloat16.
+            vectors, whose rounding would move every pixel, and a VAR's positions (bfloat16), and what little else a VAR
+            has beside matrices of products (as it is); "bf16": all but the last in bfloat16.
 
     Returns:
         The folder.
@@ -28,6 +34,9 @@ def export(source: str | Path, target: str | Path, *, precision: str = "int8") -
     Raises:
         CheckpointError: if the source cannot be read or the target not be written.
     """
+    found = checkpoints.resolve(source)
+    if found.is_dir() and checkpoints.read_config(found).get("model") == "var":
+        return _export_var(found, target, precision)
     model = VILAU.from_checkpoint(source)
     tensors = dict(model.state_dict())
     matrices = [name for name, value in tensors.items() if value.ndim >= 2]
@@ -38,6 +47,22 @@ def export(source: str | Path, target: str | Path, *, precision: str = "int8") -
         tensors[name] = halved.setdefault(value.data_ptr(), value.to(torch.bfloat16))
     int8 = [name for name in matrices if name not in codebooks] if precision == "int8" else []
     return model.write(target, tensors, int8=int8)
+
+
+def _export_var(source: Path, target: str | Path, precision: str) -> Path:
+    model = VAR.from_checkpoint(source)
+    if model.vae is None:
+        raise checkpoints.CheckpointError(f"{source}: has no tokenizer in it; `save_whole` writes both")
+    tensors = model.whole()
+    matrices = {
+        name
+        for name, value in tensors.items()
+        if value.ndim >= 2 and value.is_floating_point() and not any(part in name for part in _WIDE)
+    }
+    halved = {name for name in matrices if name.startswith(_HALVED)} if precision == "int8" else matrices
+    for name in halved:
+        tensors[name] = tensors[name].to(torch.bfloat16)
+    return model.save_whole(target, tensors, int8=matrices - halved)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,9 +20,11 @@ from unifiedar.devices import DeviceError, add_device_argument, usable_device
 from unifiedar.nn import Codebook
 from unifiedar.train.batches import Pictures, step_seed
 
-__all__ = ["Loop", "add_arguments", "fail", "load_pictures", "sheet"]
+__all__ = ["Loop", "add_arguments", "cosine", "fail", "lin0", "load_pictures", "sheet"]
 
 M = TypeVar("M", bound=nn.Module)
+# Step, steps of warm-up and steps of the run to a factor on the peak learning rate.
+Schedule = Callable[[int, int, int], float]
 # The averaged model to sheets (PIL images) and figures, by name.
 Validate = Callable[[M], tuple[dict[str, Any], dict[str, float]]]
 
@@ -32,17 +34,41 @@ def fail(message: str) -> SystemExit:
     return SystemExit(f"unifiedar train: {message}")
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr: float) -> None:
-    """Options that every stage has."""
+def cosine(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def lin0(step: int, warmup: int, steps: int, end: float = 0.1) -> float:
+    """VAR's schedule: linear warm-up from 0.005, flat for a twentieth of the rest, then linear down to `end`."""
+    if step < warmup:
+        return 0.005 + 0.995 * step / warmup
+    passed = (step - warmup) / max(1, steps - 1 - warmup)
+    return 1.0 if passed < 0.05 else end + (1 - end) * (1 - passed) / 0.95
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, steps: int, batch: int, lr: float, warmup: int | None = 200, rate: str = ""
+) -> None:
+    """Options that every stage has.
+
+    Args:
+        parser: gets them.
+        steps, batch, lr, warmup: defaults; a warm-up of None is a fiftieth of the steps, for the caller to work out.
+        rate: what the learning rate is, if not the peak itself.
+    """
+    warms = "a fiftieth of the steps" if warmup is None else str(warmup)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `unifiedar data emoji`")
     parser.add_argument("--styles", nargs="+", help="train on these styles only (default: all in the folder)")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, sheets, scalars and the model")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=batch, help="pictures per step and rank (default: %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="split a batch into this many parts (default: 1)")
-    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=lr, help=f"peak learning rate{rate} (default: {lr})")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of matrices (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=200, help="steps of linear warm-up (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=warmup, help=f"steps of linear warm-up (default: {warms})")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default: %(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of matmuls (default: bf16)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the heavy parts")
@@ -73,23 +99,34 @@ def sheet(images: Iterable[Tensor], columns: int) -> Any:
 class Loop(Generic[M]):
     """One training run on this rank.
 
-    `train` calls `losses(step, part)` for every part of a step, adds up their "loss", steps AdamW with a cosine
-    schedule, keeps an exponential moving average of the weights, and writes checkpoints. All randomness of a
+    `train` calls `losses(step, part)` for every part of a step, adds up their "loss", steps AdamW with the learning
+    rate of a schedule, keeps an exponential moving average of the weights, and writes checkpoints. All randomness of a
     step is reseeded from (seed, step, rank), so that a run resumed after a kill is the run that was not killed.
 
     Args:
         args: with the options of `add_arguments`.
         make_model: builds the model, twice the same (the second is the averaged one); only parameters that require a
             gradient are trained. It has a method `save(folder)`.
+        schedule: of the learning rate.
+        clip: largest norm of the gradient.
+        undecayed: parts of the names of matrices that weight decay leaves alone, as it does all vectors.
     """
 
-    def __init__(self, args: argparse.Namespace, make_model: Callable[[], M]):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        make_model: Callable[[], M],
+        *,
+        schedule: Schedule = cosine,
+        clip: float = 1.0,
+        undecayed: Collection[str] = (),
+    ):
         for name in ("steps", "batch", "accumulate", "save_every", "sheet_every"):
             if getattr(args, name) < 1:
                 raise fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
         if args.batch % args.accumulate:
             raise fail(f"--accumulate must divide --batch {args.batch}, got {args.accumulate}")
-        self.args = args
+        self.args, self.schedule, self.clip = args, schedule, clip
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         try:
             self.device = torch.device(usable_device(args.device, int(os.environ.get("LOCAL_RANK", 0))))
@@ -109,10 +146,14 @@ class Loop(Generic[M]):
         self.averaged.load_state_dict(self.model.state_dict())
         self.averaged.eval()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decays = parameter.ndim >= 2 and not any(part in name for part in undecayed)
+                (matrices if decays else others).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=args.lr,
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
@@ -169,10 +210,7 @@ class Loop(Generic[M]):
         return torch.compile(function) if self.args.compile else function
 
     def _rate(self, step: int) -> float:
-        warmup, steps = self.args.warmup, self.args.steps
-        if step < warmup:
-            return self.args.lr * (step + 1) / warmup
-        return self.args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+        return self.args.lr * self.schedule(step, self.args.warmup, self.args.steps)
 
     def _average_gradients(self) -> None:
         """Mean over the ranks in one flat all-reduce: so few parameters take less time than many buckets' launches."""
@@ -228,7 +266,7 @@ class Loop(Generic[M]):
                     seen[name] = seen.get(name, 0) + value.detach() / args.accumulate
             if self.world > 1:
                 self._average_gradients()
-            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
             self.optimizer.step()
             self._average_weights(step)
             done = step + 1
@@ -248,10 +286,14 @@ class Loop(Generic[M]):
             self.writer.close()
         return complete
 
-    def finish(self, complete: bool) -> int:
-        """Save the averaged model to `--out`/model; the exit code: 0, or 3 if the run is to be resumed."""
+    def finish(self, complete: bool, save: Callable[[Path], object] | None = None) -> int:
+        """Save the averaged model to `--out`/model, by its method `save` if no other way is given.
+
+        Returns:
+            The exit code: 0, or 3 if the run is to be resumed.
+        """
         if self.rank == 0:
-            cast(Callable[[Path], object], self.averaged.save)(self.args.out / "model")
+            (save or cast(Callable[[Path], object], self.averaged.save))(self.args.out / "model")
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -283,9 +325,9 @@ class Loop(Generic[M]):
             return
         (before, then), self.reported = self.reported, (done, time.monotonic())
         rate = (done - before) * self.args.batch * self.world / (self.reported[1] - then)
-        bar.set_postfix_str(
-            " ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f" {rate:.0f} pictures/s", refresh=False
-        )
+        # The curves of single scales are for the log: a line has no room for them.
+        short = " ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not k.startswith("scale_"))
+        bar.set_postfix_str(f"{short} {rate:.0f} pictures/s", refresh=False)
         self._log(done, {**numbers, "learning_rate": self._rate(done - 1), "pictures_per_second": rate})
 
     def _log(self, done: int, numbers: dict[str, float]) -> None:
