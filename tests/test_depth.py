@@ -68,7 +68,9 @@ def test_the_operator_is_well_defined():
     temperature, top_k, top_p = case.settings
     arguments = (case.hidden, case.codebook, _flatten(case.weights), None, 3, 2.0, None, temperature, top_k, top_p)
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.unifiedar.depth_decode.default, (*arguments, case.noise, None, True, None, *DepthForm()))
+        torch.library.opcheck(
+            torch.ops.unifiedar.depth_decode.default, (*arguments, case.noise, None, True, None, *DepthForm())
+        )
 
 
 def test_it_compiles_whole(fresh_compiler):

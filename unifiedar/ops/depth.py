@@ -13,7 +13,7 @@ them: Moshi's depformer (Defossez et al., arXiv:2410.00037, section 3.4.1) and Q
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,11 @@ __all__ = [
 
 Pair = tuple[Tensor, Tensor | None]
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 NORMS = ("layer", "rms")
 STATES = ("first", "every", "before")
 
@@ -81,6 +85,9 @@ class DepthForm(NamedTuple):
     def sets(self, begin: int, end: int) -> Sequence[int]:
         """Which set of weights is that of tokens begin .. end - 1."""
         return list(self.order[begin:end]) if self.order else range(begin, end)
+
+
+PLAIN = DepthForm()
 
 
 class DepthBlock(NamedTuple):
@@ -132,7 +139,7 @@ class DepthWeights(NamedTuple):
     norm: Pair | None
     head: Pair
     num_heads: int
-    form: DepthForm = DepthForm()
+    form: DepthForm = PLAIN
 
     @property
     def depth(self) -> int:
@@ -211,7 +218,7 @@ def depth_block(
     cache: Tensor | None,
     begin: int,
     dropout: float = 0.0,
-    form: DepthForm = DepthForm(),
+    form: DepthForm = PLAIN,
     rope: Tensor | None = None,
 ) -> Tensor:
     """One block over tokens begin .. begin + T - 1 of each row: what `depth_decode` does in every layer.
@@ -372,7 +379,7 @@ def _decode_eager(
             begin = kind.length(d) if d else 0
             rope = depth_rope(x, weights.blocks[0], num_heads, kind, begin, x.shape[1]) if weights.blocks else None
             for block, kept in zip(weights.blocks, cache, strict=True):
-                x = depth_block(x, block, num_heads, kept, begin, form=kind, rope=rope)
+                x = depth_block(x, block, num_heads, kept, begin, 0.0, kind, rope)
             logits = depth_logits(x[:, -1:], weights, d)[:, 0]
             if return_logits:
                 all_logits[:, d] = logits
@@ -455,8 +462,11 @@ def depth_pack(weights: DepthWeights) -> Tensor:
         raise ValueError(f"depth_pack: weights must be of a form that the CUDA kernel takes, which {reason}")
     with torch.no_grad():
         projected = () if weights.hidden is None else (weights.hidden,)
+        assert weights.position is not None  # of this form, like the two below
+        assert weights.code is not None
+        assert weights.norm is not None
         matrices = [pair[0] for pair in (weights.code, *projected)]
-        vectors = [weights.position, *(pair[1] for pair in (weights.code, *projected))]
+        vectors: list[Any] = [weights.position, *(pair[1] for pair in (weights.code, *projected))]
         for block in weights.blocks:
             qkv = (block.query, block.key, block.value)
             matrices += [torch.cat([w for w, _ in qkv]), block.proj[0], block.up[0], block.down[0]]
@@ -651,10 +661,10 @@ def _run_cuda(
 # ---- operator --------------------------------------------------------------------------------------------------------
 
 _depth_decode = Op(
-    "depth_decode(Tensor hidden, Tensor codebook, Tensor?[] weights, Tensor? packed, SymInt num_heads, float? guidance, "
-    "Tensor? guidance_rows, float[] temperature, SymInt[] top_k, float[] top_p, Tensor? noise, Tensor? forced, "
-    "bool return_logits, Tensor? start, str norm, float eps, str activation, str state, bool last, SymInt kv_heads, "
-    "float rope, SymInt[] order, SymInt depth) -> (Tensor, Tensor, Tensor, Tensor)",
+    "depth_decode(Tensor hidden, Tensor codebook, Tensor?[] weights, Tensor? packed, SymInt num_heads, "
+    "float? guidance, Tensor? guidance_rows, float[] temperature, SymInt[] top_k, float[] top_p, Tensor? noise, "
+    "Tensor? forced, bool return_logits, Tensor? start, str norm, float eps, str activation, str state, bool last, "
+    "SymInt kv_heads, float rope, SymInt[] order, SymInt depth) -> (Tensor, Tensor, Tensor, Tensor)",
     eager=_decode_eager,
     fake=_decode_fake,
     backends=(Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),),
@@ -706,17 +716,16 @@ def depth_decode(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for widths or depths that do not match, a form that there is not, a start too much or missing, an odd number of guided rows, settings that are not one
-            number or D, noise, forced codes or guidance of another shape or device, noise together with a generator, an
-            unknown backend or one that does not fit.
+        ValueError: for widths or depths that do not match, a form that there is not, a start too much or missing, an
+            odd number of guided rows, settings that are not one number or D, noise, forced codes or guidance of another
+            shape or device, noise together with a generator, an unknown backend or one that does not fit.
 
     Note:
         The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
         draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
-        in several launches. A row with NaN draws 0 (see `sample_codes`), and
-        `check` of the result tells. No gradient, no host sync; may be captured in
-        a CUDA graph with noise given.
+        in several launches, and no forms but the default one. A row with NaN draws 0 (see `sample_codes`), and `check`
+        of the result tells. No gradient, no host sync; may be captured in a CUDA graph with noise given.
     """
     function = "depth_decode"
     depth = _check_sizes(function, hidden, codebook, weights, start)
@@ -770,9 +779,7 @@ def depth_decode(
     return DepthCodes(codes, total, unsound, logits if return_logits else None)
 
 
-def _check_sizes(
-    function: str, hidden: Tensor, codebook: Tensor, weights: DepthWeights, start: Tensor | None
-) -> int:
+def _check_sizes(function: str, hidden: Tensor, codebook: Tensor, weights: DepthWeights, start: Tensor | None) -> int:
     """Raises unless hidden, codebook, start and weights go together; returns D."""
     _checks.check_tensor(function, "hidden", hidden)
     _checks.check_tensor(function, "codebook", codebook)
@@ -822,11 +829,13 @@ def _check_form(function: str, weights: DepthWeights) -> None:
         raise ValueError(f"{function}: weights.form.order must have {length} entries, got {len(form.order)}")
     sets = 1 + max(form.order) if form.order else length
     embeddings = depth - (form.state == "first")
-    wanted = [("head", weights.head, depth), ("code", weights.code, embeddings)]
-    wanted.append(("hidden", weights.hidden, sets if form.state == "every" else 0))
-    fields = DepthBlock._fields
+    wanted: list[tuple[str, Pair | None, int]] = [
+        ("head", weights.head, depth),
+        ("code", weights.code, embeddings),
+        ("hidden", weights.hidden, sets if form.state == "every" else 0),
+    ]
     for block in weights.blocks:
-        wanted += [(name, pair, sets) for name, pair in zip(fields, block, strict=True) if name in _PER_TOKEN]
+        wanted += [(name, getattr(block, name), sets) for name in _PER_TOKEN]
         kv_heads, width = form.kv_heads or heads, block.query[0].shape[-2]
         if width % heads or heads % kv_heads or width // heads * kv_heads != block.key[0].shape[-2]:
             raise ValueError(
