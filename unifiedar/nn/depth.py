@@ -8,6 +8,7 @@ blocks, over the positions of a picture. `DepthStyle` says what the depth transf
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -272,21 +273,24 @@ class DepthTransformer(nn.Module):
         if self.pos_emb_d is not None:
             nn.init.normal_(self.pos_emb_d, std=0.02)
 
-    def running_sums(self, codes: Tensor, codebook: Tensor) -> Tensor:
+    def running_sums(self, codes: Tensor, codebook: Tensor, *, exact_reference_rounding: bool = False) -> Tensor:
         """What enters after each code: sums (..., D, C) of the embeddings of codes 0..d, or that of code d alone.
 
         Args:
             codes: (..., D) int64.
             codebook: (K, C) or (D, K, C).
+            exact_reference_rounding: True rounds each sum to the codebook's dtype before the next code is added, as the
+                published models' sums on a GPU and those of `decode` are; False adds in float32 and rounds each once.
 
         Returns:
             (..., D, C) in the codebook's dtype, as `forward` takes them; sums, unless the style is `last_code`.
             `unifiedar.ops.residual_lookup` says what bad input raises.
         """
-        if not self.form.last:
+        if not (self.form.last or exact_reference_rounding):
             return residual_lookup(codes, codebook, cumulative=True)
         tables = [codebook if codebook.ndim == 2 else codebook[d] for d in range(codes.shape[-1])]
-        return torch.stack([residual_lookup(codes[..., d : d + 1], table) for d, table in enumerate(tables)], dim=-2)
+        entered = [residual_lookup(codes[..., d : d + 1], table) for d, table in enumerate(tables)]
+        return torch.stack(entered if self.form.last else list(accumulate(entered)), dim=-2)
 
     def forward(self, hidden: Tensor, running_sums: Tensor, start: Tensor | None = None) -> Tensor:
         """Teacher-forced logits.
