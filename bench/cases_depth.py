@@ -22,6 +22,7 @@ from torch import Tensor
 from bench._case import OURS, Case, Check, Variant
 from unifiedar.nn import DepthTransformer
 from unifiedar.ops import registry, residual_lookup, sample_codes
+from unifiedar.ops.depth import _flatten
 
 __all__ = ["cases"]
 
@@ -112,10 +113,11 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
     variants.append(Variant("published code", "peer", lambda inputs: lambda: _published(inputs)))
 
     def backend(inputs: Inputs) -> str:
-        weights = [*inputs["weights"]]
-        arguments = (inputs["hidden"], inputs["codebook"], weights, None, model.num_heads, 3.0, None)
+        weights = inputs["module"].weights()
+        arguments = (inputs["hidden"], inputs["codebook"], _flatten(weights), None, model.num_heads, 3.0, None)
         lists = ([1.0] * model.depth, [900] * model.depth, [0.96] * model.depth)
-        return registry["depth_decode"].choose("auto", *arguments, *lists, inputs["noise"], None, False).name
+        rest = (inputs["noise"], None, False, None, *weights.form)
+        return registry["depth_decode"].choose("auto", *arguments, *lists, *rest).name
 
     return Case(
         name=f"{model.name}/r{rows}",
