@@ -173,6 +173,50 @@ def test_weights_come_back_as_they_went(style):
     assert again.depth == weights.depth == DEPTH
 
 
+FULLEST = DepthStyle(
+    norm="rms", activation="silu", gated=True, kv_heads=2, qk_norm=True, learned_positions=False, rope=100.0,
+    state="every", last_code=True, states_per_depth=True, blocks_per_depth=True, heads_per_depth=True,
+    order=(0, 1, 1, 0), final_norm="per_depth",
+)  # fmt: skip
+
+
+def test_forward_and_decode_are_one_graph(fresh_compiler):
+    module = built(FULLEST)
+    hidden, codebook, start = inputs(module, 2)
+    codes = torch.randint(CODES, (2, DEPTH))
+    sums = module.running_sums(codes, codebook)
+    whole = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(hidden, sums, start), module(hidden, sums, start), rtol=0, atol=1e-12)
+    weights = module.weights()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(hidden, start):
+        with torch.no_grad():
+            return depth_decode(hidden, codebook, weights, start=start, forced=codes, return_logits=True).logits
+
+    torch.testing.assert_close(call(hidden, start), module(hidden, sums, start), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "style", [FULLEST, DepthStyle(state="before", rope=10.0, norm="rms")], ids=["fullest", "before"]
+)
+def test_half_precision(style, dtype, device):
+    """As near to float64 as the teacher-forced forward in the same dtype."""
+    module = built(style).to(device)
+    hidden, codebook, start = (x.to(device, dtype).double() for x in inputs(module, 16))
+    module.to(dtype).double()
+    codes = torch.randint(CODES, (16, DEPTH), device=device)
+    exact = module(hidden, module.running_sums(codes, codebook), start)
+    module.to(dtype)
+    hidden, codebook, start = (x.to(dtype) for x in (hidden, codebook, start))
+    forced = module(hidden, module.running_sums(codes, codebook, exact_reference_rounding=True), start)
+    logits = module.decode(hidden, codebook, start=start, forced=codes, return_logits=True).logits
+    assert logits.dtype == dtype
+    error, allowed = ((one.double() - exact).square().mean().sqrt() for one in (logits, forced))
+    assert error <= 1.5 * allowed
+
+
 # ---- what the kernel does not take
 
 
