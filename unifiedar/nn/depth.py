@@ -105,7 +105,7 @@ class _Linears(nn.Module):
             nn.init.uniform_(parameter, -(in_dim**-0.5), in_dim**-0.5)
 
 
-def _linear(sets: int, in_dim: int, out_dim: int, bias: bool) -> nn.Module:
+def _linear(sets: int, in_dim: int, out_dim: int, bias: bool) -> nn.Linear | _Linears:
     return _Linears(sets, in_dim, out_dim, bias) if sets else nn.Linear(in_dim, out_dim, bias=bias)
 
 
