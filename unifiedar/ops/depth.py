@@ -374,12 +374,15 @@ def _decode_eager(
             width = block.query[0].shape[-2] // num_heads
             cache.append(hidden.new_empty(2, rows, kind.kv_heads or num_heads, kind.length(depth), width))
         entered = hidden.new_empty(rows, 0, codebook.shape[-1]) if start is None else start.unsqueeze(1)
+        rope = None
+        if weights.blocks:
+            rope = depth_rope(hidden, weights.blocks[0], num_heads, kind, 0, kind.length(depth))
         for d in range(depth):
             x = depth_tokens(hidden, entered, weights, d)
             begin = kind.length(d) if d else 0
-            rope = depth_rope(x, weights.blocks[0], num_heads, kind, begin, x.shape[1]) if weights.blocks else None
+            turns = None if rope is None else rope[:, begin : begin + x.shape[1]]
             for block, kept in zip(weights.blocks, cache, strict=True):
-                x = depth_block(x, block, num_heads, kept, begin, 0.0, kind, rope)
+                x = depth_block(x, block, num_heads, kept, begin, 0.0, kind, turns)
             logits = depth_logits(x[:, -1:], weights, d)[:, 0]
             if return_logits:
                 all_logits[:, d] = logits
