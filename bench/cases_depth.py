@@ -5,6 +5,9 @@ bfloat16, with noise given. `width-1024` is a head of 98 M weights; `rq-1.4b` an
 RQ-Transformer's ImageNet models. Least traffic: every weight that a depth needs, once a depth. The weights are the same
 in all input sets: they are larger than the cache.
 
+`qwen3-tts-0.6b/r<rows>` is the code predictor of that speech model's size: 5 layers, 15 codes of a frame, no guidance,
+temperature .9, top-k 50.
+
 Peers: the published way (no cache, the whole prefix at each depth), our definition (a cache; it is also the backend
 "eager"), that in a CUDA graph, and that under torch.compile.
 """
@@ -17,11 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench._case import OURS, Case, Check, Variant
-from unifiedar.nn import DepthTransformer
+from unifiedar.nn import DepthStyle, DepthTransformer
 from unifiedar.ops import registry, residual_lookup, sample_codes
+from unifiedar.ops.depth import _flatten
 
 __all__ = ["cases"]
 
@@ -61,12 +66,38 @@ MODELS = (
 )
 
 
+@dataclass(frozen=True)
+class Speech:
+    """Sizes of a code predictor like Qwen3-TTS's; its talker is as wide as it is."""
+
+    name: str
+    dim: int
+    num_layers: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    depth: int
+    num_codes: int
+
+    def streamed(self) -> int:
+        """Numbers that decoding a frame reads: the blocks once for each code, each head once."""
+        attention = (2 * self.num_heads + 2 * self.kv_heads) * self.head_dim * self.dim
+        block = attention + 3 * self.mlp_dim * self.dim + 2 * self.dim + 2 * self.head_dim
+        return self.depth * (self.num_layers * block + (self.num_codes + 1) * self.dim)
+
+
+QWEN3_TTS = Speech("qwen3-tts-0.6b", 1024, 5, 16, 8, 128, 3072, 15, 2048)
+FRAME: dict[str, Any] = {"temperature": 0.9, "top_k": 50}
+
+
 def cases(device: torch.device) -> list[Case]:
     """Every model and number of rows; on the CPU narrow ones of two layers, so that it takes seconds."""
     if device.type == "cuda":
-        return [_case(model, rows, device) for model, counts in MODELS for rows in counts]
+        speech = [_speech_case(QWEN3_TTS, rows, device) for rows in (1, 8, 32)]
+        return [_case(model, rows, device) for model, counts in MODELS for rows in counts] + speech
     narrow = Model("narrow", 128, 32, 128, 2, 2, 4, 1024)
-    return [_case(narrow, 2, device)]
+    return [_case(narrow, 2, device), _speech_case(Speech("narrow-speech", 64, 2, 2, 1, 32, 96, 3, 256), 2, device)]
 
 
 @functools.lru_cache(maxsize=1)  # of one model at a time: the largest are 1 GB
@@ -112,10 +143,11 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
     variants.append(Variant("published code", "peer", lambda inputs: lambda: _published(inputs)))
 
     def backend(inputs: Inputs) -> str:
-        weights = [*inputs["weights"]]
-        arguments = (inputs["hidden"], inputs["codebook"], weights, None, model.num_heads, 3.0, None)
+        weights = inputs["module"].weights()
+        arguments = (inputs["hidden"], inputs["codebook"], _flatten(weights), None, model.num_heads, 3.0, None)
         lists = ([1.0] * model.depth, [900] * model.depth, [0.96] * model.depth)
-        return registry["depth_decode"].choose("auto", *arguments, *lists, inputs["noise"], None, False).name
+        rest = (inputs["noise"], None, False, None, *weights.form)
+        return registry["depth_decode"].choose("auto", *arguments, *lists, *rest).name
 
     return Case(
         name=f"{model.name}/r{rows}",
@@ -128,6 +160,101 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
         check=_check,
         backend=backend,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _speech_module(model: Speech, device: torch.device) -> tuple[DepthTransformer, Tensor]:
+    style = DepthStyle(
+        norm="rms", eps=1e-6, bias=False, activation="silu", gated=True, mlp_dim=model.mlp_dim, head_dim=model.head_dim,
+        kv_heads=model.kv_heads, qk_norm=True, learned_positions=False, rope=1e6, state="before", last_code=True,
+        heads_per_depth=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    sizes = (None, None, model.dim, model.num_layers, model.num_heads, model.depth, model.num_codes)
+    with torch.device(device):
+        module = DepthTransformer(*sizes, style=style)
+        codebook = torch.randn(model.depth, model.num_codes, model.dim).bfloat16()
+    with torch.no_grad():
+        module.classifier_mlp.linear.weight.mul_(5)
+    return module.bfloat16().eval().requires_grad_(False), codebook
+
+
+def _speech_case(model: Speech, rows: int, device: torch.device) -> Case:
+    def make(seed: int, device: torch.device) -> Inputs:
+        module, codebook = _speech_module(model, device)
+        generator = torch.Generator(device).manual_seed(seed)
+        hidden, start = torch.randn(2, rows, model.dim, device=device, generator=generator).bfloat16()
+        noise = torch.empty(rows, model.depth, model.num_codes, device=device).exponential_(generator=generator)
+        return {"module": module, "hidden": hidden, "start": start, "codebook": codebook, "noise": noise}
+
+    def ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        rest = {key: inputs[key] for key in ("codebook", "start", "noise")}
+        found = inputs["module"].decode(inputs["hidden"], **rest, **FRAME)
+        return found.codes, found.total
+
+    variants = [Variant(OURS, "ours", lambda inputs: lambda: ours(inputs))]
+    if device.type == "cuda":
+        variants.append(Variant(f"{OURS} eager, CUDA graph", "backend", lambda inputs: _captured(lambda: ours(inputs))))
+        variants.append(Variant("depth cache, CUDA graph", "peer", lambda inputs: _captured(lambda: _framed(inputs))))
+        compiled = torch.compile(_framed, dynamic=False)
+        variants.append(Variant("depth cache, torch.compile", "peer", lambda inputs: lambda: compiled(inputs)))
+    variants.append(Variant("depth cache", "peer", lambda inputs: lambda: _framed(inputs)))
+
+    def backend(inputs: Inputs) -> str:
+        weights, depth = inputs["module"].weights(), model.depth
+        arguments = (inputs["hidden"], inputs["codebook"], _flatten(weights), None, model.num_heads, None, None)
+        rest = ([0.9] * depth, [50] * depth, [0.0] * depth, inputs["noise"], None, False, inputs["start"])
+        return registry["depth_decode"].choose("auto", *arguments, *rest, *weights.form).name
+
+    return Case(
+        name=f"{model.name}/r{rows}",
+        shape={"R": rows, "W": model.dim, "D": model.depth, "K": model.num_codes, "C": model.dim},
+        dtype=torch.bfloat16,
+        bytes=2 * model.streamed() + 4 * rows * model.depth * model.num_codes,
+        flops=2 * rows * model.streamed(),
+        make=make,
+        variants=variants,
+        check=_check_frame,
+        backend=backend,
+    )
+
+
+def _check_frame(inputs: Inputs) -> Check:
+    """As `_check`, for a frame of a speech model."""
+    module, codebook, noise = inputs["module"], inputs["codebook"], inputs["noise"]
+
+    def check(variant: Variant, output: object) -> None:
+        assert isinstance(output, tuple)
+        codes, total = output
+        with torch.no_grad():
+            logits = module(inputs["hidden"], module.running_sums(codes, codebook), inputs["start"])
+        want = torch.stack([sample_codes(logits[:, d], noise=noise[:, d], **FRAME) for d in range(module.depth)], 1)
+        differ = int((codes != want).sum())
+        if differ > codes.numel() / 10 + 1:
+            raise ValueError(f"wrong result: {differ} of {codes.numel()} codes differ")
+        # Sums of 15 numbers below 16 in bfloat16, in another order.
+        if (total.float() - residual_lookup(codes, codebook).float()).abs().max() > 0.5:
+            raise ValueError("wrong result: total is not the sum of the codes' embeddings")
+
+    return check
+
+
+@torch.no_grad()
+def _framed(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """A step at a time with keys and values kept, as plain modules, and a draw by topk and a race."""
+    module, codebook, noise = inputs["module"], inputs["codebook"], inputs["noise"]
+    x, codes = torch.stack([inputs["hidden"], inputs["start"]], 1), []
+    stack, head, begin = module.head_transformer, module.classifier_mlp, 0
+    cache, total = stack.cache(x, module.depth + 1), torch.zeros_like(inputs["start"])
+    for d in range(module.depth):
+        y = stack(x, cache, begin)[:, -1]
+        scores = F.linear(head.layer_norm(y), head.linear.weight[d]).float() / FRAME["temperature"]
+        kth = scores.topk(FRAME["top_k"], dim=-1).values[:, -1:]
+        codes.append((scores.masked_fill(scores < kth, -torch.inf).softmax(-1) / noise[:, d]).argmax(-1))
+        chosen = codebook[d][codes[-1]]
+        total = total + chosen
+        begin, x = begin + x.shape[1], chosen.unsqueeze(1)
+    return torch.stack(codes, 1), total
 
 
 def _check(inputs: Inputs) -> Check:

@@ -9,7 +9,7 @@ from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
 from unifiedar.nn import DepthTransformer
-from unifiedar.ops import _native, depth_decode, registry, residual_lookup
+from unifiedar.ops import DepthForm, _native, depth_decode, registry, residual_lookup
 from unifiedar.ops.depth import _flatten, depth_pack
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -68,7 +68,9 @@ def test_the_operator_is_well_defined():
     temperature, top_k, top_p = case.settings
     arguments = (case.hidden, case.codebook, _flatten(case.weights), None, 3, 2.0, None, temperature, top_k, top_p)
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.unifiedar.depth_decode.default, (*arguments, case.noise, None, True))
+        torch.library.opcheck(
+            torch.ops.unifiedar.depth_decode.default, (*arguments, case.noise, None, True, None, *DepthForm())
+        )
 
 
 def test_it_compiles_whole(fresh_compiler):

@@ -2,6 +2,7 @@
 
 from unifiedar.models.rqtransformer import RQLogits, RQTransformer, RQTransformerConfig
 from unifiedar.models.rqvae import RQVAE, RQVAEConfig
+from unifiedar.models.speech import CodePredictor, moshi_depformer, qwen3_tts_predictor
 from unifiedar.models.var import VAR, VARConfig
 from unifiedar.models.vilau import VILAU, VILAUConfig
 from unifiedar.models.vqvae import VQVAE, VQVAEConfig
@@ -11,6 +12,7 @@ __all__ = [
     "VAR",
     "VILAU",
     "VQVAE",
+    "CodePredictor",
     "RQLogits",
     "RQTransformer",
     "RQTransformerConfig",
@@ -18,4 +20,6 @@ __all__ = [
     "VARConfig",
     "VILAUConfig",
     "VQVAEConfig",
+    "moshi_depformer",
+    "qwen3_tts_predictor",
 ]

@@ -335,15 +335,21 @@ class VILAU(nn.Module):
         places = begin[:, None] + torch.arange(features.shape[1], device=ids.device)
         return self.llm(x.scatter(1, places[..., None].expand_as(visual), visual))
 
-    def depth_logits(self, hidden: Tensor, begin: Tensor, codes: Tensor) -> Tensor:
+    def depth_logits(
+        self, hidden: Tensor, begin: Tensor, codes: Tensor, *, exact_reference_rounding: bool = False
+    ) -> Tensor:
         """Teacher-forced logits (B, L, D, K) of the pictures' codes (B, L, D) from `forward`'s hidden states (B, T, h).
 
-        The state before each visual position predicts that position's codes.
+        The state before each visual position predicts that position's codes. exact_reference_rounding adds up the
+        codes' embeddings in the weights' dtype, as the published code does on a GPU and `generate` does; without it
+        they are added up in float32.
         """
         batch, length, depth = codes.shape
         places = begin[:, None] - 1 + torch.arange(length, device=hidden.device)
         states = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        sums = self.tower.quantizer.embed(codes, cumulative=True).to(hidden.dtype)
+        sums = self.depth_transformer.running_sums(
+            codes, self.tower.quantizer.table, exact_reference_rounding=exact_reference_rounding
+        ).to(hidden.dtype)
         logits = self.depth_transformer(states.flatten(0, 1), sums.flatten(0, 1))
         return logits.view(batch, length, depth, -1)
 
@@ -380,6 +386,7 @@ class VILAU(nn.Module):
         top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         progress: Callable[[int], object] | None = None,
+        exact_reference_rounding: bool = False,
     ) -> Tensor:
         """Draw one picture for each prompt.
 
@@ -391,6 +398,9 @@ class VILAU(nn.Module):
             seed: of picture i is seed + i, or seed[i] of a sequence. The noise is drawn on the CPU for each picture by
                 itself, so that a picture does not depend on the others of its batch.
             progress: called with the number of visual positions finished since the last call.
+            exact_reference_rounding: as `decode_codes` takes it. Guidance, and the sums that go from one code to the
+                next and to the next position, are rounded as the published code does in any case: logits are mixed in
+                their own dtype before they become float32, sums are those of the codebook's dtype.
 
         Returns:
             (N, 3, S, S) uint8 RGB on the CPU.
@@ -401,7 +411,7 @@ class VILAU(nn.Module):
         codes = self.generate_codes(
             prompts, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=progress
         )
-        return self.decode_codes(codes)
+        return self.decode_codes(codes, exact_reference_rounding=exact_reference_rounding)
 
     @torch.no_grad()
     def generate_codes(
@@ -466,10 +476,19 @@ class VILAU(nn.Module):
         return torch.stack(codes, dim=1)
 
     @torch.no_grad()
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes (N, L, D) or (N, h, w, D) int64 to pictures (N, 3, S, S) uint8 on the CPU."""
+    def decode_codes(self, codes: Tensor, *, exact_reference_rounding: bool = False) -> Tensor:
+        """Codes (N, L, D) or (N, h, w, D) int64 to pictures (N, 3, S, S) uint8 on the CPU.
+
+        The codes' embeddings are added up in float32; with exact_reference_rounding in the weights' dtype, one after
+        another, as the published code does on a GPU.
+        """
         codes = codes.to(self.device).flatten(1, -2)
-        images = self.tower.decode(self.tower.quantizer.embed(codes).to(self.dtype))
+        if exact_reference_rounding:
+            table = self.tower.quantizer.table
+            features = self.depth_transformer.running_sums(codes, table, exact_reference_rounding=True)[..., -1, :]
+        else:
+            features = self.tower.quantizer.embed(codes)
+        images = self.tower.decode(features.to(self.dtype))
         return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def _pixels(self, images: Tensor, function: str) -> Tensor:

@@ -4,7 +4,7 @@ from unifiedar.nn.attention import NextScaleAttention, rope_table
 from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
 from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutput, SignQuantizer
 from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer, ScaleBook
-from unifiedar.nn.depth import DepthTransformer
+from unifiedar.nn.depth import DepthStyle, DepthTransformer
 from unifiedar.nn.norm import ModulatedNorm
 from unifiedar.nn.norm_group import GroupNorm
 from unifiedar.nn.sample import CodeSampler
@@ -14,6 +14,7 @@ __all__ = [
     "BitwiseQuantizer",
     "CodeSampler",
     "Codebook",
+    "DepthStyle",
     "DepthTransformer",
     "GroupNorm",
     "ModulatedNorm",

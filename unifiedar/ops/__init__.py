@@ -30,7 +30,7 @@ from unifiedar.ops.codes_multiscale import (
     multiscale_quantize,
     next_scale_input,
 )
-from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthWeights, depth_decode
+from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
 from unifiedar.ops.norm import modulated_norm, qk_norm_rope
 from unifiedar.ops.norm_group import group_norm
 from unifiedar.ops.sample import cut_logits, sample_codes
@@ -42,6 +42,7 @@ __all__ = [
     "BitwiseLosses",
     "DepthBlock",
     "DepthCodes",
+    "DepthForm",
     "DepthWeights",
     "Op",
     "Phi",

@@ -6,11 +6,14 @@
 A block: x += proj(attention(norm1 x));  x += down(gelu(up(norm2 x))), LayerNorm, biases, exact GELU.
 Lee et al., "Autoregressive Image Generation using Residual Quantization" (2022), section 3.2; VILA-U
 (arXiv:2409.04429), section 3.2. Keys and values of earlier depths are kept, so that no work is repeated.
+
+`DepthForm`, and which weights there are, say what other models do instead, the code predictors of speech models among
+them: Moshi's depformer (Defossez et al., arXiv:2410.00037, section 3.4.1) and Qwen3-TTS's.
 """
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +23,84 @@ from torch import Tensor
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import VARIABLE, Backend, Op, registry
 
-__all__ = ["DepthBlock", "DepthCodes", "DepthWeights", "depth_block", "depth_decode", "depth_pack", "wants_packed"]
+__all__ = [
+    "DepthBlock",
+    "DepthCodes",
+    "DepthForm",
+    "DepthWeights",
+    "depth_block",
+    "depth_decode",
+    "depth_logits",
+    "depth_pack",
+    "depth_rope",
+    "depth_tokens",
+    "wants_packed",
+]
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor | None]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+NORMS = ("layer", "rms")
+STATES = ("first", "every", "before")
+
+
+class DepthForm(NamedTuple):
+    """What a depth transformer does with its weights; as it stands, what RQ-Transformer and VILA-U do.
+
+    Fields:
+        norm: "layer" (LayerNorm) or "rms" (RMSNorm), in the blocks and before the head.
+        eps: added to the variance or mean square, also by the norms of queries and keys.
+        activation: "gelu" (exact), "gelu_tanh" or "silu": of the MLP, or of its gate if it has one.
+        state: where the body's hidden state enters. "first": it is the token of depth 0, and codes are those of depths
+            1 on. "every": it is added to the token of every depth, each with weights of its own if there are several
+            (Moshi). "before": it is a token of its own before that of depth 0 (Qwen3-TTS). In the last two the token
+            of depth 0 is made of what `depth_decode` is given as `start`.
+        last: True enters the last code's embedding, False the running sum of all before.
+        kv_heads: heads of keys and values, each shared by as many queries; 0 is one for each query head.
+        rope: base of the rotary embedding over the tokens, which turns neighbouring channels (Su et al.,
+            arXiv:2104.09864); 0 is none.
+        order: for each token in turn, which of several sets of weights of blocks and hidden's projection is its own;
+            () is its own number.
+        depth: D, codes of a position; 0 is as many as there are learned positions for.
+    """
+
+    norm: str = "layer"
+    eps: float = 1e-5
+    activation: str = "gelu"
+    state: str = "first"
+    last: bool = False
+    kv_heads: int = 0
+    rope: float = 0.0
+    order: Sequence[int] = ()
+    depth: int = 0
+
+    def length(self, depth: int) -> int:
+        """Tokens of a position of `depth` codes."""
+        return depth + (self.state == "before")
+
+    def sets(self, begin: int, end: int) -> Sequence[int]:
+        """Which set of weights is that of tokens begin .. end - 1."""
+        return list(self.order[begin:end]) if self.order else range(begin, end)
+
+
+PLAIN = DepthForm()
 
 
 class DepthBlock(NamedTuple):
     """Parameters of a block, each a pair of weight (out, in) and bias (out,), or of a norm's gain and bias (dim,).
 
+    A bias may be None. A weight of the attention or the MLP may be (S, out, in), its bias (S, out): S sets, of which
+    `DepthForm.order` names each token's.
+
     Fields:
-        norm1, query, key, value, proj: of the attention.
+        norm1, query, key, value, proj: of the attention; heads are as wide as query's outputs divided by their number.
         norm2, up, down: of the MLP.
+        gate: down(activation(gate x) * up x) in place of down(activation(up x)), or None.
+        query_norm, key_norm: gains (head_dim,) of RMSNorms of queries and keys, before they are turned, or None.
     """
 
     norm1: Pair
@@ -41,28 +111,41 @@ class DepthBlock(NamedTuple):
     norm2: Pair
     up: Pair
     down: Pair
+    gate: Pair | None = None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
 
 
 class DepthWeights(NamedTuple):
-    """Parameters of a depth transformer, in one dtype on one device.
+    """Parameters of a depth transformer, in one dtype on one device; biases may be None.
 
     Fields:
-        position: (1, D, dim), added to what enters at each depth.
-        code: weight (dim, C) and bias of the projection of summed embeddings.
-        hidden: weight (dim, hidden_dim) and bias of the projection of the hidden state, or None if it enters as it is.
+        position: (1, T, dim), added to each of the T tokens (D, or D + 1 with the state before them), or None.
+        code: weight (dim, C) and bias of the projection of embeddings, or (n, dim, C) and (n, dim) with a set for each
+            embedding that enters (D, or D - 1 with the state first), or None if they enter as they are.
+        hidden: weight (dim, hidden_dim) and bias of the projection of the hidden state, or None if it enters as it is;
+            (S, dim, hidden_dim) and (S, dim) if the state enters at every depth.
         blocks: one `DepthBlock` a layer.
-        norm: gain and bias (dim,) before the head.
-        head: weight (K, dim) and bias.
+        norm: gain and bias (dim,) before the head, or (D, dim), a set for each depth; None if there is no norm.
+        head: weight (K, dim) and bias, or (D, K, dim) and (D, K).
         num_heads: of the attention.
+        form: what is done with them.
     """
 
-    position: Tensor
-    code: Pair
+    position: Tensor | None
+    code: Pair | None
     hidden: Pair | None
     blocks: tuple[DepthBlock, ...]
-    norm: Pair
+    norm: Pair | None
     head: Pair
     num_heads: int
+    form: DepthForm = PLAIN
+
+    @property
+    def depth(self) -> int:
+        """D, codes of a position; 0 if nothing tells."""
+        extra = self.form.length(0)
+        return self.form.depth or (0 if self.position is None else self.position.shape[1] - extra)
 
 
 class DepthCodes(NamedTuple):
@@ -92,29 +175,78 @@ class DepthCodes(NamedTuple):
 # ---- definition ------------------------------------------------------------------------------------------------------
 
 
+def _linear(x: Tensor, pair: Pair, sets: Sequence[int]) -> Tensor:
+    """x (rows, T, in) through a weight for all tokens, or each token through that of its set."""
+    weight, bias = pair
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    each = [F.linear(x[:, t], weight[i], None if bias is None else bias[i]) for t, i in enumerate(sets)]
+    return torch.stack(each, 1) if each else x.new_empty(len(x), 0, weight.shape[1])
+
+
+def _norm(x: Tensor, pair: Pair, form: DepthForm) -> Tensor:
+    if form.norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], pair[0], form.eps)
+    return F.layer_norm(x, x.shape[-1:], *pair, eps=form.eps)
+
+
+def depth_rope(x: Tensor, block: DepthBlock, num_heads: int, form: DepthForm, begin: int, length: int) -> Tensor | None:
+    """Cosines and sines of the angles of tokens begin .. begin + length - 1, as `depth_block` takes them.
+
+    Args:
+        x: the tokens, for device and dtype.
+        block, num_heads, form: as `depth_block` takes them.
+        begin, length: which tokens.
+
+    Returns:
+        (2, length, head_dim / 2) float32 (float64 for float64 tokens), or None if the form turns nothing.
+    """
+    if not form.rope:
+        return None
+    head_dim = block.query[0].shape[-2] // num_heads
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    place = torch.arange(begin, begin + length, dtype=torch.float64, device=x.device)
+    channel = torch.arange(0, head_dim, 2, dtype=torch.float64, device=x.device)
+    angle = place[:, None] * form.rope ** (-channel / head_dim)
+    return torch.stack([angle.cos(), angle.sin()]).to(wide)
+
+
 def depth_block(
-    x: Tensor, block: DepthBlock, num_heads: int, cache: Tensor | None, begin: int, dropout: float = 0.0
+    x: Tensor,
+    block: DepthBlock,
+    num_heads: int,
+    cache: Tensor | None,
+    begin: int,
+    dropout: float = 0.0,
+    form: DepthForm = PLAIN,
+    rope: Tensor | None = None,
 ) -> Tensor:
     """One block over tokens begin .. begin + T - 1 of each row: what `depth_decode` does in every layer.
 
     Args:
         x: (rows, T, dim).
         block: the layer's parameters.
-        num_heads: heads are dim // num_heads wide.
-        cache: (2, rows, num_heads, length, head_dim), keys and values: this call writes its own tokens' and reads those
+        num_heads: heads of the queries.
+        cache: (2, rows, kv_heads, length, head_dim), keys and values: this call writes its own tokens' and reads those
             before; None if there are none before.
         begin: the first token's place.
         dropout: share dropped after the attention's projection and after the MLP.
+        form: what is done with the parameters.
+        rope: what `depth_rope` makes for these tokens.
 
     Returns:
         (rows, T, dim).
     """
-    rows, length, dim = x.shape
-    y = F.layer_norm(x, (dim,), *block.norm1)
+    length = x.shape[1]
+    sets, kv_heads = form.sets(begin, begin + length), form.kv_heads or num_heads
+    y = _norm(x, block.norm1, form)
     q, k, v = (
-        F.linear(y, *pair).view(rows, length, num_heads, dim // num_heads).transpose(1, 2)
-        for pair in (block.query, block.key, block.value)
+        _linear(y, pair, sets).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for pair, heads in ((block.query, num_heads), (block.key, kv_heads), (block.value, kv_heads))
     )
+    if block.query_norm is not None or rope is not None:
+        kind = "none" if block.query_norm is None else "rms"
+        q, k = registry["qk_norm_rope"](q, k, kind, form.eps, None, block.query_norm, block.key_norm, rope, "auto")
     if cache is not None:
         cache[0, :, :, begin : begin + length] = k
         cache[1, :, :, begin : begin + length] = v
@@ -122,36 +254,97 @@ def depth_block(
     mask = None
     if begin and length > 1:  # is_causal would align the last query with key length - 1
         mask = torch.ones(length, begin + length, dtype=torch.bool, device=x.device).tril(begin)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
-    x = x + F.dropout(F.linear(y.transpose(1, 2).reshape(rows, length, dim), *block.proj), dropout)
-    y = F.linear(F.gelu(F.linear(F.layer_norm(x, (dim,), *block.norm2), *block.up)), *block.down)
-    return x + F.dropout(y, dropout)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=kv_heads != num_heads
+    )
+    x = x + F.dropout(_linear(y.transpose(1, 2).flatten(2), block.proj, sets), dropout)
+    y = _norm(x, block.norm2, form)
+    inner, activation = _linear(y, block.up, sets), ACTIVATIONS[form.activation]
+    inner = activation(inner) if block.gate is None else activation(_linear(y, block.gate, sets)) * inner
+    return x + F.dropout(_linear(inner, block.down, sets), dropout)
 
 
-_BLOCK = 2 * len(DepthBlock._fields)
+def depth_tokens(hidden: Tensor, entered: Tensor, weights: DepthWeights, depth: int = 0) -> Tensor:
+    """The tokens of depths depth, depth + 1, ..., and before that of depth 0 the hidden state's, if it has its own.
+
+    Args:
+        hidden: (rows, hidden_dim).
+        entered: (rows, n, C), embeddings or sums of them, one for each token that is made of any: all but the hidden
+            state's own.
+        weights: the depth transformer's parameters.
+        depth: the first one's.
+
+    Returns:
+        (rows, T, dim), T = n, or n + 1 at depth 0 of a form whose state has a token of its own.
+    """
+    form, count = weights.form, entered.shape[1]
+    own = form.state != "every" and depth == 0
+    begin = 0 if depth == 0 else form.length(depth)
+    first = max(depth - (form.state == "first"), 0)
+    x = entered if weights.code is None else _linear(entered, weights.code, range(first, first + count))
+    if form.state == "every":
+        states = hidden.unsqueeze(1).expand(-1, count, -1)
+        x = x + (states if weights.hidden is None else _linear(states, weights.hidden, form.sets(begin, begin + count)))
+    elif own:
+        state = hidden if weights.hidden is None else F.linear(hidden, *weights.hidden)
+        x = torch.cat([state.unsqueeze(1), x], 1)
+    return x if weights.position is None else x + weights.position[:, begin : begin + x.shape[1]]
 
 
-def _flatten(weights: DepthWeights) -> list[Tensor]:
-    pairs = [weights.code, *(() if weights.hidden is None else (weights.hidden,))]
+def depth_logits(x: Tensor, weights: DepthWeights, depth: int = 0) -> Tensor:
+    """What is drawn from: logits of depths depth, depth + 1, ... of the states after the last block.
+
+    Args:
+        x: (rows, n, dim), of the n tokens that have a code to draw.
+        weights: the depth transformer's parameters.
+        depth: the first one's.
+
+    Returns:
+        (rows, n, K).
+    """
+    if weights.norm is not None:
+        gain, bias = weights.norm
+        if gain.ndim == 1:
+            x = _norm(x, weights.norm, weights.form)
+        else:
+            pairs = [(gain[d], None if bias is None else bias[d]) for d in range(depth, depth + x.shape[1])]
+            x = torch.stack([_norm(one, pair, weights.form) for one, pair in zip(x.unbind(1), pairs, strict=True)], 1)
+    return _linear(x, weights.head, range(depth, depth + x.shape[1]))
+
+
+_FEW, _BLOCK = 9, 20  # tensors of a depth transformer without its blocks, and of a block
+
+
+def _flatten(weights: DepthWeights) -> list[Tensor | None]:
+    """Position, code, hidden, norm, head, and the blocks; None for what there is not."""
+    tensors = [weights.position]
+    for pair in (weights.code, weights.hidden, weights.norm, weights.head):
+        tensors += (None, None) if pair is None else pair
     for block in weights.blocks:
-        pairs += block
-    return [weights.position, *(tensor for pair in (*pairs, weights.norm, weights.head) for tensor in pair)]
+        for pair in block[:8]:
+            tensors += pair
+        tensors += (*((None, None) if block.gate is None else block.gate), block.query_norm, block.key_norm)
+    return tensors
 
 
-def _unflatten(tensors: Sequence[Tensor], num_heads: int) -> DepthWeights:
-    """The inverse of `_flatten`: position, code, hidden if there is one, blocks, norm, head."""
-    projected = (len(tensors) - 7) % _BLOCK == 2
-    pairs = list(zip(tensors[1::2], tensors[2::2], strict=True))
-    first, size = 1 + projected, len(DepthBlock._fields)
-    blocks = tuple(DepthBlock(*pairs[i : i + size]) for i in range(first, len(pairs) - 2, size))
-    norm, head = pairs[-2:]
-    return DepthWeights(tensors[0], pairs[0], pairs[1] if projected else None, blocks, norm, head, num_heads)
+def _unflatten(tensors: Sequence[Tensor | None], num_heads: int, form: DepthForm) -> DepthWeights:
+    """The inverse of `_flatten`."""
+
+    def pairs(some: Sequence[Any]) -> list[Any]:
+        return [None if weight is None else (weight, bias) for weight, bias in zip(some[::2], some[1::2], strict=True)]
+
+    code, hidden, norm, head = pairs(tensors[1:_FEW])
+    blocks = tuple(
+        DepthBlock(*pairs(tensors[i : i + 18]), *tensors[i + 18 : i + _BLOCK])
+        for i in range(_FEW, len(tensors), _BLOCK)
+    )
+    return DepthWeights(tensors[0], code, hidden, blocks, norm, head, num_heads, form)
 
 
 def _decode_eager(
     hidden: Tensor,
     codebook: Tensor,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     packed: Tensor | None,
     num_heads: int,
     guidance: float | None,
@@ -162,25 +355,35 @@ def _decode_eager(
     noise: Tensor | None,
     forced: Tensor | None,
     return_logits: bool,
+    start: Tensor | None,
+    *form: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        weights = _unflatten(tensors, num_heads)
+        weights = _unflatten(tensors, num_heads, DepthForm(*form))
         guided = guidance is not None or guidance_rows is not None
-        depth, dim, rows = len(temperature), weights.position.shape[-1], len(hidden)
+        depth, rows, kind = len(temperature), len(hidden), weights.form
         sample, lookup = registry["sample_codes"], registry["residual_lookup"]
         codes, total, unsound, all_logits = _decode_fake(
             hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise,
-            forced, return_logits,
+            forced, return_logits, start, *form,
         )  # fmt: skip
         total.zero_()
         unsound.fill_(-1)
-        x = hidden if weights.hidden is None else F.linear(hidden, *weights.hidden)
-        cache = x.new_empty(len(weights.blocks), 2, rows, num_heads, depth, dim // num_heads)
+        cache = []
+        for block in weights.blocks:
+            width = block.query[0].shape[-2] // num_heads
+            cache.append(hidden.new_empty(2, rows, kind.kv_heads or num_heads, kind.length(depth), width))
+        entered = hidden.new_empty(rows, 0, codebook.shape[-1]) if start is None else start.unsqueeze(1)
+        rope = None
+        if weights.blocks:
+            rope = depth_rope(hidden, weights.blocks[0], num_heads, kind, 0, kind.length(depth))
         for d in range(depth):
-            x = (x + weights.position[:, d]).unsqueeze(1)
+            x = depth_tokens(hidden, entered, weights, d)
+            begin = kind.length(d) if d else 0
+            turns = None if rope is None else rope[:, begin : begin + x.shape[1]]
             for block, kept in zip(weights.blocks, cache, strict=True):
-                x = depth_block(x, block, num_heads, kept, d)
-            logits = F.linear(F.layer_norm(x[:, 0], (dim,), *weights.norm), *weights.head)
+                x = depth_block(x, block, num_heads, kept, begin, 0.0, kind, turns)
+            logits = depth_logits(x[:, -1:], weights, d)[:, 0]
             if return_logits:
                 all_logits[:, d] = logits
             if forced is not None:
@@ -196,10 +399,12 @@ def _decode_eager(
                     logits, guidance, guidance_rows, temperature[d], top_k[d], None, top_p[d], None, drawn, "auto"
                 )
             table = codebook if codebook.ndim == 2 else codebook[d]
-            total += lookup(codes[:, d : d + 1], table, False, "auto")
-            if d + 1 < depth:
-                x = F.linear(total.to(hidden.dtype), *weights.code)
-                x = torch.cat([x, x]) if guided else x
+            last = lookup(codes[:, d : d + 1], table, False, "auto")
+            total += last
+            one = (last if kind.last else total).to(hidden.dtype)
+            entered = torch.cat([one, one] if guided else [one]).unsqueeze(1)
+            if start is not None and not kind.last:
+                entered = entered + start.unsqueeze(1)
         return codes, total, unsound, all_logits
 
 
@@ -208,7 +413,7 @@ def _decode_eager(
 
 def _decode_fake(
     hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
-    return_logits,
+    return_logits, start, *form,
 ):  # fmt: skip
     guided = guidance is not None or guidance_rows is not None
     rows, depth = hidden.shape[0], len(temperature)
@@ -217,7 +422,7 @@ def _decode_fake(
         hidden.new_empty((count, depth), dtype=torch.int64),
         codebook.new_empty((count, codebook.shape[-1])),
         hidden.new_empty((count,), dtype=torch.int32),
-        hidden.new_empty((rows, depth, tensors[-1].shape[0]) if return_logits else (0,)),
+        hidden.new_empty((rows, depth, tensors[7].shape[-2]) if return_logits else (0,)),
     )
 
 
@@ -252,12 +457,19 @@ def depth_pack(weights: DepthWeights) -> Tensor:
 
     Raises:
         TypeError: for weights of another dtype.
+        ValueError: for weights of a form that the CUDA kernel does not take, with the reason.
     """
-    _checks.check_tensor("depth_pack", "weights", weights.position, (torch.bfloat16, torch.float16))
+    _checks.check_tensor("depth_pack", "weights", weights.head[0], (torch.bfloat16, torch.float16))
+    reason = _unfit_form(weights)
+    if reason is not None:
+        raise ValueError(f"depth_pack: weights must be of a form that the CUDA kernel takes, which {reason}")
     with torch.no_grad():
         projected = () if weights.hidden is None else (weights.hidden,)
+        assert weights.position is not None  # of this form, like the two below
+        assert weights.code is not None
+        assert weights.norm is not None
         matrices = [pair[0] for pair in (weights.code, *projected)]
-        vectors = [weights.position, *(pair[1] for pair in (weights.code, *projected))]
+        vectors: list[Any] = [weights.position, *(pair[1] for pair in (weights.code, *projected))]
         for block in weights.blocks:
             qkv = (block.query, block.key, block.value)
             matrices += [torch.cat([w for w, _ in qkv]), block.proj[0], block.up[0], block.down[0]]
@@ -286,7 +498,7 @@ def wants_packed(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backen
     """
     name = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
     chosen = name == "cuda" or (name == "auto" and hidden.is_cuda and _depth_decode.backends[0].on_request is None)
-    return chosen and _unfit_here(hidden, codebook, weights.num_heads, _flatten(weights)) is None
+    return chosen and _unfit_here(hidden, codebook, weights) is None
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -320,63 +532,92 @@ def _kept_settings(temperature: tuple[float, ...], top_k: tuple[int, ...], top_p
     return torch.tensor([inverse, [float(min(k, 2**31 - 1)) for k in top_k], top_p], dtype=torch.float64)
 
 
-def _sizes(hidden: Tensor, codebook: Tensor, tensors: Sequence[Tensor]) -> tuple[int, int, int, int, bool]:
+def _sizes(weights: DepthWeights) -> tuple[int, int, int, int, bool]:
     """dim, layers, depth, num_codes, and whether the hidden state is projected."""
-    position, head = tensors[0], tensors[-1]
-    return (
-        position.shape[2],
-        (len(tensors) - 7) // _BLOCK,
-        position.shape[1],
-        head.shape[0],
-        (len(tensors) - 7) % _BLOCK == 2,
-    )
+    num_codes, dim = weights.head[0].shape[-2:]
+    return dim, len(weights.blocks), weights.depth, num_codes, weights.hidden is not None
 
 
-def _plan(hidden: Tensor, codebook: Tensor, tensors: Sequence[Tensor], rows: int, guided: bool) -> dict[str, int]:
-    dim, layers, depth, num_codes, projected = _sizes(hidden, codebook, tensors)
+def _plan(hidden: Tensor, codebook: Tensor, weights: DepthWeights, rows: int, guided: bool) -> dict[str, int]:
+    dim, layers, depth, num_codes, projected = _sizes(weights)
     sizes = (rows, dim, layers, depth, num_codes, codebook.shape[-1], projected, guided)
     return _kept_plan(hidden.device, hidden.dtype, hidden.shape[1], *sizes)
 
 
-def _unfit_here(hidden: Tensor, codebook: Tensor, num_heads: int, tensors: Sequence[Tensor]) -> str | None:
-    reason = _native.cuda_unfit(hidden)
+def _unfit_form(weights: DepthWeights) -> str | None:
+    """What of the weights' form the kernel does not take: None if it takes it all."""
+    form, blocks = weights.form, weights.blocks
+    dim = weights.head[0].shape[-1]
+    if form.norm != "layer":
+        return f"needs LayerNorm, got {form.norm!r}"
+    if form.eps != 1e-5:
+        return f"needs an eps of 1e-5, got {form.eps:g}"
+    if form.activation != "gelu" or any(block.gate is not None for block in blocks):
+        return f"needs an MLP of exact GELU without a gate, got {form.activation!r}"
+    if form.state != "first":
+        return f"needs the hidden state at the first depth alone, got {form.state!r}"
+    if form.last:
+        return "needs the running sum of embeddings, got the last code's"
+    if form.rope or weights.position is None:
+        return "needs learned positions and no others, got rotary ones or none"
+    if form.kv_heads not in (0, weights.num_heads):
+        return f"needs keys and values for each of {weights.num_heads} heads, got {form.kv_heads}"
+    if any(block.query_norm is not None for block in blocks):
+        return "needs queries and keys as they are, got norms of them"
+    if weights.code is None or weights.norm is None:
+        return "needs a projection of embeddings and a norm before the head, got weights without"
+    pairs = [weights.code, weights.norm, weights.head, *(pair for block in blocks for pair in block[:8])]
+    if any(bias is None for _, bias in (*pairs, *(() if weights.hidden is None else (weights.hidden,)))):
+        return "needs biases, got weights without"
+    if weights.norm[0].ndim == 2 or any(weight.ndim == 3 for weight, _ in pairs):
+        return "needs the same weights at all depths, got some for each"
+    if any(block.query[0].shape[0] != dim or block.up[0].shape[0] != 4 * dim for block in blocks):
+        return f"needs heads that are {dim} wide together and an MLP 4 times as wide, got others"
+    return None
+
+
+def _unfit_here(hidden: Tensor, codebook: Tensor, weights: DepthWeights) -> str | None:
+    reason = _native.cuda_unfit(hidden) or _unfit_form(weights)
     if reason is not None:
         return reason
-    dim, _, depth, _, projected = _sizes(hidden, codebook, tensors)
+    dim, _, depth, num_codes, projected = _sizes(weights)
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {str(hidden.dtype).removeprefix('torch.')}"
     if codebook.dtype == torch.float64:
         return "needs a codebook of float32 or less, got float64"
-    if dim != 64 * num_heads:
-        return f"needs heads 64 wide, got {dim / num_heads:g}"
+    if codebook.shape[-2] != num_codes:
+        return f"needs a codebook of {num_codes} rows, got {codebook.shape[-2]}"
+    if dim != 64 * weights.num_heads:
+        return f"needs heads 64 wide, got {dim / weights.num_heads:g}"
     if projected and hidden.shape[1] % _CHUNK:
         return f"needs a hidden state of a width that is a multiple of {_CHUNK}, got {hidden.shape[1]}"
     if depth > _MOST:
         return f"needs at most {_MOST} codes, got {depth}"
-    if _plan(hidden, codebook, tensors, 2, True)["limit"] < 2:
+    if _plan(hidden, codebook, weights, 2, True)["limit"] < 2:
         return "needs a device that holds all blocks of a grid at once, with shared memory for two rows of this width"
     return None
 
 
 def _unfit_cuda(
     hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
-    return_logits,
+    return_logits, start, *form,
 ) -> str | None:  # fmt: skip
-    reason = _unfit_here(hidden, codebook, num_heads, tensors)
+    reason = _unfit_here(hidden, codebook, _unflatten(tensors, num_heads, DepthForm(*form)))
     return "needs packed weights (depth_pack), got none" if reason is None and packed is None else reason
 
 
 def _run_cuda(
     hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
-    return_logits, stop=-1,
+    return_logits, start, *form, stop=-1,
 ):  # fmt: skip
     codes, total, unsound, logits = _decode_fake(
         hidden, codebook, tensors, packed, num_heads, guidance, guidance_rows, temperature, top_k, top_p, noise, forced,
-        return_logits,
+        return_logits, start, *form,
     )  # fmt: skip
     guided = guidance is not None or guidance_rows is not None
-    count, (dim, layers, _, num_codes, projected) = len(codes), _sizes(hidden, codebook, tensors)
-    limit = _plan(hidden, codebook, tensors, 2, guided)["limit"] // (2 if guided else 1)
+    weights = _unflatten(tensors, num_heads, DepthForm(*form))
+    count, (dim, layers, _, num_codes, projected) = len(codes), _sizes(weights)
+    limit = _plan(hidden, codebook, weights, 2, guided)["limit"] // (2 if guided else 1)
     settings = _kept_settings(tuple(temperature), tuple(top_k), tuple(top_p))
     hidden = hidden.contiguous()
     codebook = codebook if codebook.stride(-1) == 1 else codebook.contiguous()
@@ -391,7 +632,7 @@ def _run_cuda(
         part = slice(begin, end)
         x = hidden if whole else torch.cat([half[part] for half in hidden.chunk(1 + guided)])
         part_logits = logits if whole else logits.new_empty((len(x), *logits.shape[1:]))
-        plan = _plan(hidden, codebook, tensors, len(x), guided)
+        plan = _plan(hidden, codebook, weights, len(x), guided)
         workspace = hidden.new_empty(plan["bytes"], dtype=torch.uint8)
         _decode_cuda(
             x,
@@ -423,9 +664,10 @@ def _run_cuda(
 # ---- operator --------------------------------------------------------------------------------------------------------
 
 _depth_decode = Op(
-    "depth_decode(Tensor hidden, Tensor codebook, Tensor[] weights, Tensor? packed, SymInt num_heads, float? guidance, "
-    "Tensor? guidance_rows, float[] temperature, SymInt[] top_k, float[] top_p, Tensor? noise, Tensor? forced, "
-    "bool return_logits) -> (Tensor, Tensor, Tensor, Tensor)",
+    "depth_decode(Tensor hidden, Tensor codebook, Tensor?[] weights, Tensor? packed, SymInt num_heads, "
+    "float? guidance, Tensor? guidance_rows, float[] temperature, SymInt[] top_k, float[] top_p, Tensor? noise, "
+    "Tensor? forced, bool return_logits, Tensor? start, str norm, float eps, str activation, str state, bool last, "
+    "SymInt kv_heads, float rope, SymInt[] order, SymInt depth) -> (Tensor, Tensor, Tensor, Tensor)",
     eager=_decode_eager,
     fake=_decode_fake,
     backends=(Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),),
@@ -448,6 +690,7 @@ def depth_decode(
     generator: torch.Generator | None = None,
     forced: Tensor | None = None,
     return_logits: bool = False,
+    start: Tensor | None = None,
     packed: Tensor | None = None,
     backend: str = "auto",
 ) -> DepthCodes:
@@ -456,7 +699,7 @@ def depth_decode(
     Args:
         hidden: (N, hidden_dim), the body's state at each position, in the weights' dtype; with `guidance` (2N,
             hidden_dim), conditional rows first, which share the codes drawn.
-        codebook: (K, C), shared by all depths, or (D, K, C).
+        codebook: (K, C), shared by all depths, or (D, K, C). It may have more rows, which can be forced, never drawn.
         weights: the depth transformer's parameters.
         guidance, temperature, top_k, top_p: as `unifiedar.ops.sample_codes`; the last three are one number, or one for
             each depth.
@@ -465,6 +708,8 @@ def depth_decode(
         generator: the random generator for `noise`, None for torch's default one.
         forced: (N, D) int64 codes to go through instead of drawing any (-1 adds nothing), for a look at the logits.
         return_logits: whether logits are wanted.
+        start: (rows, C), in the weights' dtype, for forms whose state does not enter first: the embedding of what comes
+            before the first code (Moshi's text token, Qwen3-TTS's first code). Running sums begin with it.
         packed: what `depth_pack` made of the same weights, which the CUDA backend needs.
         backend: "auto", "cuda" or "eager".
 
@@ -474,20 +719,19 @@ def depth_decode(
 
     Raises:
         TypeError: for an argument of another type or dtype.
-        ValueError: for widths or depths that do not match, an odd number of guided rows, settings that are not one
-            number or D, noise, forced codes or guidance of another shape or device, noise together with a generator, an
-            unknown backend or one that does not fit.
+        ValueError: for widths or depths that do not match, a form that there is not, a start too much or missing, an
+            odd number of guided rows, settings that are not one number or D, noise, forced codes or guidance of another
+            shape or device, noise together with a generator, an unknown backend or one that does not fit.
 
     Note:
         The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
         draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
-        in several launches. A row with NaN draws 0 (see `sample_codes`), and
-        `check` of the result tells. No gradient, no host sync; may be captured in
-        a CUDA graph with noise given.
+        in several launches, and no forms but the default one. A row with NaN draws 0 (see `sample_codes`), and `check`
+        of the result tells. No gradient, no host sync; may be captured in a CUDA graph with noise given.
     """
     function = "depth_decode"
-    depth = _check_sizes(function, hidden, codebook, weights)
+    depth = _check_sizes(function, hidden, codebook, weights, start)
     rows = len(hidden)
     number = per_row = None
     if guidance is not None:
@@ -508,7 +752,7 @@ def depth_decode(
     temperatures = [float(t) for t in _per_depth(function, "temperature", temperature, depth)]
     top_ks = [int(k) for k in _per_depth(function, "top_k", top_k, depth, whole=True)]
     top_ps = [float(p) for p in _per_depth(function, "top_p", top_p, depth)]
-    num_codes = len(weights.head[1])
+    num_codes = weights.head[0].shape[-2]
     if forced is not None:
         _checks.check_tensor(function, "forced", forced, (torch.int64,))
         if forced.shape != (rows, depth):
@@ -533,30 +777,80 @@ def depth_decode(
         _checks.check_same_device(function, "packed", packed, "hidden", hidden)
     codes, total, unsound, logits = _depth_decode(
         hidden, codebook, _flatten(weights), packed, weights.num_heads, number, per_row, temperatures, top_ks, top_ps,
-        noise, forced, return_logits, backend,
+        noise, forced, return_logits, start, *weights.form[:-2], list(weights.form.order), depth, backend,
     )  # fmt: skip
     return DepthCodes(codes, total, unsound, logits if return_logits else None)
 
 
-def _check_sizes(function: str, hidden: Tensor, codebook: Tensor, weights: DepthWeights) -> int:
-    """Raises unless hidden, codebook and weights go together; returns D."""
+def _check_sizes(function: str, hidden: Tensor, codebook: Tensor, weights: DepthWeights, start: Tensor | None) -> int:
+    """Raises unless hidden, codebook, start and weights go together; returns D."""
     _checks.check_tensor(function, "hidden", hidden)
     _checks.check_tensor(function, "codebook", codebook)
-    position = weights.position
-    depth, dim = position.shape[1:]
-    if hidden.dtype != position.dtype:
-        raise TypeError(f"{function}: hidden must have the dtype of the weights, {position.dtype}, got {hidden.dtype}")
-    _checks.check_same_device(function, "hidden", hidden, "the weights", position)
+    head, form, depth = weights.head[0], weights.form, weights.depth
+    num_codes, dim = head.shape[-2:]
+    if hidden.dtype != head.dtype:
+        raise TypeError(f"{function}: hidden must have the dtype of the weights, {head.dtype}, got {hidden.dtype}")
+    _checks.check_same_device(function, "hidden", hidden, "the weights", head)
     _checks.check_same_device(function, "codebook", codebook, "hidden", hidden)
-    width = dim if weights.hidden is None else weights.hidden[0].shape[1]
+    width = dim if weights.hidden is None else weights.hidden[0].shape[-1]
     if hidden.ndim != 2 or hidden.shape[1] != width:
         raise ValueError(f"{function}: hidden must be (rows, {width}), got {tuple(hidden.shape)}")
-    shape = (len(weights.head[1]), weights.code[0].shape[1])
-    if codebook.shape not in (shape, (depth, *shape)):
-        raise ValueError(f"{function}: codebook must be {shape} or {(depth, *shape)}, got {tuple(codebook.shape)}")
-    if dim % weights.num_heads:
-        raise ValueError(f"{function}: weights must have heads that divide the width {dim}, got {weights.num_heads}")
+    _check_form(function, weights)
+    code_dim = dim if weights.code is None else weights.code[0].shape[-1]
+    shape, got = (num_codes, code_dim), tuple(codebook.shape)
+    rows = got[-2] if codebook.ndim in (2, 3) else 0
+    if rows < num_codes or got not in ((rows, code_dim), (depth, rows, code_dim)):
+        raise ValueError(f"{function}: codebook must be {shape} or {(depth, *shape)}, got {got}")
+    if form.state == "first":
+        if start is not None:
+            raise ValueError(f"{function}: start must be None where the hidden state enters first, got a tensor")
+    elif start is None:
+        raise ValueError(f"{function}: start must be given where the hidden state enters {form.state!r}, got None")
+    else:
+        _checks.check_tensor(function, "start", start, (hidden.dtype,))
+        _checks.check_same_device(function, "start", start, "hidden", hidden)
+        if start.shape != (len(hidden), code_dim):
+            raise ValueError(f"{function}: start must be {(len(hidden), code_dim)}, got {tuple(start.shape)}")
     return depth
+
+
+def _check_form(function: str, weights: DepthWeights) -> None:
+    """Raises unless the weights are of a form that there is, with as many sets as their depths want."""
+    form, depth, heads = weights.form, weights.depth, weights.num_heads
+    for name, value, known in (
+        ("norm", form.norm, NORMS),
+        ("activation", form.activation, tuple(ACTIVATIONS)),
+        ("state", form.state, STATES),
+    ):
+        if value not in known:
+            raise ValueError(f"{function}: weights.form.{name} must be one of {', '.join(known)}, got {value!r}")
+    length = form.length(depth)
+    if depth < 1 or (weights.position is not None and weights.position.shape[1] != length):
+        got = "none" if weights.position is None else weights.position.shape[1]
+        raise ValueError(f"{function}: weights must have a depth, and a position for each token, got {depth}, {got}")
+    if form.order and len(form.order) != length:
+        raise ValueError(f"{function}: weights.form.order must have {length} entries, got {len(form.order)}")
+    sets = 1 + max(form.order) if form.order else length
+    embeddings = depth - (form.state == "first")
+    wanted: list[tuple[str, Pair | None, int]] = [
+        ("head", weights.head, depth),
+        ("code", weights.code, embeddings),
+        ("hidden", weights.hidden, sets if form.state == "every" else 0),
+    ]
+    for block in weights.blocks:
+        wanted += [(name, getattr(block, name), sets) for name in _PER_TOKEN]
+        kv_heads, width = form.kv_heads or heads, block.query[0].shape[-2]
+        if width % heads or heads % kv_heads or width // heads * kv_heads != block.key[0].shape[-2]:
+            raise ValueError(
+                f"{function}: weights must have heads that divide the width {width} and the {heads} heads of queries, "
+                f"got {heads} and {kv_heads}"
+            )
+    for name, pair, count in wanted:
+        if pair is not None and pair[0].ndim == 3 and len(pair[0]) != count:
+            raise ValueError(f"{function}: weights.{name} must have {count} sets, got {len(pair[0])}")
+
+
+_PER_TOKEN = ("query", "key", "value", "proj", "up", "down", "gate")
 
 
 def _per_depth(function: str, argument: str, value: Any, depth: int, whole: bool = False) -> Sequence[Any]:
