@@ -21,13 +21,27 @@ namespace {
 
 constexpr uint32_t kHeldBox = kHeldRows * 128;
 constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup waits for its own warps
+constexpr int kTurnName = 4;   // by these for its turn at the matrix units
+constexpr int kNumbers = 2;    // tiles a block may have taken and not all its warps have seen
+
+// How a kernel goes about it: one or more of these.
+enum How : int {
+  kPlain = 0,
+  kAlone = 1,        // of keys: no two heads share them, which saves registers
+  kTurns = 2,        // warpgroups issue the products of a step in turns
+  kScoresFirst = 4,  // of keys: scores go before the products of the dS of the step before
+  kLate = 8,         // of keys: dS are formed under the products of weights
+  kNoLook = 16,      // of queries
+};
 
 template <typename Element, bool kKeysAreHeld, int kGroupCount, int kChannels, int kPassedCount, int kStageCount,
-          int kSlotCount, bool kAlone = false>
+          int kSlotCount, int kHow = kPlain>
 struct Tile {
   using T = Element;
   static constexpr bool kOfKeys = kKeysAreHeld;
-  static constexpr bool kMany = kOfKeys && !kAlone;  // whether several heads may share keys; it costs registers
+  static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
+  static constexpr bool kInTurns = kHow & kTurns, kFirstScores = kHow & kScoresFirst, kDsLate = kHow & kLate,
+                        kLooks = !(kHow & kNoLook);
   static constexpr int kGroups = kGroupCount;        // warpgroups that calculate
   static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
   static constexpr int kPassed = kPassedCount;       // rows of a step
@@ -47,7 +61,10 @@ struct Tile {
   static constexpr uint32_t kHeldEmpty = kHeldFull + 8 * kSlots * kGroups;
   static constexpr uint32_t kPassedFull = kHeldEmpty + 8 * kSlots * kGroups;
   static constexpr uint32_t kPassedEmpty = kPassedFull + 8 * kStages;
-  static constexpr uint32_t kBytes = kPassedEmpty + 8 * kStages + 1024;  // to begin at a multiple of 1,024
+  static constexpr uint32_t kNumberFull = kPassedEmpty + 8 * kStages;
+  static constexpr uint32_t kNumberEmpty = kNumberFull + 8 * kNumbers;
+  static constexpr uint32_t kNumberAt = kNumberEmpty + 8 * kNumbers;
+  static constexpr uint32_t kBytes = kNumberAt + 4 * kNumbers + 1024;  // to begin at a multiple of 1,024
   static_assert(kBytes <= 227 * 1024 && kPassed % 16 == 0 && kPassed <= 128);
 };
 
@@ -66,8 +83,9 @@ struct KernelArgs {
   const float *lse, *grad_lse;
   float* columns;    // [batch, heads, column_tiles, 2, columns of a tile]: lse' and delta of every query
   int column_tiles, columns_of_tile;
+  unsigned* taken;   // tiles, but for the first of each block
   int queries, keys, width, share, scales, prefix;
-  int tiles, rows, group, heads;  // what find_place wants: of what is held
+  int tiles, rows, group, heads;  // what place_of wants: of what is held
   float factor, softmax_scale;    // the former in base 2
   bool wide_lengths;
 };
@@ -103,15 +121,41 @@ __device__ __forceinline__ int passed_begin(const KernelArgs& args, int step) {
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
 
+// Number of the block's next tile, which the warps that calculate find in shared memory. A block takes one when it has
+// asked for all copies of the one before: how long tiles take is not known, and blocks are to end together.
+template <typename Shape>
+__device__ __forceinline__ unsigned take_tile(const KernelArgs& args, uint32_t memory, char* shared, int turn) {
+  unsigned number = blockIdx.x;
+  if (threadIdx.x == 0) {
+    const int at = turn % kNumbers;
+    if (turn > 0) number = gridDim.x + atomicAdd(args.taken, 1u);
+    barrier_wait(memory + Shape::kNumberEmpty + 8 * at, turn / kNumbers % 2 ^ 1);
+    reinterpret_cast<volatile unsigned*>(shared + Shape::kNumberAt)[at] = number;
+    barrier_arrive(memory + Shape::kNumberFull + 8 * at);
+  }
+  return __shfl_sync(kWarp, number, 0);
+}
+
+// What it took.
+template <typename Shape>
+__device__ __forceinline__ unsigned taken_tile(uint32_t memory, const char* shared, int turn) {
+  const int at = turn % kNumbers;
+  barrier_wait(memory + Shape::kNumberFull + 8 * at, turn / kNumbers % 2);
+  const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[at];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * at);
+  return number;
+}
+
 // The first warp's work; its first lane copies.
 template <typename Shape>
-__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory) {
+__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   const bool leads = threadIdx.x == 0;
   const int begin_of_scale = scale_begin(args);
   Stage<Shape::kStages> stage;
   Stage<Shape::kSlots> slot[Shape::kGroups];
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+  for (int turn = 0; place_of(args, take_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place);
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
@@ -269,9 +313,14 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
     leaving = false;
   };
 
+  // Warpgroups issue the products of a step one after the other, all of them as often.
+  const auto wait_for_turn = [&] { named_sync(kTurnName + group, 256); };
+  const auto give_turn = [&] { named_arrive(kTurnName + (group + 1) % Shape::kGroups, 256); };
+  if (Shape::kInTurns && group == Shape::kGroups - 1) give_turn();
+
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+  for (int turn = 0; place_of(args, taken_tile<Shape>(memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
     const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
     const int passes = Shape::kMany ? args.share : 1;
@@ -324,17 +373,19 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           settle(score);
           settle(grad);
           settle(sum);
+          if constexpr (Shape::kInTurns) wait_for_turn();
           products_begin();
           // The dS of the step before: of the keys first of all, so that their registers are free for weights.
-          if constexpr (!kFirst && kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
+          if constexpr (!kFirst && kOfKeys && !Shape::kFirstScores) sum_products<Shape>(sum, word, passed_at(before.at));
           score_products<Shape>(score, held, passed);
-          if constexpr (!kFirst && !kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
+          if constexpr (!kFirst && (!kOfKeys || Shape::kFirstScores)) sum_products<Shape>(sum, word, passed_at(before.at));
           score_products<Shape>(grad, held + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+          if constexpr (Shape::kInTurns) give_turn();
           if constexpr (kFirst && !kOfKeys)
             find_rows<Shape>(args, place, first, held_data + Shape::kHeldBytes, rows);
-          products_wait<kFirst || kOfKeys ? 1 : 2>();
+          products_wait<kFirst || (kOfKeys && !Shape::kFirstScores) ? 1 : 2>();
           settle(score);
-          if constexpr (!kFirst && kOfKeys) {
+          if constexpr (!kFirst && kOfKeys && !Shape::kFirstScores) {
             settle(sum);
             done_with(before.at);
           }
@@ -356,26 +407,42 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             signs |= __float_as_uint(score[i]);
           }
           if constexpr (kOfKeys) {
+            if constexpr (!kFirst && Shape::kFirstScores) {
+              barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+              products_wait<1>();
+              settle(score);
+              settle(sum);
+              done_with(before.at);
+            }
             pack<T>(score, word);
             settle(value_sum);
             products_begin();
             sum_products<Shape>(value_sum, word, passed + Shape::kPassedBytes);
-            products_wait<0>();
+            products_wait<Shape::kDsLate ? 1 : 0>();
             settle(grad);
-            settle(value_sum);
+            if constexpr (!Shape::kDsLate) settle(value_sum);
           } else {
             // The exponentials are to run under the products: see the forward. Weights are not negative.
-            barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+            if constexpr (Shape::kLooks) barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
             products_wait<0>();
             settle(grad);
             settle(sum);
             if constexpr (!kFirst) done_with(before.at);
           }
+          uint32_t bits = ~0u;
 #pragma unroll
           for (int i = 0; i < kPassed / 2; ++i) {
             const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
             const float delta = kOfKeys ? columns[kPassed + column] : rows.delta[h];
             score[i] *= grad[i] - delta;
+            bits &= __float_as_uint(score[i]);
+          }
+          if constexpr (kOfKeys && Shape::kDsLate) {
+            // Both signs occur, or no harm is done by looking at what follows.
+            barrier_look(memory + Shape::kHeldFull + (bits >> 31) * 8);
+            products_wait<0>();
+            settle(value_sum);
+            settle(score);
           }
           pack<T>(score, word);
           before = stage;
@@ -402,6 +469,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 #pragma unroll 1
       for (int step = steps; step < all_steps; ++step) {
         barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
+        if constexpr (Shape::kInTurns) {
+          wait_for_turn();
+          give_turn();
+        }
         done_with(stage.at);
         stage.next();
       }
@@ -458,6 +529,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(memory + Shape::kHeldFull + 8 * i, 1);
       barrier_init(memory + Shape::kHeldEmpty + 8 * i, 1);
     }
+    for (int i = 0; i < kNumbers; ++i) {
+      barrier_init(memory + Shape::kNumberFull + 8 * i, 1);
+      barrier_init(memory + Shape::kNumberEmpty + 8 * i, 4 * Shape::kGroups);
+    }
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(memory + Shape::kPassedFull + 8 * i, 1);
       barrier_init(memory + Shape::kPassedEmpty + 8 * i, 4 * Shape::kGroups);
@@ -471,7 +546,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
-    if (threadIdx.x < 32) copy_all<Shape>(args, memory);
+    if (threadIdx.x < 32) copy_all<Shape>(args, memory, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kManyRegisters));
     calculate<Shape>(args, memory, shared);
@@ -481,6 +556,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // ---- launcher --------------------------------------------------------------------------------------------------------
 
 int tiles_of(int length, int rows) { return (length + rows - 1) / rows; }
+
+// The kernels' two counters lie in the last 16 bytes of the workspace: no tile of columns has more than 112, which
+// leaves 32 numbers a head.
+unsigned* counters_of(const AttentionBackwardArgs& args) {
+  return reinterpret_cast<unsigned*>(args.workspace + int64_t(args.batch) * args.heads * 2 * (args.queries + 127) - 4);
+}
 
 // One of the two kernels. `columns_of_tile` is what the kernel of the keys passes by in a step.
 template <typename Shape>
@@ -519,6 +600,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   kernel_args.columns = args.workspace;
   kernel_args.columns_of_tile = columns_of_tile;
   kernel_args.column_tiles = tiles_of(args.queries, columns_of_tile);
+  kernel_args.taken = counters_of(args) + kOfKeys;
   kernel_args.queries = args.queries;
   kernel_args.keys = args.keys;
   kernel_args.width = args.width;
@@ -543,7 +625,9 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
 
 template <typename OfQueries, typename OfKeys>
 cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
-  const cudaError_t error = launch_tile<OfQueries>(args, dtype, OfKeys::kPassed, processors, stream);
+  static_assert(OfKeys::kPassed <= 112);
+  cudaError_t error = cudaMemsetAsync(counters_of(args), 0, 2 * sizeof(unsigned), stream);
+  if (error == cudaSuccess) error = launch_tile<OfQueries>(args, dtype, OfKeys::kPassed, processors, stream);
   if (error != cudaSuccess) return error;
   return launch_tile<OfKeys>(args, dtype, OfKeys::kPassed, processors, stream);
 }
@@ -553,7 +637,7 @@ cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int 
   if (args.width > 96) {
     using OfQueries = Tile<T, false, 2, 128, 96, 3, 1>;
     if (args.share == 1)
-      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, true>>(args, dtype, processors, stream);
+      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kAlone>>(args, dtype, processors, stream);
     return launch_tiles<OfQueries, Tile<T, true, 2, 128, 48, 5, 1>>(args, dtype, processors, stream);
   }
   if (args.width > 64)
