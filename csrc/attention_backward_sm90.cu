@@ -144,7 +144,7 @@ __device__ __forceinline__ unsigned taken_tile(uint32_t memory, const char* shar
   const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[at];
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * at);
-  return number;
+  return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
 }
 
 // The first warp's work; its first lane copies.
@@ -292,7 +292,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   using T = typename Shape::T;
   constexpr bool kOfKeys = Shape::kOfKeys;
   constexpr int kPassed = Shape::kPassed, kWidth = Shape::kWidth;
-  const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int group = __shfl_sync(kWarp, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int begin_of_scale = scale_begin(args);
   const int offset = args.keys - args.queries;
 
