@@ -209,7 +209,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
 // Both by rows: scores, or their gradients.
 template <typename Shape>
 __device__ __forceinline__ void score_products(float (&score)[Shape::kPassed / 2], uint32_t held, uint32_t passed) {
-  const uint64_t a = describe_rows(again(held)), b = describe_rows(passed);
+  const uint64_t a = describe_rows(held), b = describe_rows(passed);
 #pragma unroll
   for (int i = 0; i < Shape::kWidth / 16; ++i) {
     const uint32_t box = i / 4, within = i % 4 * kNextInRow;
@@ -247,11 +247,11 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
       static_cast<const T*>(args.out) + place.batch * args.out_batch + place.head * args.out_head;
   const int missing = args.column_tiles * args.columns_of_tile - args.queries;
   float* const columns = args.columns + int64_t(place.row) * args.column_tiles * 2 * args.columns_of_tile;
-  const auto leave = [&](int query, float lse, float delta) {
+  const auto leave = [&](int query, float lse, float delta, bool is_there) {
     const int at = query + missing, tile = at / args.columns_of_tile;
     float* const to = columns + at + tile * args.columns_of_tile;
-    to[0] = lse;
-    to[args.columns_of_tile] = delta;
+    if (is_there) to[0] = lse;
+    if (is_there) to[args.columns_of_tile] = delta;
   };
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -274,17 +274,14 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
       }
     }
     sum = quad_sum(sum);
-    rows.lse[h] = INFINITY;
-    rows.delta[h] = 0.0f;
-    if (row >= 0) {
-      const int64_t at = int64_t(place.row) * args.queries + row;
-      rows.lse[h] = args.lse[at] * kLog2E;
-      rows.delta[h] = args.grad_lse == nullptr ? sum : sum - args.grad_lse[at];
-      if (lane % 4 == 0) leave(row, rows.lse[h], rows.delta[h]);
-    }
+    const int64_t at = int64_t(place.row) * args.queries + max(row, 0);
+    const float lse = args.lse[at] * kLog2E, grad_lse = args.grad_lse == nullptr ? 0.0f : args.grad_lse[at];
+    rows.lse[h] = row >= 0 ? lse : INFINITY;
+    rows.delta[h] = row >= 0 ? sum - grad_lse : 0.0f;
+    leave(row, rows.lse[h], rows.delta[h], row >= 0 && lane % 4 == 0);
   }
   // The columns of queries that are not there.
-  if (first <= 0 && thread < missing) leave(thread - missing, INFINITY, 0.0f);
+  leave(thread - missing, INFINITY, 0.0f, first <= 0 && thread < missing);
 }
 
 template <typename Shape>
@@ -305,10 +302,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   Stage<Shape::kSlots> slot;
   bool leaving = false;
   const auto free_held = [&] {
-    if (leaving && thread == 0) {
-      store_wait();
+    if (leaving) {
+      store_wait();  // of the first thread, which stored; see below
       const uint32_t before = Shape::kSlots == 1 ? 0 : slot.at ^ 1;
-      barrier_arrive(memory + Shape::kHeldEmpty + 8 * (before * Shape::kGroups + group));
+      if (thread == 0) barrier_arrive(memory + Shape::kHeldEmpty + 8 * (before * Shape::kGroups + group));
     }
     leaving = false;
   };
@@ -368,7 +365,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         Stage<Shape::kStages> before;
         const auto advance = [&](int step, auto is_first, auto masked) {
           constexpr bool kFirst = decltype(is_first)::value, kMasked = decltype(masked)::value;
-          const uint32_t passed = passed_at(stage.at);
+          const uint32_t passed = of_warp(passed_at(stage.at)), behind = of_warp(passed_at(before.at));
+          const uint32_t own = of_warp(held);
           barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
           settle(score);
           settle(grad);
@@ -376,10 +374,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           if constexpr (Shape::kInTurns) wait_for_turn();
           products_begin();
           // The dS of the step before: of the keys first of all, so that their registers are free for weights.
-          if constexpr (!kFirst && kOfKeys && !Shape::kFirstScores) sum_products<Shape>(sum, word, passed_at(before.at));
-          score_products<Shape>(score, held, passed);
-          if constexpr (!kFirst && (!kOfKeys || Shape::kFirstScores)) sum_products<Shape>(sum, word, passed_at(before.at));
-          score_products<Shape>(grad, held + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+          if constexpr (!kFirst && kOfKeys && !Shape::kFirstScores) sum_products<Shape>(sum, word, behind);
+          score_products<Shape>(score, own, passed);
+          if constexpr (!kFirst && (!kOfKeys || Shape::kFirstScores)) sum_products<Shape>(sum, word, behind);
+          score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
           if constexpr (Shape::kInTurns) give_turn();
           if constexpr (kFirst && !kOfKeys)
             find_rows<Shape>(args, place, first, held_data + Shape::kHeldBytes, rows);
@@ -434,17 +432,17 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           for (int i = 0; i < kPassed / 2; ++i) {
             const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
             const float delta = kOfKeys ? columns[kPassed + column] : rows.delta[h];
-            score[i] *= grad[i] - delta;
-            bits &= __float_as_uint(score[i]);
+            grad[i] = score[i] * (grad[i] - delta);
+            bits &= __float_as_uint(grad[i]);
           }
           if constexpr (kOfKeys && Shape::kDsLate) {
             // Both signs occur, or no harm is done by looking at what follows.
             barrier_look(memory + Shape::kHeldFull + (bits >> 31) * 8);
             products_wait<0>();
             settle(value_sum);
-            settle(score);
+            settle(grad);
           }
-          pack<T>(score, word);
+          pack<T>(grad, word);
           before = stage;
           stage.next();
         };

@@ -35,6 +35,10 @@ __device__ __forceinline__ uint32_t again(uint32_t x) {
   return x;
 }
 
+// The same number, of which the compiler knows that all lanes have it: what is computed from it, above all descriptors
+// of operands, takes registers and instructions of the warp and none of its lanes.
+__device__ __forceinline__ uint32_t of_warp(uint32_t x) { return __shfl_sync(kWarp, again(x), 0); }
+
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
 struct Place {
