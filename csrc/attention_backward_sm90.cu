@@ -388,15 +388,19 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             done_with(before.at);
           }
 
-          const float* const columns = reinterpret_cast<const float*>(shared + Shape::kColumnsAt +
-                                                                      stage.at * Shape::kColumnsBytes) +
-                                       threadIdx.x % 4 * 2;
+          // Two at a time; the compiler makes two loads of a float2.
+          const uint64_t* const columns = reinterpret_cast<const uint64_t*>(shared + Shape::kColumnsAt +
+                                                                            stage.at * Shape::kColumnsBytes) +
+                                          threadIdx.x % 4;
+          const auto column_of = [&](int from, int i) {
+            return __uint_as_float(uint32_t(columns[from / 2 + i / 4 * 4] >> i % 2 * 32));
+          };
           const int moved = kOfKeys ? -step * kPassed : step * kPassed;
           uint32_t signs = 0;
 #pragma unroll
           for (int i = 0; i < kPassed / 2; ++i) {
             const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
-            const float lse = kOfKeys ? columns[column] : rows.lse[h];
+            const float lse = kOfKeys ? column_of(0, i) : rows.lse[h];
             score[i] = exp2_of(fmaf(score[i], args.factor, -lse));
             if constexpr (kMasked) {
               const bool seen = kOfKeys ? column >= limit[h] - moved : column < limit[h] - moved;
@@ -430,8 +434,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           uint32_t bits = ~0u;
 #pragma unroll
           for (int i = 0; i < kPassed / 2; ++i) {
-            const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
-            const float delta = kOfKeys ? columns[kPassed + column] : rows.delta[h];
+            const float delta = kOfKeys ? column_of(kPassed, i) : rows.delta[i / 2 % 2];
             grad[i] = score[i] * (grad[i] - delta);
             bits &= __float_as_uint(grad[i]);
           }
