@@ -11,8 +11,11 @@
 // with P = 2^(factor S - lse') and dS = P (dP - delta), both packed in registers as the first operand of the products
 // that add them up. delta = rowsum(grad out) - grad_lse is found by the kernel of the queries, which leaves it and lse'
 // (lse in base 2) to the other one, for whose columns they are. The dS of a step are multiplied together with the scores
-// of the next, so that exponentials run under products: of the queries under dS k and dP, of the keys under dP alone,
-// where registers do not allow weights to be packed while dS is still in use.
+// of the next, so that exponentials run under products, dS k and dP; of the keys dS are formed under P^T grad.
+//
+// Descriptors of operands are computed from what all lanes are known to have (of_warp): else each product of 16 rows
+// waits for two or four moves of a register to those of the warp. Blocks take tiles from a counter: which block has one
+// does not change a bit of it.
 //
 // Queries and keys held are counted from the last one, as in the forward; queries passed by too, so that only the first
 // can be missing: there lse' is infinite and weights are 0. Keys passed by are counted from the first.
@@ -24,24 +27,22 @@ constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup
 constexpr int kTurnName = 4;   // by these for its turn at the matrix units
 constexpr int kNumbers = 2;    // tiles a block may have taken and not all its warps have seen
 
-// How a kernel goes about it: one or more of these.
+// How a kernel goes about it: any of these.
 enum How : int {
-  kPlain = 0,
   kAlone = 1,        // of keys: no two heads share them, which saves registers
-  kTurns = 2,        // warpgroups issue the products of a step in turns
-  kScoresFirst = 4,  // of keys: scores go before the products of the dS of the step before
-  kLate = 8,         // of keys: dS are formed under the products of weights
-  kNoLook = 16,      // of queries
+  kTurns = 2,        // warpgroups issue the products of a step one after the other
+  kScoresFirst = 4,  // of keys: scores go before the products of dS, under which the exponentials run, too
+  kLate = 8,         // of keys: dS are formed while the products of weights run
+  kNoLook = 16,      // of queries: the exponentials may be put after the wait for the products that they run under
 };
 
 template <typename Element, bool kKeysAreHeld, int kGroupCount, int kChannels, int kPassedCount, int kStageCount,
-          int kSlotCount, int kHow = kPlain>
+          int kSlotCount, int kManner = 0>
 struct Tile {
   using T = Element;
   static constexpr bool kOfKeys = kKeysAreHeld;
+  static constexpr int kHow = kManner;
   static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
-  static constexpr bool kInTurns = kHow & kTurns, kFirstScores = kHow & kScoresFirst, kDsLate = kHow & kLate,
-                        kLooks = !(kHow & kNoLook);
   static constexpr int kGroups = kGroupCount;        // warpgroups that calculate
   static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
   static constexpr int kPassed = kPassedCount;       // rows of a step
@@ -313,7 +314,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   // Warpgroups issue the products of a step one after the other, all of them as often.
   const auto wait_for_turn = [&] { named_sync(kTurnName + group, 256); };
   const auto give_turn = [&] { named_arrive(kTurnName + (group + 1) % Shape::kGroups, 256); };
-  if (Shape::kInTurns && group == Shape::kGroups - 1) give_turn();
+  if ((Shape::kHow & kTurns) != 0 && group == Shape::kGroups - 1) give_turn();
 
   Stage<Shape::kStages> stage;
   Place place;
@@ -365,25 +366,26 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         Stage<Shape::kStages> before;
         const auto advance = [&](int step, auto is_first, auto masked) {
           constexpr bool kFirst = decltype(is_first)::value, kMasked = decltype(masked)::value;
+          constexpr bool kSumsFirst = kOfKeys && !(Shape::kHow & kScoresFirst), kDsLate = Shape::kHow & kLate;
           const uint32_t passed = of_warp(passed_at(stage.at)), behind = of_warp(passed_at(before.at));
           const uint32_t own = of_warp(held);
           barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
           settle(score);
           settle(grad);
           settle(sum);
-          if constexpr (Shape::kInTurns) wait_for_turn();
+          if constexpr ((Shape::kHow & kTurns) != 0) wait_for_turn();
           products_begin();
-          // The dS of the step before: of the keys first of all, so that their registers are free for weights.
-          if constexpr (!kFirst && kOfKeys && !Shape::kFirstScores) sum_products<Shape>(sum, word, behind);
+          // With the dS of the step before.
+          if constexpr (!kFirst && kSumsFirst) sum_products<Shape>(sum, word, behind);
           score_products<Shape>(score, own, passed);
-          if constexpr (!kFirst && (!kOfKeys || Shape::kFirstScores)) sum_products<Shape>(sum, word, behind);
+          if constexpr (!kFirst && !kSumsFirst) sum_products<Shape>(sum, word, behind);
           score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
-          if constexpr (Shape::kInTurns) give_turn();
+          if constexpr ((Shape::kHow & kTurns) != 0) give_turn();
           if constexpr (kFirst && !kOfKeys)
             find_rows<Shape>(args, place, first, held_data + Shape::kHeldBytes, rows);
-          products_wait<kFirst || (kOfKeys && !Shape::kFirstScores) ? 1 : 2>();
+          products_wait<kFirst || kSumsFirst ? 1 : 2>();
           settle(score);
-          if constexpr (!kFirst && kOfKeys && !Shape::kFirstScores) {
+          if constexpr (!kFirst && kSumsFirst) {
             settle(sum);
             done_with(before.at);
           }
@@ -408,9 +410,12 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             }
             signs |= __float_as_uint(score[i]);
           }
+          // The exponentials are to run under the products: see the forward. Weights are not negative.
+          const auto look = [&] { barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8); };
           if constexpr (kOfKeys) {
-            if constexpr (!kFirst && Shape::kFirstScores) {
-              barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+            // Weights are packed where dS were, whose products have to be over.
+            if constexpr (!kFirst && !kSumsFirst) {
+              look();
               products_wait<1>();
               settle(score);
               settle(sum);
@@ -420,27 +425,25 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             settle(value_sum);
             products_begin();
             sum_products<Shape>(value_sum, word, passed + Shape::kPassedBytes);
-            products_wait<Shape::kDsLate ? 1 : 0>();
+            products_wait<kDsLate ? 1 : 0>();
             settle(grad);
-            if constexpr (!Shape::kDsLate) settle(value_sum);
+            if constexpr (!kDsLate) settle(value_sum);
           } else {
-            // The exponentials are to run under the products: see the forward. Weights are not negative.
-            if constexpr (Shape::kLooks) barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+            if constexpr ((Shape::kHow & kNoLook) == 0) look();
             products_wait<0>();
             settle(grad);
             settle(sum);
             if constexpr (!kFirst) done_with(before.at);
           }
-          uint32_t bits = ~0u;
+          signs = ~0u;
 #pragma unroll
           for (int i = 0; i < kPassed / 2; ++i) {
             const float delta = kOfKeys ? column_of(kPassed, i) : rows.delta[i / 2 % 2];
             grad[i] = score[i] * (grad[i] - delta);
-            bits &= __float_as_uint(grad[i]);
+            signs &= __float_as_uint(grad[i]);
           }
-          if constexpr (kOfKeys && Shape::kDsLate) {
-            // Both signs occur, or no harm is done by looking at what follows.
-            barrier_look(memory + Shape::kHeldFull + (bits >> 31) * 8);
+          if constexpr (kOfKeys && kDsLate) {
+            look();  // whatever the signs are, at a barrier that is there
             products_wait<0>();
             settle(value_sum);
             settle(grad);
@@ -470,7 +473,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 #pragma unroll 1
       for (int step = steps; step < all_steps; ++step) {
         barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
-        if constexpr (Shape::kInTurns) {
+        if constexpr ((Shape::kHow & kTurns) != 0) {
           wait_for_turn();
           give_turn();
         }
@@ -635,16 +638,19 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
 
 template <typename T>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
+  constexpr int kOverlap = kTurns | kScoresFirst | kLate;
   if (args.width > 96) {
     using OfQueries = Tile<T, false, 2, 128, 96, 3, 1>;
     if (args.share == 1)
-      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kAlone>>(args, dtype, processors, stream);
-    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 48, 5, 1>>(args, dtype, processors, stream);
+      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kAlone | kOverlap>>(args, dtype, processors,
+                                                                                         stream);
+    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kOverlap>>(args, dtype, processors, stream);
   }
   if (args.width > 64)
-    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1>, Tile<T, true, 2, 96, 80, 3, 1>>(args, dtype, processors,
-                                                                                         stream);
-  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2>, Tile<T, true, 2, 64, 96, 4, 2>>(args, dtype, processors, stream);
+    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1>, Tile<T, true, 2, 96, 80, 3, 1, kOverlap>>(
+        args, dtype, processors, stream);
+  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook>, Tile<T, true, 2, 64, 96, 4, 2, kOverlap>>(
+      args, dtype, processors, stream);
 }
 
 }  // namespace

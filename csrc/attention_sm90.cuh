@@ -62,8 +62,8 @@ __device__ __forceinline__ bool place_of(const Args& args, int64_t number, Place
   return true;
 }
 
-// The block's tile of a turn; false when there is none. The blocks take tiles in turns, every other turn in reverse, which
-// evens out what each has to do.
+// The block's tile of a turn; false when there is none. The blocks take tiles in turns, every other turn in reverse,
+// which evens out what each has to do.
 template <typename Args>
 __device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
   const int blocks = gridDim.x, block = blockIdx.x;
