@@ -32,6 +32,22 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// Its two halves: says that the thread has come so far, and waits until all have.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
 // Where another block of the cluster has what this one has at `mine`, in shared memory.
 __device__ __forceinline__ const uint32_t* shared_of(uint32_t* mine, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
