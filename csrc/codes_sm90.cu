@@ -31,6 +31,7 @@ constexpr uint32_t kNone = ~0u;      // the key of an entry to be left out, or n
 constexpr uint32_t kWarp = ~0u;      // all lanes
 constexpr int kMostEntries = 1 << kEntryBits;  // beyond, reading the codes once a cluster costs more than sorting
 constexpr uint32_t kMostRows = kNone >> kEntryBits;  // of a cluster
+constexpr uint32_t kLine = 128;      // bytes of a line of the L2 cache
 constexpr uint32_t kAhead = 16 << 20;  // bytes of the gradient that are fetched while the entries are put in order
 
 static_assert(kMostEntries / kBlocks < 1 << 16, "a block counts in 16 bits");
@@ -43,6 +44,7 @@ struct ClusterArgs : Entries<uint32_t> {
   void* out;
   float* counts;
   uint32_t entries, tables, num_codes, rows, span, room;
+  uint32_t lines, fetched;  // of the gradient, to be fetched ahead: in all, and by each block
   int chunk_log2;
   int width;  // lanes of a warp that share a row: a power of two
   bool shared;
@@ -89,7 +91,7 @@ struct Place {
   uint32_t earlier;   // the lanes before this one
 };
 
-// A line of 128 bytes into the L2 cache.
+// A line into the L2 cache.
 __device__ __forceinline__ void fetch_line(const char* line) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
@@ -97,25 +99,25 @@ __device__ __forceinline__ void fetch_line(const char* line) {
 }
 
 // The block's share of the gradient, of which every row is read soon, into the L2 cache.
-template <typename T, bool kCumulative>
 __device__ __forceinline__ void fetch_gradient(const ClusterArgs& args, const Place& place) {
-  constexpr uint32_t kLine = 128;
-  const uint64_t bytes = uint64_t(kCumulative ? args.entries : args.entries / args.depth) * args.channels * sizeof(T);
-  const uint32_t lines = (uint32_t(min(bytes, uint64_t(kAhead))) + kLine - 1) / kLine;
-  const uint32_t share = (lines + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share;
-  for (uint32_t line = first + place.thread; line < min(first + share, lines); line += kThreads)
+  const uint32_t first = blockIdx.x * args.fetched, last = min(first + args.fetched, args.lines);
+  for (uint32_t line = first + place.thread; line < last; line += kThreads)
     fetch_line(static_cast<const char*>(args.grad) + line * kLine);
 }
 
-// The keys of kScan * 32 neighbouring entries, in order; kNone from `end` on.
-__device__ __forceinline__ void load_keys(const ClusterArgs& args, const Place& place, uint32_t begin, uint32_t end,
-                                          uint32_t (&key)[kScan]) {
-  uint64_t code[kScan];
+// kScan * 32 neighbouring codes; -1 from `end` on.
+__device__ __forceinline__ void load_codes(const ClusterArgs& args, const Place& place, uint32_t begin, uint32_t end,
+                                           uint64_t (&code)[kScan]) {
 #pragma unroll
   for (int s = 0; s < kScan; ++s) {
     const uint32_t entry = begin + s * 32 + place.lane;
     code[s] = entry < end ? __ldg(args.codes + entry) : -1;
   }
+}
+
+// The keys of those entries.
+__device__ __forceinline__ void find_keys(const ClusterArgs& args, const Place& place, uint32_t begin,
+                                          const uint64_t (&code)[kScan], uint32_t (&key)[kScan]) {
 #pragma unroll
   for (int s = 0; s < kScan; ++s) {
     key[s] = code[s] < args.num_codes ? uint32_t(code[s]) : kNone;
@@ -125,22 +127,23 @@ __device__ __forceinline__ void load_keys(const ClusterArgs& args, const Place& 
 
 __device__ __forceinline__ bool is_mine(uint32_t key, const Place& place) { return key - place.low < place.rows; }
 
-// counts, below and list; returns how many entries are listed. Each warp has a run of neighbouring entries. Up to kScan * 32
-// of them stay in registers between counting and listing; longer runs are read twice, from the nearest cache.
-template <typename T, bool kCumulative>
+// counts, below and list; returns how many entries are listed. Each warp has a run of neighbouring entries. Up to
+// kScan * 32 of them stay in registers between counting and listing; longer runs are read twice, from the nearest cache.
 __device__ __forceinline__ uint32_t list_entries(const ClusterArgs& args, const Memory& memory, const Place& place) {
   constexpr uint32_t kStep = kScan * 32;
   const uint32_t share = (args.span + kThreads - 1) / kThreads * 32;
   const uint32_t first = min(place.rank * args.span, args.entries), last = min(first + args.span, args.entries);
   const uint32_t begin = min(first + place.warp * share, last), end = min(begin + share, last);
+  uint64_t code[kScan];
   uint32_t key[kScan];
-  load_keys(args, place, begin, end, key);
-  fetch_gradient<T, kCumulative>(args, place);
+  load_codes(args, place, begin, end, code);
+  fetch_gradient(args, place);
   for (uint32_t i = place.thread; i < Memory::count_words(place.rows); i += kThreads) memory.counts[i] = 0;
   __syncthreads();
   uint32_t found = 0, below = 0;
   for (uint32_t at = begin; at < end; at += kStep) {
-    if (at != begin) load_keys(args, place, at, end, key);
+    if (at != begin) load_codes(args, place, at, end, code);
+    find_keys(args, place, at, code, key);
 #pragma unroll
     for (int s = 0; s < kScan; ++s) {
       const bool mine = is_mine(key[s], place);
@@ -167,7 +170,10 @@ __device__ __forceinline__ uint32_t list_entries(const ClusterArgs& args, const 
     }
   }
   for (uint32_t at = begin; at < end; at += kStep) {
-    if (share > kStep) load_keys(args, place, at, end, key);
+    if (share > kStep) {
+      load_codes(args, place, at, end, code);
+      find_keys(args, place, at, code, key);
+    }
 #pragma unroll
     for (int s = 0; s < kScan; ++s) {
       const bool mine = is_mine(key[s], place);
@@ -181,14 +187,17 @@ __device__ __forceinline__ uint32_t list_entries(const ClusterArgs& args, const 
   return listed;
 }
 
-// The lists of the cluster's blocks, one behind the other.
+// The lists of the cluster's blocks, one behind the other, and how many entries chose rows before the cluster's.
 struct Lists {
   uint32_t begins[kBlocks + 1];
+  uint32_t below;
 };
 
 __device__ __forceinline__ Lists find_lists(const Memory& memory, const Place& place) {
   const uint32_t listed = place.lane < kBlocks ? *shared_of(memory.listed, place.lane) : 0;
+  const uint32_t below = place.lane < kBlocks ? *shared_of(memory.below, place.lane) : 0;
   Lists lists;
+  lists.below = __reduce_add_sync(kWarp, below);
   lists.begins[0] = 0;
 #pragma unroll
   for (uint32_t b = 0; b < kBlocks; ++b) lists.begins[b + 1] = lists.begins[b] + __shfl_sync(kWarp, listed, b);
@@ -226,9 +235,9 @@ __device__ __forceinline__ bool is_long(const ClusterArgs& args, uint32_t begin,
 }
 
 // begins and next, from the counts of all blocks; returns whether a row of the cluster is huge.
-__device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memory& memory, const Place& place) {
-  uint32_t carry = place.lane < kBlocks ? *shared_of(memory.below, place.lane) : 0;
-  carry = __reduce_add_sync(kWarp, carry);
+__device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memory& memory, const Place& place,
+                                            uint32_t below) {
+  uint32_t carry = below;
   bool huge = false;
   uint32_t* sums = memory.sums;
   for (uint32_t base = 0; base < place.rows; base += kThreads * kCounted) {
@@ -569,21 +578,23 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_
   place.earlier = (1u << place.lane) - 1;
   const Memory memory(args);
 
-  const uint32_t listed = list_entries<T, kCumulative>(args, memory, place);
-  cluster_sync();
+  const uint32_t listed = list_entries(args, memory, place);
+  cluster_arrive();
+  cluster_wait();
   const Lists lists = find_lists(memory, place);
   uint32_t item[kGathered];
   load_items(memory, place, lists, 0, item);  // on their way while the counts are added up
-  const bool huge = find_begins(args, memory, place);
+  const bool huge = find_begins(args, memory, place, lists.below);
   const Rows rows = own_rows(memory, place);
   if (huge) order_huge<kCumulative>(args, memory, place, listed);
   const Words words = sort_entries<kCumulative>(args, memory, place, rows, lists, item, huge);
   // From here on nobody looks at another block's shared memory; a block may end when no other does any more.
-  cluster_arrive();
   if (huge) {
-    cluster_wait();
+    cluster_sync();
     sum_parts<T, kNarrow, kCumulative>(args, memory, place);
     cluster_sync();
+  } else {
+    cluster_arrive();
   }
   if (args.counts != nullptr) {
     for (uint32_t row = rows.first + place.thread; row < rows.last; row += kThreads)
@@ -621,6 +632,9 @@ template <typename T, typename Out>
 cudaError_t launch_clusters(ClusterArgs args, const ClusterPlan& plan, bool packed, bool cumulative,
                             cudaStream_t stream) {
   constexpr int kVec = kPackOf<T>;
+  const int64_t bytes = int64_t(cumulative ? args.entries : args.entries / args.depth) * args.channels * sizeof(T);
+  args.lines = uint32_t((std::min<int64_t>(bytes, kAhead) + kLine - 1) / kLine);
+  args.fetched = (args.lines + plan.clusters * kBlocks - 1) / (plan.clusters * kBlocks);
   const int packs = packed ? args.channels / kVec : args.channels;
   args.width = 1;
   while (args.width < 32 && args.width < packs) args.width *= 2;

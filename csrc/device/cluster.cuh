@@ -32,10 +32,15 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// Its two halves: says that the thread has come so far, and waits until all have.
+// The same in two halves, for shared memory alone: who has waited sees what others wrote there before they arrived.
+// Waiting until writes are visible in the whole GPU, as above, is left out where the toolkit can say so.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n\tbarrier.cluster.arrive.relaxed;" ::: "memory");
+#else
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
 #else
   __trap();
 #endif
