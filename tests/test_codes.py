@@ -564,9 +564,9 @@ def test_cuda_source_on_the_host(on_host, shape, dtype):
             assert torch.equal(clustered, result), "another order of summation"
 
 
-@pytest.mark.parametrize("num_codes", [2500, 2**18, 2**18 - 3])
+@pytest.mark.parametrize("num_codes", [2500, 2**14 - 1, 2**14, 2**18 - 3])
 def test_clusters_with_many_rows_on_the_host(on_host, num_codes):
-    """More rows than a cluster's threads; and more than its shared memory holds, which are sorted instead."""
+    """More rows than a cluster's threads, as many as it can name, and more, which are sorted instead."""
     codes, _ = inputs(500, 1, 1, 8, shared=True, dtype=torch.float32, device="cpu")
     codes = torch.randint(-1, num_codes, codes.shape, generator=torch.Generator().manual_seed(3))
     codes[100:300] = num_codes - 1
