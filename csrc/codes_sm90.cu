@@ -343,9 +343,10 @@ __device__ __forceinline__ void order_huge(const ClusterArgs& args, const Memory
   }
 }
 
-// The words that a block reads, and where among the order's they begin.
+// The words that a block reads, where among the order's they begin, and whether a row among them is long.
 struct Words : Entries<uint32_t> {
   uint32_t base;
+  bool any_long;
 };
 
 // Gathers the entries of the block's rows, but for huge ones, and puts each row's in order; `item` holds the first that
@@ -376,17 +377,18 @@ __device__ __forceinline__ Words sort_entries(const ClusterArgs& args, const Mem
     load_items(memory, place, lists, begin, item);
   }
   __syncthreads();
+  bool any_long = huge;
   for (uint32_t i = place.thread; i < count; i += kThreads) {
     const uint32_t own = items[i], row = own >> kEntryBits;
     if (own == kNone) continue;
-    const uint32_t begin = memory.begins[row] - base, end = memory.begins[row + 1] - base;
-    uint32_t to = begin;
+    const uint32_t begin = memory.begins[row], end = memory.begins[row + 1];
+    any_long |= is_long(args, begin, end);
+    uint32_t to = begin - base;
 #pragma unroll 4
-    for (uint32_t other = begin; other < end; ++other) to += items[other] < own;
+    for (uint32_t other = begin - base; other < end - base; ++other) to += items[other] < own;
     words[to] = word_of<kCumulative>(args, own);
   }
-  __syncthreads();
-  Words found{args, base};
+  Words found{args, base, __syncthreads_or(any_long) != 0};
   found.words = words;
   return found;
 }
@@ -600,8 +602,10 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_
     for (uint32_t row = rows.first + place.thread; row < rows.last; row += kThreads)
       args.counts[place.low + row] = memory.begins[row + 1] - memory.begins[row];
   }
-  sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, rows, kMedium, ~0u);
-  sum_long_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows, 0, kMedium);
+  if (words.any_long) {
+    sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, rows, kMedium, ~0u);
+    sum_long_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows, 0, kMedium);
+  }
   sum_short_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows);
   if (!huge) cluster_wait();
 }
