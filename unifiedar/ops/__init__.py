@@ -14,14 +14,12 @@ from unifiedar.ops.attention import block_causal_attention
 from unifiedar.ops.attention_blocks import block_attention
 from unifiedar.ops.attention_cached import cached_attention
 from unifiedar.ops.codes import ResidualCodes, code_statistics, residual_lookup, residual_quantize
+from unifiedar.ops.codes_bits import BitwiseLosses, bitwise_pack, bitwise_unpack
 from unifiedar.ops.codes_bitwise import (
     BitwiseCodes,
-    BitwiseLosses,
     bitwise_inputs,
     bitwise_lookup,
-    bitwise_pack,
     bitwise_quantize,
-    bitwise_unpack,
     next_bitwise_input,
 )
 from unifiedar.ops.codes_multiscale import (
