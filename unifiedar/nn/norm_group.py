@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.ops import group_norm
+from unifiedar.ops import add_group_norm, group_norm
 
 __all__ = ["GroupNorm"]
 
@@ -26,13 +26,22 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps)
         self.silu = silu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of x (B, C, H, W), in its dtype without gradients; with them, and under autocast, in torch's."""
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Of x (B, C, H, W), plus shift (C,): in its dtype without gradients; with them and autocast, in torch's."""
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             # torch.compile fuses these with what is around them, which it cannot do with an operator.
-            y = super().forward(x)
+            y = super().forward(x if shift is None else x + shift[:, None, None])
             return F.silu(y) if self.silu else y
-        return group_norm(x, self.weight, self.bias, self.num_groups, eps=self.eps, silu=self.silu)
+        return group_norm(x, self.weight, self.bias, self.num_groups, shift=shift, eps=self.eps, silu=self.silu)
+
+    def of_sum(
+        self, x: Tensor, shift: Tensor, residual: Tensor | None = None, *, phases: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The sum that `unifiedar.ops.add_maps` makes, and its norm; not differentiable."""
+        return add_group_norm(
+            x, shift, self.weight, self.bias, self.num_groups,
+            residual=residual, phases=phases, eps=self.eps, silu=self.silu,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, silu={self.silu}"
