@@ -383,7 +383,7 @@ def _cases() -> list[tuple]:
         add(group_norm_parts_kernel, tile.warps, types, ("x", "parts", "channels"), **blocks)
         tile = apply_tile(channels)
         blocks = {"BLOCK_P": tile.pixels, "BLOCK_C": tile.channels}
-        packed = ("x", "moments", "bias", "out", "channels")
+        packed: tuple[str, ...] = ("x", "moments", "bias", "out", "channels")
         for silu in (True, False):
             add(group_norm_apply_kernel, tile.warps, types, packed, SILU=silu, **blocks)
         packed = ("x", "residual", "shift", "out", "parts", "channels")

@@ -222,9 +222,9 @@ def test_fast_decoder_stays_channels_last(codes, monkeypatch):
         one.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     of_sum = GroupNorm.of_sum
 
-    def watched(norm, *args, **options):
-        outputs = of_sum(norm, *args, **options)
-        seen.append((args[0], *outputs))
+    def watched(norm, summands):
+        outputs = of_sum(norm, summands)
+        seen.append((summands.x, *outputs))
         return outputs
 
     monkeypatch.setattr(GroupNorm, "of_sum", watched)

@@ -6,14 +6,12 @@ upsampling), which the decoder then fuses between one part and the next.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.nn import GroupNorm
-from unifiedar.ops import add_maps, phase_weights
+from unifiedar.nn import GroupNorm, Summands, UpsampledConv2d
 
 __all__ = ["Decoder", "DecoderConfig", "Encoder"]
 
@@ -61,15 +59,6 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.bias
 
 
-class _Branch(NamedTuple):
-    """What a part adds up to its output: h, a number per channel, and maybe a residual; h may be in phases."""
-
-    h: Tensor
-    shift: Tensor
-    residual: Tensor | None = None
-    phases: bool = False
-
-
 class _ResnetBlock(nn.Module):
     def __init__(self, in_ch: int, out_ch: int):
         super().__init__()
@@ -87,12 +76,12 @@ class _ResnetBlock(nn.Module):
         """The one that comes first."""
         return self.norm1
 
-    def branch(self, x: Tensor, normed: Tensor) -> _Branch:
+    def branch(self, x: Tensor, normed: Tensor) -> Summands:
         """Of x and its norm."""
         h = _bare(self.conv2, self.norm2(_bare(self.conv1, normed), _bias(self.conv1)))
         if not hasattr(self, "nin_shortcut"):
-            return _Branch(h, _bias(self.conv2), x)
-        return _Branch(h, _bias(self.conv2) + _bias(self.nin_shortcut), _bare(self.nin_shortcut, x))
+            return Summands(h, _bias(self.conv2), x)
+        return Summands(h, _bias(self.conv2) + _bias(self.nin_shortcut), _bare(self.nin_shortcut, x))
 
 
 class _AttnBlock(nn.Module):
@@ -115,22 +104,22 @@ class _AttnBlock(nn.Module):
         q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in parts)
         return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(h.shape)
 
-    def branch(self, x: Tensor, normed: Tensor) -> _Branch:
+    def branch(self, x: Tensor, normed: Tensor) -> Summands:
         """Of x and its norm."""
-        return _Branch(_bare(self.proj_out, self._attend(normed)), _bias(self.proj_out), x)
+        return Summands(_bare(self.proj_out, self._attend(normed)), _bias(self.proj_out), x)
 
 
 class _Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampledConv2d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
-    def branch(self, x: Tensor) -> _Branch:
-        """Of x, with 16 products for every 36; the upsampled map is never made."""
-        return _Branch(F.conv2d(x, phase_weights(self.conv.weight), padding=1), _bias(self.conv), phases=True)
+    def branch(self, x: Tensor) -> Summands:
+        """Of x alone."""
+        return self.conv.phases(x)
 
 
 class _Downsample(nn.Module):
@@ -267,10 +256,10 @@ class Decoder(nn.Module):
             one = part.branch(x) if isinstance(part, _Upsample) else part.branch(x, normed)
             after = parts[i + 1] if i + 1 < len(parts) else None
             if isinstance(after, _Upsample):  # reads the sum alone
-                x = add_maps(one.h, one.shift, one.residual, phases=one.phases)
+                x = one.total()
             else:
                 norm = self.norm_out if after is None else after.norm
-                x, normed = norm.of_sum(one.h, one.shift, one.residual, phases=one.phases)
+                x, normed = norm.of_sum(one)
         return self._pixels(normed)
 
     def _pixels(self, normed: Tensor) -> Tensor:
