@@ -235,15 +235,18 @@ def test_fast_decoder_stays_channels_last(codes, monkeypatch):
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [VQ, RQ], ids=lambda one: one.kind)
-def test_fused_decoder_is_the_plain_one(config):
+WIDE = DecoderConfig(32, (1, 9), 1, 6, 8, (4,), fused_qkv=True)  # attention of more channels than flash kernels take
+
+
+@pytest.mark.parametrize("network", [VQ.network, RQ.network, WIDE], ids=["VAR", "RQ-VAE", "wide attention"])
+def test_fused_decoder_is_the_plain_one(network):
     """In float64, where nothing but a mistake tells them apart; with random biases, a batch, and sides that differ."""
     torch.manual_seed(0)
-    plain = Decoder(config.network).double().eval()
+    plain = Decoder(network).double().eval()
     for one in plain.parameters():
         one.data.uniform_(-0.1, 0.1)
     fused = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    z = torch.randn(2, config.network.z_channels, 3, 4, dtype=torch.float64)
+    z = torch.randn(2, network.z_channels, 3, 4, dtype=torch.float64)
     expected = plain(z)
     with_gradients = fused(z)
     assert with_gradients.requires_grad
@@ -252,9 +255,10 @@ def test_fused_decoder_is_the_plain_one(config):
         got = fused(z)
     torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-9)
     counts = {event.key: event.count for event in profile.key_averages()}
-    upsamplings = len(config.network.ch_mult) - 1
+    upsamplings = len(network.ch_mult) - 1
     assert counts["unifiedar::phase_weights"] == counts["unifiedar::add_maps"] == upsamplings
     assert "aten::upsample_nearest2d" not in counts
+    assert ("aten::baddbmm" in counts) == (network is WIDE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert fused.float()(z.float()).dtype == torch.bfloat16  # autocast's own rules
 

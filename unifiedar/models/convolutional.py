@@ -99,14 +99,22 @@ class _AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj_out(self._attend(self.norm(x)))
 
-    def _attend(self, h: Tensor) -> Tensor:
+    def _attend(self, h: Tensor, in_products: bool = False) -> Tensor:
         parts = self.qkv(h).chunk(3, dim=1) if hasattr(self, "qkv") else (self.q(h), self.k(h), self.v(h))
-        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in parts)
-        return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(h.shape)
+        q, k, v = (part.flatten(2).transpose(1, 2) for part in parts)
+        if in_products:
+            scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[2] ** -0.5)
+            y = scores.softmax(2) @ v
+        else:
+            y = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))[:, 0]
+        return y.transpose(1, 2).reshape(h.shape)
 
     def branch(self, x: Tensor, normed: Tensor) -> Summands:
         """Of x and its norm."""
-        return Summands(_bare(self.proj_out, self._attend(normed)), _bias(self.proj_out), x)
+        # One head this wide is beyond flash kernels, and the kernel that torch takes instead has a program for 32
+        # pixels, so that few pictures leave a GPU idle. Matrix products do not, and small maps have room for scores.
+        y = self._attend(normed, in_products=x.shape[1] > 256 and x.shape[2] * x.shape[3] <= 1024)
+        return Summands(_bare(self.proj_out, y), _bias(self.proj_out), x)
 
 
 class _Upsample(nn.Module):
