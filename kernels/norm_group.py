@@ -41,6 +41,12 @@ def apply_tile(channels: int) -> Tile:
     return Tile(tile.pixels // 2, tile.channels, tile.warps)
 
 
+def add_tile(channels: int) -> Tile:
+    """Half as high again: two maps come in, and sums of distances stay."""
+    tile = apply_tile(channels)
+    return Tile(tile.pixels // 2, tile.channels, tile.warps)
+
+
 def _run(pixels: int, channels: int) -> int:
     """Pixels of a run: so many that a picture has 500 to 1,000 programs, if it has so many tiles.
 
@@ -106,23 +112,25 @@ def group_norm_parts_kernel(
 
 
 @triton.jit
-def _summands(
-    x, residual, shift, picture, pixel, channel, present, pixels, channels, width,
+def _add_tile(
+    x, residual, shift, out, picture, pixel, channel, present, pixels, channels, width,
     RESIDUAL: tl.constexpr, PHASES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x + shift + residual in float32, with x as it is or in phases."""
+    """Stores a tile of x + shift + residual, with x as it is or in phases; returns it as stored, in float32."""
+    at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
     if PHASES:
         row, column = pixel // width, pixel % width
         high, wide = pixels // width // 2 + 1, width // 2 + 1
         place = (picture * high + row // 2 + row % 2) * wide + column // 2 + column % 2
-        at = (place * 4 + (row % 2) * 2 + column % 2)[:, None] * channels + channel[None, :]
+        source = (place * 4 + (row % 2) * 2 + column % 2)[:, None] * channels + channel[None, :]
     else:
-        at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
-    tile = tl.load(x + at, mask=present, other=0.0).to(tl.float32) + shift[None, :]
+        source = at
+    tile = tl.load(x + source, mask=present, other=0.0).to(tl.float32) + shift[None, :]
     if RESIDUAL:
-        at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
         tile += tl.load(residual + at, mask=present, other=0.0).to(tl.float32)
-    return tile
+    rounded = tile.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=present)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
@@ -152,25 +160,23 @@ def add_maps_kernel(
     inside = channel < channels
     moved = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
     left = tl.minimum(pixels - low, run)
-    near = tl.zeros([BLOCK_C], tl.float32)
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for begin in range(0, left, BLOCK_P):
-        within = begin + tl.arange(0, BLOCK_P)
-        pixel = low + within
-        present = (within < left)[:, None] & inside[None, :]
-        tile = _summands(
-            x, residual, moved, picture, pixel, channel, present, pixels, channels, width, RESIDUAL, PHASES
-        ).to(out.dtype.element_ty)
-        tl.store(out + (picture * pixels + pixel)[:, None] * channels + channel[None, :], tile, mask=present)
-        if PARTS:
-            tile = tile.to(tl.float32)
-            if begin == 0:
-                first = tl.where(present, tile, 0.0)
-                near = tl.div_rn(tl.sum(first, axis=0), tl.minimum(left, BLOCK_P).to(tl.float32))
-            apart = tl.where(present, tile - near[None, :], 0.0)
-            total += apart
-            squares += apart * apart
+    pixel = tl.arange(0, BLOCK_P)
+    present = (pixel < left)[:, None] & inside[None, :]
+    tile = _add_tile(
+        x, residual, moved, out, picture, low + pixel, channel, present, pixels, channels, width, RESIDUAL, PHASES
+    )
+    near = tl.div_rn(tl.sum(tl.where(present, tile, 0.0), axis=0), tl.minimum(left, BLOCK_P).to(tl.float32))
+    total = tl.where(present, tile - near[None, :], 0.0)
+    squares = total * total
+    for begin in range(BLOCK_P, left, BLOCK_P):
+        present = (begin + pixel < left)[:, None] & inside[None, :]
+        tile = _add_tile(
+            x, residual, moved, out, picture, low + begin + pixel, channel, present, pixels, channels, width,
+            RESIDUAL, PHASES,
+        )  # fmt: skip
+        apart = tl.where(present, tile - near[None, :], 0.0)
+        total += apart
+        squares += apart * apart
     if PARTS:
         _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
 
@@ -303,8 +309,8 @@ def add_maps(
     x and residual are as out, or x with `phases` (B, 4 C, H / 2 + 1, W / 2 + 1).
     """
     batch, channels, height, width = out.shape
-    pixels, tile = height * width, apply_tile(channels)
-    run = tile.pixels if parts is None else _run(pixels, channels)
+    pixels, tile = height * width, add_tile(channels)
+    run = 2 * tile.pixels if parts is None else _run(pixels, channels)
     runs = triton.cdiv(pixels, run)
     add_maps_kernel[(batch * runs * triton.cdiv(channels, tile.channels),)](
         x, x if residual is None else residual, shift, out, shift if parts is None else parts,
@@ -386,6 +392,8 @@ def _cases() -> list[tuple]:
         packed: tuple[str, ...] = ("x", "moments", "bias", "out", "channels")
         for silu in (True, False):
             add(group_norm_apply_kernel, tile.warps, types, packed, SILU=silu, **blocks)
+        tile = add_tile(channels)
+        blocks = {"BLOCK_P": tile.pixels, "BLOCK_C": tile.channels}
         packed = ("x", "residual", "shift", "out", "parts", "channels")
         for residual, phases, with_parts in ((True, False, True), (False, True, True), (True, False, False)):
             flags = {"RESIDUAL": residual, "PHASES": phases, "PARTS": with_parts}
