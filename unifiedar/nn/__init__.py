@@ -6,7 +6,7 @@ from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutp
 from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer, ScaleBook
 from unifiedar.nn.depth import DepthStyle, DepthTransformer
 from unifiedar.nn.norm import ModulatedNorm
-from unifiedar.nn.norm_group import GroupNorm
+from unifiedar.nn.norm_group import GroupNorm, Summands, UpsampledConv2d
 from unifiedar.nn.sample import CodeSampler
 
 __all__ = [
@@ -26,5 +26,7 @@ __all__ = [
     "ScaleBook",
     "SignOutput",
     "SignQuantizer",
+    "Summands",
+    "UpsampledConv2d",
     "rope_table",
 ]

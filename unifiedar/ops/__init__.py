@@ -31,7 +31,7 @@ from unifiedar.ops.codes_multiscale import (
 )
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
 from unifiedar.ops.norm import modulated_norm, qk_norm_rope
-from unifiedar.ops.norm_group import group_norm
+from unifiedar.ops.norm_group import add_group_norm, add_maps, group_norm, phase_weights
 from unifiedar.ops.sample import cut_logits, sample_codes
 
 __all__ = [
@@ -46,6 +46,8 @@ __all__ = [
     "Op",
     "Phi",
     "ResidualCodes",
+    "add_group_norm",
+    "add_maps",
     "bitwise_inputs",
     "bitwise_lookup",
     "bitwise_pack",
@@ -65,6 +67,7 @@ __all__ = [
     "multiscale_quantize",
     "next_bitwise_input",
     "next_scale_input",
+    "phase_weights",
     "qk_norm_rope",
     "registry",
     "residual_lookup",
