@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     board = commands.add_parser("scoreboard", help="write docs/scoreboard.md from measured results")
     board.add_argument("--results", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
     board.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
-    turn = commands.add_parser("tune", help="try other tiles for the Triton kernels of a family, on a GPU")
+    turn = commands.add_parser("tune", help="try other tiles for the kernels of a family, on a GPU")
     turn.add_argument("family", choices=sorted(KNOBS))
     turn.add_argument("--case", action="append", metavar="PATTERN", help="only cases of this name; repeatable")
     turn.add_argument("--knob", action="append", metavar="NAME", help="only this function's tiles; repeatable")

@@ -36,7 +36,9 @@ struct Tile {
   static constexpr uint32_t kHeldFull = kBarriersAt, kHeldEmpty = kHeldFull + 8 * 2 * kGroups;
   static constexpr uint32_t kKeysFull = kHeldEmpty + 8 * 2 * kGroups, kKeysEmpty = kKeysFull + 8 * kStages;
   static constexpr uint32_t kValuesFull = kKeysEmpty + 8 * kStages, kValuesEmpty = kValuesFull + 8 * kStages;
-  static constexpr uint32_t kBytes = kValuesEmpty + 8 * kStages + 1024;  // to begin at a multiple of 1,024
+  static constexpr uint32_t kNumberFull = kValuesEmpty + 8 * kStages, kNumberEmpty = kNumberFull + 8 * kNumbers;
+  static constexpr uint32_t kNumberAt = kNumberEmpty + 8 * kNumbers;
+  static constexpr uint32_t kBytes = kNumberAt + 4 * kNumbers + 1024;  // to begin at a multiple of 1,024
   static_assert(kBytes <= 227 * 1024 && kKeys % 16 == 0 && kKeys <= 256);
 };
 
@@ -46,6 +48,7 @@ struct KernelArgs {
   void* out_data;
   int64_t out_batch, out_head, out_row;  // strides, in elements
   float* lse;
+  unsigned* taken;  // tiles, but for the first of each block; or null
   int queries, keys, width, heads, share, rows, group, scales, prefix;
   int tiles;     // of a head
   float factor;  // softmax_scale in base 2
@@ -79,14 +82,14 @@ __device__ __forceinline__ void load_keys(const CUtensorMap& map, uint32_t to, u
 
 // The first warp's work; its first lane copies.
 template <typename Shape>
-__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory) {
+__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   constexpr int kGroups = Shape::kGroups;
   const bool leads = threadIdx.x == 0;
   const int begin_of_scale = scale_begin(args);
   Stage<Shape::kStages> keys, values;
   uint32_t held[kGroups] = {};  // tiles that each warpgroup had
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+  for (int turn = 0; place_of(args, tell_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place);
     const int steps = steps_of<Shape>(args, begin_of_scale, begin + Shape::kRows - 1);
     const int key_head = place.head / args.share;
@@ -229,7 +232,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   if (group == kGroups - 1) named_arrive(kTurnsName, 256);  // the first turn is the first group's
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+  for (int turn = 0; place_of(args, hear_tile<Shape>(memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
     const int all_steps = steps_of<Shape>(args, begin_of_scale, begin + Shape::kRows - 1);
     int steps = 0;
@@ -377,6 +380,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(memory + Shape::kHeldFull + 8 * i, 1);
       barrier_init(memory + Shape::kHeldEmpty + 8 * i, 1);
     }
+    for (int i = 0; i < kNumbers; ++i) {
+      barrier_init(memory + Shape::kNumberFull + 8 * i, 1);
+      barrier_init(memory + Shape::kNumberEmpty + 8 * i, 4 * Shape::kGroups);
+    }
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(memory + Shape::kKeysFull + 8 * i, 1);
       barrier_init(memory + Shape::kKeysEmpty + 8 * i, 4 * Shape::kGroups);
@@ -392,7 +399,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
-    if (threadIdx.x < 32) copy_all<Shape>(args, memory);
+    if (threadIdx.x < 32) copy_all<Shape>(args, memory, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kManyRegisters));
     attend<Shape>(args, memory, shared);
@@ -433,6 +440,11 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
   kernel_args.factor = args.softmax_scale * kLog2E;
   const int64_t tiles = int64_t(kernel_args.tiles) * kernel_args.rows;
   if (tiles > INT32_MAX || int64_t(args.group) * kernel_args.tiles > INT32_MAX) return cudaErrorNotSupported;
+  if (tiles > processors && args.taken != nullptr) {
+    kernel_args.taken = args.taken;
+    error = cudaMemsetAsync(args.taken, 0, sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+  }
   const auto kernel = attention_forward_sm90_kernel<Shape>;
   error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Shape::kBytes);
@@ -453,7 +465,7 @@ cudaError_t launch_forward(const AttentionArgs& args, DType dtype, AttentionTile
     return launch_tile<Tile<T, 96, 2, 128, 2>>(args, dtype, processors, stream);
   }
   if (tile == AttentionTile::kChosen)
-    tile = args.keys < 1024 ? AttentionTile::kRows128Keys144 : AttentionTile::kRows192Keys112;
+    tile = args.queries <= 256 && args.keys < 1024 ? AttentionTile::kRows128Keys144 : AttentionTile::kRows192Keys112;
   switch (tile) {
     case AttentionTile::kRows192Keys112:
       return launch_tile<Tile<T, 64, 3, 112, 4>>(args, dtype, processors, stream);

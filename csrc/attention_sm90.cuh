@@ -35,6 +35,10 @@ __device__ __forceinline__ uint32_t again(uint32_t x) {
   return x;
 }
 
+// The same number, of which the compiler knows that all lanes have it: what is computed from it, above all descriptors
+// of operands, takes registers and instructions of the warp and none of its lanes.
+__device__ __forceinline__ uint32_t of_warp(uint32_t x) { return __shfl_sync(kWarp, again(x), 0); }
+
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
 struct Place {
@@ -43,14 +47,11 @@ struct Place {
   int batch, head;
 };
 
-// The block's tile of a turn; false when there is none. Tiles lie in groups of heads, in a group the longest first; the
-// blocks take them in turns, every other turn in reverse, which evens out what each has to do.
+// The tile of a number; false when there is none. Tiles lie in groups of heads, in a group the longest first.
 template <typename Args>
-__device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
-  const int blocks = gridDim.x, block = blockIdx.x;
-  const int64_t at = int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block);
-  if (at >= int64_t(args.tiles) * args.rows) return false;
-  const int tile = int(at);
+__device__ __forceinline__ bool place_of(const Args& args, int64_t number, Place* place) {
+  if (number >= int64_t(args.tiles) * args.rows) return false;
+  const int tile = int(number);
   const int first = tile / (args.group * args.tiles) * args.group;
   const int size = min(args.group, args.rows - first);
   const int within = tile - first * args.tiles;
@@ -59,6 +60,47 @@ __device__ __forceinline__ bool find_place(const Args& args, int turn, Place* pl
   place->batch = place->row / args.heads;
   place->head = place->row - place->batch * args.heads;
   return true;
+}
+
+// The block's tile of a turn; false when there is none. The blocks take tiles in turns, every other turn in reverse,
+// which evens out what each has to do.
+template <typename Args>
+__device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
+  const int blocks = gridDim.x, block = blockIdx.x;
+  return place_of(args, int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block), place);
+}
+
+constexpr int kNumbers = 2;  // tiles a block may have taken and not all its warps have seen
+
+// Number of the block's next tile, which the warps that calculate find in shared memory: the first lane of the warp that
+// copies tells it all others. With a counter, `taken`, a block takes a tile when it has asked for all copies of the one
+// before, for how long tiles take is not known, and blocks are to end together; without, they take them in turns. Which
+// block has a tile changes no bit of it.
+template <typename Shape, typename Args>
+__device__ __forceinline__ unsigned tell_tile(const Args& args, uint32_t memory, char* shared, int turn) {
+  unsigned number = 0;
+  if (threadIdx.x == 0) {
+    const unsigned blocks = gridDim.x, block = blockIdx.x, slot = turn % kNumbers;
+    if (turn == 0 || args.taken == nullptr)
+      number = turn * blocks + (turn % 2 ? blocks - 1 - block : block);
+    else
+      number = blocks + atomicAdd(args.taken, 1u);
+    barrier_wait(memory + Shape::kNumberEmpty + 8 * slot, turn / kNumbers % 2 ^ 1);
+    reinterpret_cast<volatile unsigned*>(shared + Shape::kNumberAt)[slot] = number;
+    barrier_arrive(memory + Shape::kNumberFull + 8 * slot);
+  }
+  return __shfl_sync(kWarp, number, 0);
+}
+
+// What it told.
+template <typename Shape>
+__device__ __forceinline__ unsigned hear_tile(uint32_t memory, const char* shared, int turn) {
+  const int slot = turn % kNumbers;
+  barrier_wait(memory + Shape::kNumberFull + 8 * slot, turn / kNumbers % 2);
+  const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[slot];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * slot);
+  return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
 }
 
 // First token of the scale of this lane's number; of scales that are not there, a place that no token has.

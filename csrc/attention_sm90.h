@@ -23,6 +23,7 @@ struct AttentionArgs {
   HeadsView k, v;       // [batch, heads / share, keys, width]
   HeadsView out;        // like q; written
   float* lse;           // [batch, heads, queries], contiguous; written
+  unsigned* taken;      // one number of workspace, by which blocks take tiles as they become free; null: in turns
   const void* lengths;  // [scales] of int32, or int64 if `wide_lengths`: tokens of each scale, after the prefix
   bool wide_lengths;
   int batch, heads, share, queries, keys, width, scales, prefix;

@@ -191,9 +191,15 @@ int group_of(int64_t group) {
 }
 
 void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, Tensor out,
-                            Tensor lse, int64_t prefix, double softmax_scale, int64_t group, int64_t tile) {
+                            Tensor lse, const std::optional<Tensor>& taken, int64_t prefix, double softmax_scale,
+                            int64_t group, int64_t tile) {
   AttentionArgs args{};
   attention_sizes(args, q, k, v, out, lse, lengths, prefix, softmax_scale);
+  if (taken.has_value()) {
+    STD_TORCH_CHECK(taken->scalar_type() == ScalarType::Int && taken->numel() == 1,
+                    "block_causal_attention_cuda: needs one int32 to count tiles");
+    args.taken = static_cast<unsigned*>(taken->data_ptr());
+  }
   args.group = group_of(group);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   STD_CUDA_CHECK(launch_attention_forward(args, dtype_of(q), static_cast<AttentionTile>(tile), current_stream(q)));

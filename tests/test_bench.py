@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import sys
 import time
@@ -643,6 +644,18 @@ def test_tune_tries_tiles_and_puts_the_table_back(monkeypatch):
     assert " ms" in lines[1]
     assert "Error" in lines[2]
     assert sum(line.endswith("*") for line in lines) == 1
+
+
+@pytest.mark.parametrize("knob", [pytest.param(one, id=one.function) for some in KNOBS.values() for one in some])
+def test_every_knob_turns_what_is_there(knob):
+    """Each of its tiles can be made by the class that its function's annotation names."""
+    if "kernels" in knob.module:
+        pytest.importorskip("triton")
+    module = importlib.import_module(knob.module)
+    tile = getattr(module, knob.function).__annotations__["return"]
+    assert len({repr(tile(*fields)) for fields in knob.tiles}) == len(knob.tiles)
+    for name in knob.cached:
+        getattr(module, name).cache_clear()
 
 
 def test_tune_refuses_what_it_does_not_know(capsys):
