@@ -12,6 +12,7 @@ import torch
 
 from bench import _results, _scoreboard, certificate
 from bench._case import Case, families, family_cases, run_family
+from bench._start import fresh
 from bench.tune import KNOBS, tune
 
 
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         measure.add_argument("--out", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
         measure.add_argument("--commit", help="of the sources measured; default: $UNIFIEDAR_COMMIT, then git")
         measure.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="samples a case; default 1")
+        measure.add_argument(
+            "--starts",
+            action="store_true",
+            help="also what beginning costs: one fresh process for each variant",
+        )
     return parser
 
 
@@ -148,6 +154,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         device,
         commit=arguments.commit,
         budget_s=arguments.budget,
+        start=(lambda case, name: fresh(arguments.command, case, name, device)) if arguments.starts else None,
         report=lambda line: print(line, flush=True),
     )
     print(f"wrote {_results.write(run, arguments.out)}")
