@@ -10,9 +10,10 @@
 // Tiles are counted from the last query: there the scales are long, their lengths multiples of 64 as often as not, and
 // the tile that begins before the first query is the one that sees least. It is read with zeros in front.
 //
-// With a table (kTable) every row has a range of its own, [begin, end), and images may be packed one after another: their
+// With a table (kTable) every row has ranges of its own, [begin, end), and images may be packed one after another: their
 // tiles are counted from the last query of each, and what is before its first one is read from the image before, and
-// not written. Steps begin where the first of a tile's rows does.
+// not written. A tile runs through the first range of all its rows, then the second, and so on; steps begin where the
+// first of the rows does.
 namespace unifiedar {
 namespace {
 
@@ -33,8 +34,10 @@ struct Tile {
   static constexpr uint32_t kHeldBox = kHeldRows * 128, kHeldBytes = kBoxes * kHeldBox;
   static constexpr uint32_t kKeysBox = kKeys * 128, kKeysBytes = kBoxes * kKeysBox;
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
-  static constexpr int kFewRegisters = kGroups > 2 ? 32 : kTable ? 40 : 24;
-  static constexpr int kManyRegisters = kGroups > 2 ? 160 : kTable ? 232 : 240;
+  // With a table the warp that copies needs more.
+  static constexpr int kFewRegisters = kGroups == 2 ? (kTable ? 40 : 24) : (kTable ? 56 : 32);
+  static constexpr int kManyRegisters = kGroups == 2 ? (kTable ? 232 : 240) : (kTable ? 152 : 160);
+  static_assert(kFewRegisters + kGroups * kManyRegisters <= (kGroups + 1) * (65536 / kThreads / 8 * 8));
   // Shared memory: queries (later their results) of two tiles a warpgroup, keys, values, barriers.
   static constexpr uint32_t kKeysAt = 2 * kGroups * kHeldBytes;
   static constexpr uint32_t kValuesAt = kKeysAt + kStages * kKeysBytes;
@@ -56,7 +59,7 @@ struct KernelArgs {
   int64_t out_batch, out_head, out_row;  // strides, in elements
   float* lse;
   unsigned* taken;  // tiles, but for the first of each block; or null
-  int queries, keys, width, heads, share, rows, group, scales, prefix, images;
+  int queries, keys, width, heads, share, rows, group, scales, prefix, images, ranges;
   int tiles;     // of a head; with offsets the slots for them
   float factor;  // softmax_scale in base 2
   bool wide_lengths;
@@ -64,10 +67,14 @@ struct KernelArgs {
 
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
-// Rows of a tile, and its steps through the keys.
-struct Span {
-  int begin;  // first query of the tile, which may be before `low`
+// Rows of a tile.
+struct Held {
+  int begin;  // first query, which may be before `low`
   int low;    // first query there is: of the image
+};
+
+// Steps through the keys, those of one range.
+struct Span {
   int from;   // first key of the first step
   int steps;  // of the tile; 0 if it has no rows
 };
@@ -79,15 +86,25 @@ struct Part {
 };
 
 // Of a row of the image, or in place of one that is not there. Queries are the last positions.
-__device__ __forceinline__ int position_of(const KernelArgs& args, const Span& span, int row) {
-  return min(max(row, span.low), args.queries - 1) + args.keys - args.queries;
+__device__ __forceinline__ int position_of(const KernelArgs& args, const Held& rows, int row) {
+  return min(max(row, rows.low), args.queries - 1) + args.keys - args.queries;
+}
+
+// What a position sees: [begin, end) of a range; from afar to 0 if that is empty.
+struct Range {
+  int begin, end;
+};
+__device__ __forceinline__ Range range_of(const KernelArgs& args, int range, int position) {
+  const int* const at = args.sees + (int64_t(2) * range * args.keys + position);
+  const int begin = at[0], end = at[args.keys];
+  return begin < end ? Range{begin, end} : Range{INT_MAX, 0};
 }
 
 // Images and slots: those of an image begin at first / kRows + image, which leaves room for all its tiles without
 // counting those of others; a slot that is left over has a tile in front of the image.
 template <typename Shape>
-__device__ __forceinline__ Span rows_of(const KernelArgs& args, const Place& place) {
-  if (!Shape::kTable || args.offsets == nullptr) return {args.queries - (place.rank + 1) * Shape::kRows, 0, 0, 0};
+__device__ __forceinline__ Held rows_of(const KernelArgs& args, const Place& place) {
+  if (!Shape::kTable || args.offsets == nullptr) return {args.queries - (place.rank + 1) * Shape::kRows, 0};
   const auto first_of = [&](int image) {
     return image < args.images ? min(args.offsets[image], args.queries) : args.queries;
   };
@@ -98,43 +115,42 @@ __device__ __forceinline__ Span rows_of(const KernelArgs& args, const Place& pla
     image = max(image, __reduce_max_sync(kWarp, begun ? other : 0));
   }
   const int low = of_warp(first_of(image)), high = of_warp(first_of(image + 1));
-  return {high - (place.rank - low / Shape::kRows - image + 1) * Shape::kRows, low, 0, 0};
+  return {high - (place.rank - low / Shape::kRows - image + 1) * Shape::kRows, low};
 }
 
-// Where a tile is, and what the rows of warpgroup `group` of it see.
+// What the rows of a tile see, and of them those of warpgroup `group`.
 template <typename Shape>
-__device__ __forceinline__ Span span_of(const KernelArgs& args, int begin_of_scale, const Place& place, int group,
-                                        Part* part) {
+__device__ __forceinline__ Span span_of(const KernelArgs& args, int begin_of_scale, const Held& rows, int range,
+                                        int group, Part* part) {
   constexpr int kKeys = Shape::kKeys;
-  Span span = rows_of<Shape>(args, place);
+  Span span{};
   if constexpr (Shape::kTable) {
     int begin = INT_MAX, end = 0, own_latest = 0, own_first_end = INT_MAX, own_end = 0;
 #pragma unroll 2
     for (int i = 0; i < Shape::kRows / 32; ++i) {
-      const int position = position_of(args, span, span.begin + i * 32 + threadIdx.x % 32);
-      const int one = args.sees[position], other = args.sees[args.keys + position];
-      begin = min(begin, one);
-      end = max(end, other);
+      const Range seen = range_of(args, range, position_of(args, rows, rows.begin + i * 32 + threadIdx.x % 32));
+      begin = min(begin, seen.begin);
+      end = max(end, seen.end);
       if (i / 2 == group) {
-        own_latest = max(own_latest, one);
-        own_first_end = min(own_first_end, other);
-        own_end = max(own_end, other);
+        own_latest = max(own_latest, seen.end > 0 ? seen.begin : 0);
+        own_first_end = min(own_first_end, seen.end);
+        own_end = max(own_end, seen.end);
       }
     }
     span.from = __reduce_min_sync(kWarp, begin);
     // No way around all this for a tile without rows: ptxas would take the products for divergent ones.
-    span.steps = (__reduce_max_sync(kWarp, end) - span.from + kKeys - 1) / kKeys;
-    if (span.begin + Shape::kRows <= span.low) span.steps = 0;
+    span.steps = max(__reduce_max_sync(kWarp, end) - span.from + kKeys - 1, 0) / kKeys;
+    if (rows.begin + Shape::kRows <= rows.low) span.steps = 0;
     if (part != nullptr) {
-      part->steps = (__reduce_max_sync(kWarp, own_end) - span.from + kKeys - 1) / kKeys;
+      part->steps = max(__reduce_max_sync(kWarp, own_end) - span.from + kKeys - 1, 0) / kKeys;
       part->open = (__reduce_max_sync(kWarp, own_latest) - span.from + kKeys - 1) / kKeys;
       part->whole = (__reduce_min_sync(kWarp, own_first_end) - span.from) / kKeys;
     }
   } else {
-    const auto end_at = [&](int row) { return end_of(begin_of_scale, position_of(args, span, row), args.keys); };
-    span.steps = (end_at(span.begin + Shape::kRows - 1) + kKeys - 1) / kKeys;
+    const auto end_at = [&](int row) { return end_of(begin_of_scale, position_of(args, rows, row), args.keys); };
+    span.steps = (end_at(rows.begin + Shape::kRows - 1) + kKeys - 1) / kKeys;
     if (part != nullptr) {
-      const int first = span.begin + group * kHeldRows;
+      const int first = rows.begin + group * kHeldRows;
       part->steps = (end_at(first + kHeldRows - 1) + kKeys - 1) / kKeys;
       part->open = 0;
       part->whole = end_at(first) / kKeys;
@@ -143,16 +159,17 @@ __device__ __forceinline__ Span span_of(const KernelArgs& args, int begin_of_sca
   return span;
 }
 
-// Columns of a step of `from` that a thread's two rows see: ends, and with a table begins.
+// Columns, counted from the first step's first key, that a thread's two rows see: ends, and with a table begins.
 template <typename Shape>
-__device__ __forceinline__ void columns_of(const KernelArgs& args, int begin_of_scale, const Span& span, int row,
-                                           int (&begin)[2], int (&end)[2]) {
-  const int position[2] = {position_of(args, span, row), position_of(args, span, row + 8)};
+__device__ __forceinline__ void columns_of(const KernelArgs& args, int begin_of_scale, const Held& rows, int range,
+                                           int from, int row, int (&begin)[2], int (&end)[2]) {
+  const int position[2] = {position_of(args, rows, row), position_of(args, rows, row + 8)};
   if constexpr (Shape::kTable) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      begin[h] = args.sees[position[h]] - span.from;
-      end[h] = args.sees[args.keys + position[h]] - span.from;
+      const Range seen = range_of(args, range, position[h]);
+      begin[h] = seen.begin - from;
+      end[h] = seen.end - from;
     }
   } else {
     ends_of(begin_of_scale, args.scales, position, args.keys, end);
@@ -180,12 +197,12 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
   uint32_t held[kGroups] = {};  // tiles that each warpgroup had
   Place place;
   for (int turn = 0; place_of(args, tell_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
-    const Span span = span_of<Shape>(args, begin_of_scale, place, 0, nullptr);
+    const Held rows = rows_of<Shape>(args, place);
     const int key_head = place.head / args.share;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const int first = span.begin + group * kHeldRows;
-      if (first + kHeldRows <= span.low) continue;
+      const int first = rows.begin + group * kHeldRows;
+      if (first + kHeldRows <= rows.low) continue;
       const uint32_t slot = (held[group] & 1) * kGroups + group, parity = held[group] >> 1 & 1;
       ++held[group];
       barrier_wait(memory + Shape::kHeldEmpty + 8 * slot, parity ^ 1);
@@ -199,26 +216,30 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
       }
       __syncwarp();
     }
-    // In the order of use: the values of a step after the keys of the next.
 #pragma unroll 1
-    for (int step = 0; step <= span.steps; ++step) {
-      if (step < span.steps) {
-        barrier_wait(memory + Shape::kKeysEmpty + 8 * keys.at, keys.parity ^ 1);
-        if (leads)
-          load_keys<Shape>(args.k, memory + Shape::kKeysAt + keys.at * Shape::kKeysBytes,
-                           memory + Shape::kKeysFull + 8 * keys.at, span.from + step * Shape::kKeys, key_head,
-                           place.batch);
-        __syncwarp();
-        keys.next();
-      }
-      if (step > 0) {
-        barrier_wait(memory + Shape::kValuesEmpty + 8 * values.at, values.parity ^ 1);
-        if (leads)
-          load_keys<Shape>(args.v, memory + Shape::kValuesAt + values.at * Shape::kKeysBytes,
-                           memory + Shape::kValuesFull + 8 * values.at, span.from + (step - 1) * Shape::kKeys,
-                           key_head, place.batch);
-        __syncwarp();
-        values.next();
+    for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      const Span span = span_of<Shape>(args, begin_of_scale, rows, range, 0, nullptr);
+      // In the order of use: the values of a step after the keys of the next.
+#pragma unroll 1
+      for (int step = 0; step <= span.steps; ++step) {
+        if (step < span.steps) {
+          barrier_wait(memory + Shape::kKeysEmpty + 8 * keys.at, keys.parity ^ 1);
+          if (leads)
+            load_keys<Shape>(args.k, memory + Shape::kKeysAt + keys.at * Shape::kKeysBytes,
+                             memory + Shape::kKeysFull + 8 * keys.at, span.from + step * Shape::kKeys, key_head,
+                             place.batch);
+          __syncwarp();
+          keys.next();
+        }
+        if (step > 0) {
+          barrier_wait(memory + Shape::kValuesEmpty + 8 * values.at, values.parity ^ 1);
+          if (leads)
+            load_keys<Shape>(args.v, memory + Shape::kValuesAt + values.at * Shape::kKeysBytes,
+                             memory + Shape::kValuesFull + 8 * values.at, span.from + (step - 1) * Shape::kKeys,
+                             key_head, place.batch);
+          __syncwarp();
+          values.next();
+        }
       }
     }
   }
@@ -295,7 +316,7 @@ template <typename Shape>
 __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, char* shared) {
   using T = typename Shape::T;
   constexpr int kGroups = Shape::kGroups, kKeys = Shape::kKeys, kWidth = Shape::kWidth;
-  const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int group = int(of_warp(threadIdx.x / 128)) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4, own_column = lane % 4 * 2;
   const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
 
@@ -326,101 +347,123 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   Stage<Shape::kStages> stage;
   Place place;
   for (int turn = 0; place_of(args, hear_tile<Shape>(memory, shared, turn), &place); ++turn) {
-    Part part;
-    const Span span = span_of<Shape>(args, begin_of_scale, place, group, &part);
-    const int first = span.begin + group * kHeldRows;
-    int steps = 0;
-    if (first + kHeldRows > span.low) {
-      steps = part.steps;
-      int begin[2] = {}, end[2] = {};
-      if (part.open > 0 || part.whole < steps) {
-        columns_of<Shape>(args, begin_of_scale, span, first + own_row, begin, end);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          begin[h] -= own_column;
-          end[h] -= own_column;
-        }
-      }
-
-      const uint32_t slot = (held & 1) * kGroups + group, held_parity = held >> 1 & 1;
-      const uint64_t q = describe_rows(memory + slot * Shape::kHeldBytes);
-      float score[kKeys / 2], sum[kWidth / 2], fade[2];
-      uint32_t weight[kKeys / 4];
-      Rows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-
-      barrier_wait(memory + Shape::kHeldFull + 8 * slot, held_parity);
-      barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
-      settle(score);
-      products_begin();
-      score_products<Shape>(score, q, keys_at(stage.at));
-      products_wait<0>();
-      settle(score);
-      done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
-      free_held();
-      ++held;
-      if (part.open == 0 && part.whole > 0)
-        weigh<false, Shape::kTable>(score, rows, fade, args.factor, begin, end);
-      else
-        weigh<true, Shape::kTable>(score, rows, fade, args.factor, begin, end);
-      pack<T>(score, weight);
+    const Held tile = rows_of<Shape>(args, place);
+    const int first = tile.begin + group * kHeldRows;
+    const bool works = first + kHeldRows > tile.low;
+    const uint32_t slot = (held & 1) * kGroups + group;
+    const uint64_t q = describe_rows(memory + slot * Shape::kHeldBytes);
+    float sum[kWidth / 2];
+    Rows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    if (works) {
+      barrier_wait(memory + Shape::kHeldFull + 8 * slot, held >> 1 & 1);
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) sum[i] = 0.0f;
+    }
+#pragma unroll 1
+    for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      Part part;
+      const Span span = span_of<Shape>(args, begin_of_scale, tile, range, group, &part);
+      const int steps = works ? part.steps : 0;
+      if (steps > 0) {
+        int begin[2] = {}, end[2] = {};
+        if (part.open > 0 || part.whole < steps) {
+          columns_of<Shape>(args, begin_of_scale, tile, range, span.from, first + own_row, begin, end);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            begin[h] -= own_column;
+            end[h] -= own_column;
+          }
+        }
+        float score[kKeys / 2], fade[2];
+        uint32_t weight[kKeys / 4];
 
-      const auto advance = [&](int step, auto masked) {
-        const Stage<Shape::kStages> before = stage;
-        stage.next();
         barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
-        wait_turn();
         settle(score);
-        settle(sum);
         products_begin();
         score_products<Shape>(score, q, keys_at(stage.at));
-        barrier_wait(memory + Shape::kValuesFull + 8 * before.at, before.parity);
-        value_products<Shape>(sum, weight, values_at(before.at));
-        end_turn();
-        products_wait<1>();
+        products_wait<0>();
         settle(score);
         done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
-        const int start[2] = {begin[0] - step * kKeys, begin[1] - step * kKeys};
-        const int limit[2] = {end[0] - step * kKeys, end[1] - step * kKeys};
-        weigh<decltype(masked)::value, Shape::kTable>(score, rows, fade, args.factor, start, limit);
-        // The exponentials are to run under the products, but ptxas would put them after the wait. It leaves the order
-        // of a look at a barrier and the wait alone, and this address (of one barrier or the next: weights are not
-        // negative) needs the exponentials.
-        const uint32_t signs = __float_as_uint(rows.weight[0]) | __float_as_uint(rows.weight[1]);
-        barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+        free_held();
+        if (part.open == 0 && part.whole > 0)
+          weigh<false, Shape::kTable>(score, rows, fade, args.factor, begin, end);
+        else
+          weigh<true, Shape::kTable>(score, rows, fade, args.factor, begin, end);
+        pack<T>(score, weight);
+        if constexpr (Shape::kTable) {  // else it is the first
+#pragma unroll
+          for (int i = 0; i < kWidth / 2; ++i) sum[i] *= fade[i / 2 % 2];
+        }
+
+        const auto advance = [&](int step, auto masked) {
+          const Stage<Shape::kStages> before = stage;
+          stage.next();
+          barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
+          wait_turn();
+          settle(score);
+          settle(sum);
+          products_begin();
+          score_products<Shape>(score, q, keys_at(stage.at));
+          barrier_wait(memory + Shape::kValuesFull + 8 * before.at, before.parity);
+          value_products<Shape>(sum, weight, values_at(before.at));
+          end_turn();
+          products_wait<1>();
+          settle(score);
+          done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
+          const int start[2] = {begin[0] - step * kKeys, begin[1] - step * kKeys};
+          const int limit[2] = {end[0] - step * kKeys, end[1] - step * kKeys};
+          weigh<decltype(masked)::value, Shape::kTable>(score, rows, fade, args.factor, start, limit);
+          // The exponentials are to run under the products, but ptxas would put them after the wait. It leaves the order
+          // of a look at a barrier and the wait alone, and this address (of one barrier or the next: weights are not
+          // negative) needs the exponentials.
+          const uint32_t signs = __float_as_uint(rows.weight[0]) | __float_as_uint(rows.weight[1]);
+          barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+          products_wait<0>();
+          settle(sum);
+          done_with(memory + Shape::kValuesEmpty + 8 * before.at);
+          pack<T>(score, weight);
+#pragma unroll
+          for (int i = 0; i < kWidth / 2; ++i) sum[i] *= fade[i / 2 % 2];
+        };
+        int step = 1;
+        if constexpr (Shape::kTable) {
+#pragma unroll 1
+          for (; step < min(part.open, steps); ++step) advance(step, std::true_type{});
+        }
+#pragma unroll 1
+        for (; step < part.whole; ++step) advance(step, std::false_type{});
+#pragma unroll 1
+        for (; step < steps; ++step) advance(step, std::true_type{});
+
+        barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
+        settle(sum);
+        products_begin();
+        value_products<Shape>(sum, weight, values_at(stage.at));
         products_wait<0>();
         settle(sum);
-        done_with(memory + Shape::kValuesEmpty + 8 * before.at);
-        pack<T>(score, weight);
-#pragma unroll
-        for (int i = 0; i < kWidth / 2; ++i) sum[i] *= fade[i / 2 % 2];
-      };
-      int step = 1;
-      if constexpr (Shape::kTable) {
-#pragma unroll 1
-        for (; step < min(part.open, steps); ++step) advance(step, std::true_type{});
+        done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
+        stage.next();
       }
 #pragma unroll 1
-      for (; step < part.whole; ++step) advance(step, std::false_type{});
-#pragma unroll 1
-      for (; step < steps; ++step) advance(step, std::true_type{});
-
-      barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
-      settle(sum);
-      products_begin();
-      value_products<Shape>(sum, weight, values_at(stage.at));
-      products_wait<0>();
-      settle(sum);
-      done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
-      stage.next();
-
+      for (int step = steps; step < span.steps; ++step) {
+        barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
+        done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
+        if (step > 0) {
+          wait_turn();
+          end_turn();
+        }
+        barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
+        done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
+        stage.next();
+      }
+    }
+    if (works) {
       // Results, through the place of the queries, where no warp of the group reads any more.
       const int64_t at = (int64_t(place.batch) * args.heads + place.head) * args.queries + first + own_row;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         rows.weight[h] = quad_sum(rows.weight[h]);
-        if (lane % 4 == 0 && first + own_row + 8 * h >= span.low)
+        if (lane % 4 == 0 && first + own_row + 8 * h >= tile.low)
           args.lse[at + 8 * h] = (rows.top[h] + __log2f(rows.weight[h])) * kLn2;
         rows.weight[h] = 1.0f / rows.weight[h];
       }
@@ -429,7 +472,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
       for (int i = 0; i < kWidth / 2; ++i) sum[i] *= rows.weight[i / 2 % 2];
       pack<T>(sum, word);
       named_sync(kGroupName + group, 128);
-      if (first >= span.low) {
+      if (first >= tile.low) {
         write_boxes(word, shared + slot * Shape::kHeldBytes);
         shared_written();
         named_sync(kGroupName + group, 128);
@@ -442,21 +485,10 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
         }
       } else {
         T* const to = static_cast<T*>(args.out_data) + place.batch * args.out_batch + place.head * args.out_head;
-        write_rows(word, to + span.low * args.out_row, args.out_row, first - span.low, args.width);
+        write_rows(word, to + tile.low * args.out_row, args.out_row, first - tile.low, args.width);
       }
       leaving = true;
-    }
-#pragma unroll 1
-    for (int step = steps; step < span.steps; ++step) {
-      barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
-      done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
-      if (step > 0) {
-        wait_turn();
-        end_turn();
-      }
-      barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
-      done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
-      stage.next();
+      ++held;
     }
   }
   if (thread == 0) store_wait();
@@ -537,6 +569,7 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
   kernel_args.sees = args.sees;
   kernel_args.offsets = args.offsets;
   kernel_args.images = args.images;
+  kernel_args.ranges = args.ranges;
   const int64_t slots = args.offsets != nullptr ? int64_t(args.queries / Shape::kRows) + args.images
                                                 : (args.queries + Shape::kRows - 1) / Shape::kRows;
   if (slots > INT32_MAX) return cudaErrorNotSupported;
