@@ -201,7 +201,7 @@ NEAR_BYTES = 16 << 20  # of keys and values (or queries and gradients) in use at
 CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes
 
 
-def _attention_unfit_cuda(q, k, v, lengths, schedule, prefix, softmax_scale) -> str | None:
+def _attention_unfit_cuda(q, k, v, *_mask) -> str | None:
     reason = _native.cuda_unfit(q)
     if reason is None and (found := _native.capability(q)) != 90:
         return f"needs compute capability 9.0, got {found / 10}"
@@ -228,7 +228,7 @@ def _attention_unfit_triton(q, k, v, *_mask) -> str | None:
 def _attention_backward_unfit_cuda(
     grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale
 ) -> str | None:
-    return _attention_unfit_cuda(q, k, v, lengths, schedule, prefix, softmax_scale)
+    return _attention_unfit_cuda(q, k, v)
 
 
 def _attention_backward_unfit_triton(
