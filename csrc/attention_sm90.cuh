@@ -62,14 +62,6 @@ __device__ __forceinline__ bool place_of(const Args& args, int64_t number, Place
   return true;
 }
 
-// The block's tile of a turn; false when there is none. The blocks take tiles in turns, every other turn in reverse,
-// which evens out what each has to do.
-template <typename Args>
-__device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
-  const int blocks = gridDim.x, block = blockIdx.x;
-  return place_of(args, int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block), place);
-}
-
 constexpr int kNumbers = 2;  // tiles a block may have taken and not all its warps have seen
 
 // Number of the block's next tile, which the warps that calculate find in shared memory: the first lane of the warp that

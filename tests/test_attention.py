@@ -661,6 +661,21 @@ def test_gradients_of_every_tile(room, width):
 
 
 @pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("key_heads", [20, 40])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_gradients_where_blocks_take_many_tiles(room, width, key_heads):
+    """Blocks take tiles as they become free; who has which differs from launch to launch, and nothing else does."""
+    lengths = [5, 35, 60, 100]
+    values = tensors(room, 35, 8, 40, key_heads, 200, 200, width)
+    check_gradients_cuda(room, values, lengths)
+    want = gradients_cuda(values, lengths)
+    for _ in range(50):
+        for one, other in zip(gradients_cuda(values, lengths), want, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
 @gpu_kernels
 def test_sweep_of_schedules(room):
     """Longer ones than an interpreter can, 200 a dtype."""
