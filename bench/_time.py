@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Call", "Sampler", "Timing", "copy_rate", "input_sets", "matmul_rate", "measure", "sampler"]
+__all__ = ["Call", "Sampler", "Start", "Timing", "copy_rate", "input_sets", "matmul_rate", "measure", "sampler"]
 
 Call = Callable[[], object]
 
@@ -58,6 +58,23 @@ class Timing:
     extra_memory_bytes: int | None
     samples: int
     method: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What beginning costs a variant, in milliseconds of wall time; `bench._start` says when the clock runs.
+
+    Attributes:
+        cold_ms: the first call in a fresh process; None if the variant failed.
+        new_ms: the first call with another schedule; None too if the case has no other.
+        prepare_ms: what is done once a schedule, warm.
+        error: None, or why there is no time.
+    """
+
+    cold_ms: float | None
+    new_ms: float | None
+    prepare_ms: float | None
     error: str | None = None
 
 

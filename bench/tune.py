@@ -1,7 +1,7 @@
-"""`python -m bench tune FAMILY`: tries tiles in place of those that the kernels' table gives, and prints the times.
+"""`python -m bench tune FAMILY`: tries tiles in place of those that the kernels' tables give, and prints the times.
 
-The tables in `kernels/` stay pure functions of shape and capability: nothing is tuned while a program runs. Who changes
-one (another GPU, another Triton) sees here what it would gain: the tile in use stands first in every comparison.
+They stay pure functions of shape and capability: nothing is tuned while a program runs. Who changes one (another GPU,
+another Triton) sees here what it would gain: the tile in use stands first in every comparison.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ __all__ = ["KNOBS", "Knob", "tune"]
 
 @dataclass(frozen=True)
 class Knob:
-    """A function of a kernel module that chooses a tile, and tiles to try in its place.
+    """A function that chooses a tile, and tiles to try in its place.
 
     Args:
-        module: "unifiedar.kernels.<...>".
+        module: that has the function.
         function: its name there; whatever its arguments, it returns a tile.
         cases: end of the names of the cases that it decides.
         tiles: fields of the tiles to try, in the order of the tile's class.
         cached: names in the module whose caches hold what depends on the tile.
+        backend: whose tiles they are.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Knob:
     cases: str
     tiles: tuple[tuple[int, ...], ...]
     cached: tuple[str, ...] = ()
+    backend: str = "triton"
 
 
 _ATTENTION = "unifiedar.kernels.attention"
@@ -80,8 +82,22 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
             ("plan",),
         ),
     ),
-    # held, passed, warps, stages
     "attention": (
+        Knob(
+            "unifiedar.ops.attention",
+            "_forward_plan",
+            "/forward",
+            # tile (-1: the one chosen; 1: 128 x 144, of heads up to 64), heads interleaved, whether with a counter
+            (
+                *((-1, group, 1) for group in (4, 8, 16, 32, 64, 128)),
+                (-1, 16, 0),
+                (-1, 96, 0),
+                (1, 16, 1),
+                (1, 48, 1),
+            ),
+            backend="cuda",
+        ),
+        # held, passed, warps, stages
         Knob(
             _ATTENTION,
             "forward_tile",
@@ -112,7 +128,7 @@ def tune(
     budget_s: float = 0.5,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Time the Triton backend with every tile, right results only.
+    """Time a backend with every tile, right results only.
 
     Args:
         knobs: what to turn, one at a time.
@@ -123,13 +139,14 @@ def tune(
     """
     for knob in knobs:
         for case in cases:
-            if case.name.endswith(knob.cases):
+            served = any(variant.name == f"{OURS} {knob.backend}" for variant in case.variants)
+            if served and case.name.endswith(knob.cases):
                 _compare(knob, case, device, budget_s, report)
 
 
 def _compare(knob: Knob, case: Case, device: torch.device, budget_s: float, report: Callable[[str], None]) -> None:
     module = importlib.import_module(knob.module)
-    name = f"{OURS} triton"
+    name = f"{OURS} {knob.backend}"
     prepared = prepare(case, device, only=name)
     used = getattr(module, knob.function)
     tiles = {"as it is": used} | {str(tile): _always(used, tile) for tile in knob.tiles}
