@@ -2,13 +2,14 @@
 
 What can be swapped is one table, `ADAPTERS`. An adapter knows one class of a published code base by its name, the
 module it is defined in and the attributes it needs; the code base itself is never imported. Weights are shared, never
-copied (but VAR's under autocast, once); state_dict, parameters and their names stay as they are. Before a module is
-swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers differently is
-left alone, with the reason in the report.
+copied (but VAR's and RQ-Transformer's under autocast, once); state_dict, parameters and their names stay as they are.
+Before a module is swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers
+differently is left alone, with the reason in the report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var` and `_var_model` (VAR's
-tokenizer and its transformer); `_attention` for the self-attention that Infinity and VAR have in common; `_swap` holds
-what they all share. `flash_attn_func` is no adapter but a function that Infinity looks for.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_depth` (RQ-Transformer, VILA-U's depth head),
+`_vector_quantize_pytorch`, `_infinity`, `_var` and `_var_model` (VAR's tokenizer and its transformer); `_attention` for
+the self-attention that Infinity and VAR have in common; `_swap` holds what they all share. `flash_attn_func` is no
+adapter but a function that Infinity looks for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from unifiedar.accelerate import (
     _attention,
+    _depth,
     _infinity,
     _rqvae,
     _swap,
@@ -33,6 +35,7 @@ __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "flas
 
 ADAPTERS: tuple[Adapter, ...] = (
     *_rqvae.ADAPTERS,
+    *_depth.ADAPTERS,
     *_vector_quantize_pytorch.ADAPTERS,
     *_infinity.ADAPTERS,
     *_var.ADAPTERS,

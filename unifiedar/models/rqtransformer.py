@@ -5,6 +5,7 @@ the sum of its codes' embeddings; its state before a position goes to a depth tr
 one. The model works on codes alone: the embeddings are those of the RQ-VAE's codebook, which is passed in.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,6 +183,34 @@ class RQTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.pos_emb_hw.dtype
+
+    @property
+    def products(self) -> torch.dtype:
+        """Of the weights of matrix products, see `cast_products`."""
+        return self.head.classifier_mlp.linear.weight.dtype
+
+    def cast_products(self, dtype: torch.dtype) -> "RQTransformer":
+        """Put the head, and the body's weights of matrix products, in a dtype, in place; the body's states stay.
+
+        What autocast does at every use, done once. Keys and values are cached in it. For drawing: `forward` wants one
+        dtype for all.
+
+        Args:
+            dtype: float32, bfloat16 or float16.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            TypeError: for another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"cast_products: dtype must be float32, bfloat16 or float16, got {dtype}")
+        for part in self.body_transformer.modules():
+            if isinstance(part, nn.Linear):
+                part.to(dtype)
+        self.head.to(dtype)
+        return self
 
     # ---- loading and saving
 
@@ -522,11 +551,17 @@ class RQTransformer(nn.Module):
             places = self._positions(sums, position)
             return torch.cat([places, places]) if guided else places
 
-        cache = self.body_transformer.cache(x, config.condition_length + end - 1)
+        def body(x: Tensor, begin: int = 0) -> Tensor:
+            cast = self.products != self.dtype
+            how = torch.autocast(self.device.type, self.products) if cast else contextlib.nullcontext()
+            with how:
+                return self.body_transformer(x, cache, begin)[:, -1].to(self.products)
+
+        cache = self.body_transformer.cache(x.to(self.products), config.condition_length + end - 1)
         if begin:
             sums = self.head.running_sums(codes[:, :begin], table)[:, :, -1]
             x = torch.cat([x, read(sums, 0)], dim=1)
-        hidden = self.body_transformer(x, cache)[:, -1]
+        hidden = body(x)
         unsound: list[Tensor] = []
         for position in range(begin, end):
             found = self.head.decode(hidden, table, guidance=guidance, noise=noise(position), **settings)
@@ -534,7 +569,7 @@ class RQTransformer(nn.Module):
             unsound.append(found.unsound)
             if position + 1 < end:
                 x = read(found.total.unsqueeze(1), position)
-                hidden = self.body_transformer(x, cache, config.condition_length + position)[:, -1]
+                hidden = body(x, config.condition_length + position)
             if progress is not None:
                 progress(1)
         require_sound(function, unsound, begin)
