@@ -8,7 +8,8 @@ import torch
 from autoencoder_small import VQ
 from torch import nn
 
-from unifiedar.accelerate.__main__ import Finding, main
+from unifiedar.accelerate.__main__ import main
+from unifiedar.accelerate._check import Finding
 from unifiedar.models import VQVAE
 
 MODELS = """
