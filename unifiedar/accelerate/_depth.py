@@ -281,12 +281,14 @@ def _head_undo(module: nn.Module) -> None:
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 
-def _plain(module: Any) -> bool:
-    """Whether the module is as it was when it was swapped: eval mode, no hooks, weights of one dtype."""
+def _plain(module: Any, twins: Twins) -> Twin | None:
+    """The twin of a module, if that is as it was when it was swapped: eval mode, no hooks, weights of one dtype."""
     if module.training or hooked(module):
-        return False
-    like = module.pos_emb_d
-    return like.dtype in _FLOATS and all(one.dtype == like.dtype for one in module.parameters())
+        return None
+    twin, dtype = twins.of(module), module.pos_emb_d.dtype
+    if twin is None or dtype not in _FLOATS or any(one.dtype != dtype for one in twin.sources):
+        return None
+    return twin
 
 
 def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> list[Any] | None:
@@ -404,14 +406,17 @@ def _call(
     """The model that answers a call, with its codes and options; None if the published method has to."""
     settings = _settings(module, temperature, top_k, top_p)
     like = module.pos_emb_d
-    if settings is None or not cached or not _plain(module) or (like.device.type != "cuda" and _autocast(like)):
+    if settings is None or not cached or (like.device.type != "cuda" and _autocast(like)):
         return None
     height, width, depth = module.block_size
     if not isinstance(start, (tuple, list)) or len(start) != 2 or not all(type(one) is int for one in start):
         return None
     if not (0 <= start[0] < height and 0 <= start[1] < width):
         return None
-    config = _TWINS.of(module).model.config
+    twin = _plain(module, _TWINS)
+    if twin is None:
+        return None
+    config = twin.model.config
     table = _table(tokenizer, depth, config.num_codes, config.code_dim, like)
     # What the published code calls autocast is that of CUDA, in float16.
     cast = bool(amp) and like.is_cuda
@@ -423,7 +428,7 @@ def _call(
     condition = _condition(module, cond, len(codes))
     if condition is None:
         return None
-    model = _TWINS.of(module).in_dtype(torch.float16 if cast else like.dtype)
+    model = twin.in_dtype(torch.float16 if cast else like.dtype)
     return model, codes, {"codebook": table, "cond": condition, "start": tuple(start), **settings}
 
 
@@ -450,12 +455,13 @@ def _head_call(module: Any, x: Any, tokenizer: Any, cfg: Any) -> tuple[DepthTran
     rows, length, width = x.shape
     if length != 1 or not rows or rows % 2 or width != hidden_dim:
         return None
-    if type(cfg) not in (int, float) or not math.isfinite(cfg) or _autocast(like) or not _plain(module):
+    if type(cfg) not in (int, float) or not math.isfinite(cfg) or _autocast(like):
         return None
+    twin = _plain(module, _HEAD_TWINS)
     table = _table(tokenizer, depth, num_codes, code_dim, like)
-    if table is None or table.dtype != like.dtype:
+    if twin is None or table is None or table.dtype != like.dtype:
         return None
-    return _HEAD_TWINS.of(module).model, x[:, 0], table
+    return twin.model, x[:, 0], table
 
 
 def _autocast(like: Tensor) -> bool:
@@ -474,6 +480,10 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 # ---- rehearsal -------------------------------------------------------------------------------------------------------
+
+
+_ROWS = 32
+"""A draw says little of the logits that it was made from, many do."""
 
 
 class _Tokenizer(nn.Module):
@@ -533,7 +543,9 @@ def _logits(module: Any, codes: Tensor, tokenizer: _Tokenizer, cond: Tensor) -> 
     if record(module) is None:
         found = module(codes, tokenizer, cond)
         return list(found) if isinstance(found, tuple) else [found]
-    model = _TWINS.of(module).model
+    twin = _TWINS.of(module)
+    assert twin is not None  # of a copy, which nobody changed
+    model = twin.model
     ours = model(codes, _tables_of(tokenizer, codes, model.config.num_codes), cond)
     return [ours.codes] if ours.text is None else [ours.codes, ours.text]
 
@@ -549,9 +561,9 @@ def _play(module: Any, training: bool) -> Iterator[tuple[str, Any]]:
     height, width = model.grid
     device = module.pos_emb_d.device
     tokenizer = _Tokenizer(model.depth, model.num_codes, model.code_dim, device)
-    shape = (2, height, width, model.depth)
+    shape = (_ROWS, height, width, model.depth)
     codes = torch.randint(model.num_codes, shape, device=device)
-    cond = torch.randint(model.num_conditions, (2, model.condition_length), device=device)
+    cond = torch.randint(model.num_conditions, (_ROWS, model.condition_length), device=device)
     with torch.no_grad():
         yield "its forward", _logits(module, codes, tokenizer, cond)
         last = (height - 1, max(width - 2, 0))
@@ -565,13 +577,15 @@ def _head_play(module: Any, training: bool) -> Iterator[tuple[str, Any]]:
     hidden_dim, code_dim, *_, depth, num_codes = _head_sizes(module)
     device = module.pos_emb_d.device
     tokenizer = _Tokenizer(depth, num_codes, code_dim, device)
-    hidden = torch.randn(4, 1, hidden_dim, device=device)
-    codes = torch.randint(num_codes, (4, 1, depth), device=device)
+    hidden = torch.randn(_ROWS, 1, hidden_dim, device=device)
+    codes = torch.randint(num_codes, (_ROWS, 1, depth), device=device)
     with torch.no_grad():
         if record(module) is None:
             yield "its forward", module(hidden, codes, tokenizer)
         else:
-            model = _HEAD_TWINS.of(module).model
+            twin = _HEAD_TWINS.of(module)
+            assert twin is not None
+            model = twin.model
             sums = model.running_sums(codes[:, 0], _tables_of(tokenizer, codes, num_codes))
             yield "its forward", model(hidden[:, 0], sums).unsqueeze(1)
         for cfg in (3.0, 1.0):

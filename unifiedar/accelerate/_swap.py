@@ -190,6 +190,8 @@ def side_by_side(tables: Sequence[Tensor]) -> Tensor:
 def _share(model: nn.Module, module: nn.Module) -> None:
     """Give a model of ours, made on the meta device, the parameters and buffers that a module has under its keys."""
     theirs = module.state_dict(keep_vars=True)
+    if len(theirs) != len(model.state_dict()):
+        raise LookupError("the module has other keys")
     wanted = {id(one): theirs[key] for key, one in model.state_dict(keep_vars=True).items()}
     for part in model.modules():
         for held in (part._parameters, part._buffers):
@@ -241,24 +243,36 @@ class Twins(weakref.WeakKeyDictionary):
         super().__init__()
         self._make = make
 
-    def of(self, module: nn.Module) -> Twin:
-        """The twin of a module, made anew where tensors of the module were replaced."""
+    def of(self, module: nn.Module) -> Twin | None:
+        """The twin of a module, made anew where tensors of the module were replaced; None if ours has no such parts."""
         found = self.get(module)
         if found is None or not found.fits(module):
-            found = self[module] = self._make(module)
+            self.pop(module, None)
+            try:
+                found = self[module] = self._make(module)
+            except (AttributeError, LookupError, TypeError, ValueError):  # of what it was when it was swapped, no more
+                return None
         return found
 
 
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """A module and all in it. `modules()` takes four times as long, and this is asked at every call."""
+    parts = [module]
+    for part in parts:
+        parts += [one for one in part._modules.values() if one is not None]
+    return parts
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    held = [one for part in _parts(module) for kind in (part._parameters, part._buffers) for one in kind.values()]
+    return [one for one in held if one is not None]
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether parts of a module have hooks, which ours would not call."""
     return any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in module.modules()
-        if part is not module
+        for part in _parts(module)[1:]
     )
 
 

@@ -139,20 +139,21 @@ def _undo(module: nn.Module) -> None:
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 
-def _unusual(module: Any) -> bool:
-    """What only the published method can do: other dtypes, partial training, hooks on parts that ours does not call."""
-    if module.prog_si >= 0 or any(one.dtype != torch.float32 for one in module.parameters()):
-        return True
-    return hooked(module)
+def _usual(module: Any) -> Twin | None:
+    """Ours; None for what only the published method can do: other dtypes, partial training, hooks, parts replaced."""
+    if module.prog_si >= 0 or any(one.dtype != torch.float32 for one in module.parameters()) or hooked(module):
+        return None
+    return _TWINS.of(module)
 
 
 def forward(self: Any, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
     """VAR.forward: labels (B,) and inputs (B, L - l_0, Cvae) to logits (B, L, V)."""
     x = x_BLCv_wo_first_l
-    if _unusual(self) or not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    twin = _usual(self)
+    if twin is None or not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return original(self, "forward")(label_B, x)
     taken = torch.rand(x.shape[0], device=label_B.device) < self.cond_drop_rate
-    model = _TWINS.of(self).model.train(self.training)
+    model = twin.model.train(self.training)
     return model(torch.where(taken, self.num_classes, label_B), x)
 
 
@@ -172,7 +173,8 @@ def autoregressive_infer_cfg(
     usual = numbers and 0 <= cfg < math.inf and 0 <= top_k <= self.V and 0 <= top_p <= 1 and B >= 1
     if isinstance(label_B, Tensor):
         usual = usual and label_B.shape == (B,) and label_B.dtype == torch.int64
-    if not usual or _unusual(self):
+    twin = _usual(self) if usual else None
+    if twin is None:
         return original(self, "autoregressive_infer_cfg")(
             B, label_B, g_seed=g_seed, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth
         )
@@ -188,7 +190,7 @@ def autoregressive_infer_cfg(
     convolutions = [one for one in quantizer.quant_resi.modules() if isinstance(one, nn.Conv2d)]
     ratio: Any = convolutions[0].resi_ratio if convolutions else 0.0
     book = ScaleBook(quantizer.embedding.weight.detach(), quantizer.quant_resi, ratio, tuple(self.patch_nums))
-    total = _TWINS.of(self).in_dtype(dtype).eval().draw_features(
+    total = twin.in_dtype(dtype).eval().draw_features(
         label_B, book, cfg=cfg, top_k=top_k, top_p=top_p, seed=generator, more_smooth=more_smooth
     )  # fmt: skip
     return self.vae_proxy[0].fhat_to_img(total).add_(1).mul_(0.5)
