@@ -57,6 +57,8 @@ class Case:
         check: check(input set 0) -> Check; usually `against(oracle, eager, ...)`.
         backend: backend(input set) -> the name of the backend that "auto" chooses.
         on_matrix_units: whether the flops can run at the rate of a matrix product, which then bounds the floor too.
+        rate: what a time in milliseconds means, for the report's lines; None where the time says it all.
+        rounds: least and most samples of a variant; few where one takes seconds.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Case:
     check: Callable[[Any], Check]
     backend: Callable[[Any], str]
     on_matrix_units: bool = False
+    rate: Callable[[float], str] | None = None
+    rounds: tuple[int, int] = (20, 200)
 
 
 def tensors(inputs: object) -> Iterable[torch.Tensor]:
@@ -191,7 +195,7 @@ def run_family(
     for case in cases:
         try:
             prepared = prepare(case, device)
-            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s)
+            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s, rounds=case.rounds)
         except KeyboardInterrupt:
             if not rows:
                 raise
@@ -200,6 +204,8 @@ def run_family(
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
+            if case.rate is not None and timing.median_ms is not None:
+                figure = f"{figure}, {case.rate(timing.median_ms)}"
             report(f"{case.name:32} {name:28} {figure}  ({timing.method})")
         row = CaseResult(
             name=case.name,
