@@ -13,7 +13,7 @@ from published_var import publish
 from torch import nn
 
 import unifiedar
-from unifiedar.accelerate import _depth, _swap
+from unifiedar.accelerate import _depth, _rqtransformer, _swap, _vilau
 from unifiedar.models import RQTransformer
 
 OPTIONS = [{}, {"classes": 1}, {"classes": 9, "length": 4}, {"depth": 1}, {"body": 1, "grid": (1, 1)}]
@@ -89,7 +89,7 @@ def test_same_noise_same_codes(options, shared):
     assert module._cache == {"spatial_ctx_hw": None}
     assert unifiedar.restore(module) == [""]
     assert "sample" not in module.__dict__
-    assert module not in _depth._TWINS
+    assert module not in _rqtransformer._TWINS
     assert same(everything(module, aux), want)
 
 
@@ -100,7 +100,7 @@ def test_codebooks_side_by_side_are_read_in_place():
     want = everything(module, aux)
     assert swap(module).status == "swapped"
     _swap.pack([book.weight for book in aux.quantizer.codebooks])
-    table = _depth._table(aux, 4, 40, 6, module.pos_emb_d)
+    table = _depth.table_of(aux, 4, 40, 6, module.pos_emb_d)
     assert table.data_ptr() == aux.quantizer.codebooks[0].weight.data_ptr()
     assert same(everything(module, aux), want)
 
@@ -168,7 +168,7 @@ def test_amp_casts_once():
     module = sampler()
     assert swap(module).status == "swapped"
     before = [one.detach().clone() for one in module.parameters()]
-    twin = _depth._TWINS.of(module)
+    twin = _rqtransformer._TWINS.of(module)
     cast = twin.in_dtype(torch.bfloat16)
     assert (cast.dtype, cast.products) == (torch.float32, torch.bfloat16)
     table = tokenizer(module).quantizer.codebooks[0].weight[:40].detach()
@@ -244,18 +244,26 @@ def test_it_follows_its_weights():
     assert same(everything(module, aux), everything(other, aux))
 
 
-def nan(module):
-    with torch.no_grad():
-        module.head_mlp.weight[0, 0] = torch.nan
+def wrapped(*names):
+    """Linear layers in a layer of another package, which adds something of its own."""
+
+    def change(module):
+        for name in names:
+            path, _, last = name.rpartition(".")
+            layer = nn.Module()
+            layer.base, layer.more = module.get_submodule(name), nn.Parameter(torch.ones(1))
+            setattr(module.get_submodule(path), last, layer)
+
+    return change
 
 
-def wrapped(module):
-    """As an adapter of another package does it."""
-    layer = nn.Module()
-    layer.weight, layer.bias = module.input_mlp.weight, module.input_mlp.bias
-    layer.more = nn.Parameter(torch.randn(32, 6))
-    layer.forward = lambda x: nn.functional.linear(x, layer.weight + layer.more, layer.bias)
-    module.input_mlp = layer
+def added_to(name):
+    """A layer of another package in the place of one, with the same keys and one more."""
+
+    def change(module):
+        module.get_submodule(name).more = nn.Parameter(torch.ones(1))
+
+    return change
 
 
 UNUSUAL = {
@@ -264,7 +272,8 @@ UNUSUAL = {
     "a hook": (lambda m: m.classifier.linear.register_forward_hook(lambda *a: None), {}),
     "float64": (lambda m: m.double(), {}),
     "mixed weights": (lambda m: m.classifier.half(), {}),
-    "an adapter in it": (wrapped, {}),
+    "wrapped layers": (wrapped("input_mlp", "classifier.linear"), {}),
+    "layers with more": (added_to("input_mlp"), {}),
     "temperature 0": (None, {"temperature": 0.0}),
     "negative temperature": (None, {"temperature": -1.0}),
     "a temperature that is a tensor": (None, {"temperature": torch.tensor(1.0)}),
@@ -345,7 +354,7 @@ def test_nothing_of_ours_outlives_it():
     swap(module)
     module.sample(codes(module), tokenizer(module))
     alive = weakref.ref(module)
-    assert module in _depth._TWINS
+    assert module in _rqtransformer._TWINS
     del module
     gc.collect()
     assert alive() is None
@@ -384,7 +393,7 @@ def test_head_same_noise_same_codes(options, shared):
     assert list(module.state_dict()) == keys
     assert unifiedar.restore(module) == [""]
     assert "generate" not in module.__dict__
-    assert module not in _depth._HEAD_TWINS
+    assert module not in _vilau._TWINS
     assert same(drawn(module, aux)[0], want[0])
 
 
@@ -425,6 +434,8 @@ def test_head_in_a_whole_model():
 
 HIDDEN = torch.zeros(4, 1, 20)
 HEAD_UNUSUAL = {
+    "wrapped layers": (wrapped("in_mlp_1", "classifier_mlp.linear"), {}),
+    "layers with more": (added_to("head_transformer.blocks.1.attn.key"), {}),
     "a hook": (lambda m: m.in_mlp_1.register_forward_hook(lambda *a: None), {}),
     "float64": (lambda m: m.double(), {"embed_from_body": HIDDEN.double()}),
     "another dtype": (None, {"embed_from_body": HIDDEN.half()}),

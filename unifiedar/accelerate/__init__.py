@@ -6,10 +6,10 @@ copied (but VAR's and RQ-Transformer's under autocast, once); state_dict, parame
 Before a module is swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers
 differently is left alone, with the reason in the report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_depth` (RQ-Transformer, VILA-U's depth head),
-`_vector_quantize_pytorch`, `_infinity`, `_var` and `_var_model` (VAR's tokenizer and its transformer); `_attention` for
-the self-attention that Infinity and VAR have in common; `_swap` holds what they all share. `flash_attn_func` is no
-adapter but a function that Infinity looks for.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_rqtransformer`, `_vilau` (VILA-U's depth head), `_infinity`,
+`_vector_quantize_pytorch`, `_var` and `_var_model` (VAR's tokenizer and its transformer). `_depth` is for what the two
+depth transformers have in common, `_attention` for the self-attention of Infinity and VAR, `_swap` for what all share.
+`flash_attn_func` is no adapter but a function that Infinity looks for.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import nn
 
 from unifiedar.accelerate import (
     _attention,
-    _depth,
     _infinity,
+    _rqtransformer,
     _rqvae,
     _swap,
     _var,
     _var_model,
     _vector_quantize_pytorch,
+    _vilau,
 )
 from unifiedar.accelerate._flash_attention import flash_attn_func
 from unifiedar.accelerate._swap import Adapter, Swap
@@ -35,7 +36,8 @@ __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "flas
 
 ADAPTERS: tuple[Adapter, ...] = (
     *_rqvae.ADAPTERS,
-    *_depth.ADAPTERS,
+    *_rqtransformer.ADAPTERS,
+    *_vilau.ADAPTERS,
     *_vector_quantize_pytorch.ADAPTERS,
     *_infinity.ADAPTERS,
     *_var.ADAPTERS,

@@ -284,13 +284,13 @@ def _of_vilau(name: str, theirs: Any, tokenizer: Any, depth: int) -> Iterator[Fi
             what = f"{name}: codes of the accelerated head that differ, cfg {guidance}"
             yield Finding(what, differing(codes, want), 0)
             yield Finding(f"{name}: their sums, cfg {guidance}, {FARTHEST}", farthest(mine, sums), 1e-6)
+        theirs.bfloat16()
+        tokenizer.bfloat16()
+        hidden = hidden.bfloat16()
+        mine, codes = published(GUIDANCE[0])
+        sums = tokenizer.get_code_emb_with_depth(codes)[0].cumsum(-2)[:, :, -1]
+        # On a CPU the published sums are rounded once, on a GPU, as ours everywhere, after each code.
+        allowed = 0.0 if device.type == "cuda" else depth * 2.0**-8
+        yield Finding(f"{name}: sums of the accelerated head in bfloat16, {FARTHEST}", farthest(mine, sums), allowed)
     yield Finding(f"{name}: steps of it that the published code made", len(calls), 0)
-    theirs.bfloat16()
-    tokenizer.bfloat16()
-    hidden = hidden.bfloat16()
-    mine, codes = published(GUIDANCE[0])
-    sums = tokenizer.get_code_emb_with_depth(codes)[0].cumsum(-2)[:, :, -1]
-    # On a CPU the published sums are rounded once, on a GPU, as ours everywhere, after each code.
-    allowed = 0.0 if device.type == "cuda" else depth * 2.0**-8
-    yield Finding(f"{name}: sums of the accelerated head in bfloat16, {FARTHEST}", farthest(mine, sums), allowed)
     restore(theirs)
