@@ -157,7 +157,7 @@ def _image(name: str, config: RQTransformerConfig, batch: int, small: bool) -> C
     variants = [Variant(OURS, "ours", ours(True))]
     if not small:
         variants.append(Variant(f"{OURS} cuda", "backend", ours(True, "cuda")))
-        if batch != 16:
+        if batch == 1:
             variants.append(Variant(f"{OURS} without graphs", "backend", ours(False)))
     variants.append(Variant("torch's kernels" + ("" if small else ", CUDA graph"), "peer", kernels))
     variants.append(Variant("published code", "peer", published))
@@ -173,7 +173,7 @@ def _image(name: str, config: RQTransformerConfig, batch: int, small: bool) -> C
         backend=backend,
         on_matrix_units=True,
         rate=_rate(config, batch),
-        rounds=(3, 200),
+        rounds=(2, 200),
     )
 
 

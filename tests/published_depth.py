@@ -25,7 +25,7 @@ class MultiSelfAttention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         scores = q @ (k.mT * q.shape[-1] ** -0.5)
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(before + 1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(before + 1)
         y = self.attn_drop(scores.masked_fill(hidden, -torch.inf).softmax(-1)) @ v
         return self.resid_drop(self.proj(y.transpose(1, 2).flatten(2))), (k, v)
 
@@ -135,7 +135,8 @@ class Sampler(nn.Module):
 
     def _inputs(self, xs, model_aux, cond):
         xs = xs.flatten(1, 2)
-        cond = torch.zeros(len(xs), self.block_size_cond, dtype=torch.int64) if cond is None else cond
+        if cond is None:
+            cond = torch.zeros(len(xs), self.block_size_cond, dtype=torch.int64, device=xs.device)
         e = self.embed_with_model_aux(xs, model_aux)
         first = self.cond_emb(cond.reshape(len(xs), -1)) + self.pos_emb_cond
         body = torch.cat([first, self.input_mlp(e).sum(-2) + self.pos_emb_hw[:, : xs.shape[1]]], 1)
@@ -154,15 +155,16 @@ class Sampler(nn.Module):
         self.steps += 1
         h, w, d = sample_loc
         at = h * xs.shape[2] + w
-        body, sums = self._inputs(xs, model_aux, cond)
-        if d == 0:
-            body = body[:, : self.block_size_cond + at]
-            if self._cache["spatial_ctx_hw"] is not None:
-                body = body[:, -1:]
-            self._cache["spatial_ctx_hw"] = self.body_transformer(body, True)[:, -1:]
-            self.head_transformer.forget()
-        x = self._cache["spatial_ctx_hw"] if d == 0 else sums[:, at, d - 1 : d]
-        return self.classifier(self.head_transformer(x + self.pos_emb_d[:, d : d + 1], True)).flatten(1)
+        with torch.autocast("cuda", torch.float16, enabled=amp and xs.is_cuda):
+            body, sums = self._inputs(xs, model_aux, cond)
+            if d == 0:
+                body = body[:, : self.block_size_cond + at]
+                if self._cache["spatial_ctx_hw"] is not None:
+                    body = body[:, -1:]
+                self._cache["spatial_ctx_hw"] = self.body_transformer(body, True)[:, -1:]
+                self.head_transformer.forget()
+            x = self._cache["spatial_ctx_hw"] if d == 0 else sums[:, at, d - 1 : d]
+            return self.classifier(self.head_transformer(x + self.pos_emb_d[:, d : d + 1], True)).flatten(1)
 
     def init_cache(self):
         self._cache = {"spatial_ctx_hw": None}
@@ -222,7 +224,7 @@ class Head(nn.Module):
 
     def generate(self, embed_from_body, model_aux=None, cfg=3.0):
         depth, half = self.pos_emb_d.shape[1], len(embed_from_body) // 2
-        code = torch.zeros(len(embed_from_body), 1, depth, dtype=torch.int64)
+        code = torch.zeros(len(embed_from_body), 1, depth, dtype=torch.int64, device=embed_from_body.device)
         for d in range(depth):
             self.steps += 1
             sums = self.embed_with_model_aux(code, model_aux).cumsum(-2)

@@ -184,7 +184,7 @@ def test_amp_casts_once():
 
 @pytest.mark.gpu
 def test_amp_on_a_gpu():
-    """Half as exact as autocast at worst: the share of codes that are those of float32."""
+    """As exact as autocast: the share of codes that are those of float32."""
     module = sampler(grid=(8, 8), dim=128, heads=2, body=6, count=400).cuda()
     aux = tokenizer(module).cuda()
     partial, cond = codes(module, 32).cuda(), condition(module, 32).cuda()
@@ -413,6 +413,32 @@ def test_head_rounds_as_published_on_a_gpu():
         assert (found[:, 0, 0] == want[:, 0, 0]).float().mean() > 0.9
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_on_a_gpu(dtype):
+    """There the published sums are rounded after each code, too: bits are equal."""
+    module = head(depth=8, dim=128).to("cuda", dtype)
+    aux = tokenizer(module, False).to("cuda", dtype)
+    hidden = torch.randn(64, 1, 20, device="cuda").to(dtype)
+
+    def draw():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return (*module.generate(hidden, aux), torch.rand(3, device="cuda"))
+
+    want = draw()
+    assert swap(module).status == "swapped"
+    module.steps = 0
+    got = draw()
+    assert module.steps == 0
+    assert torch.equal(got[2], want[2])
+    assert torch.equal(got[0], aux.get_code_emb_with_depth(got[1])[0].cumsum(-2)[:, :, -1])
+    if dtype == torch.float32:
+        assert torch.equal(got[1], want[1])
+    else:
+        assert (got[1][:, 0, 0] == want[1][:, 0, 0]).float().mean() > 0.9
+
+
 def test_head_in_a_whole_model():
     """Found by its path, beside other parts; in training it stays published."""
     whole = nn.Module()
@@ -469,7 +495,19 @@ def test_what_the_published_generate_answers_itself(monkeypatch, change, options
     assert [id(one) for one in seen[0]] == [id(one) for one in arguments.values()]
 
 
-def test_head_under_autocast(monkeypatch):
+@pytest.mark.parametrize("make", [sampler, head])
+def test_the_default_dtype_does_not_matter(make):
+    """Some loaders build a model under another one."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = make()
+        assert module.pos_emb_d.dtype == torch.bfloat16
+        assert swap(module).status == "swapped"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_head_under_autocast():
     module = head()
     aux = tokenizer(module)
     assert swap(module).status == "swapped"

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from unifiedar.accelerate._swap import Twin, Twins, class_of, hooked, packed
 
 __all__ = [
-    "ROWS",
     "Tokenizer",
     "autocasting",
     "heads_of",
@@ -163,18 +162,15 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
 
 # ---- rehearsals ------------------------------------------------------------------------------------------------------
 
-ROWS = 32
-"""A draw says little of the logits that it was made from, many do."""
-
 
 class Tokenizer(nn.Module):
     """As much of a tokenizer as a draw asks: codebooks of its own for each depth, and a padding row in each."""
 
     def __init__(self, depth: int, num_codes: int, code_dim: int, device: torch.device):
         super().__init__()
-        books = [nn.Embedding(num_codes + 1, code_dim, padding_idx=num_codes, device=device) for _ in range(depth)]
+        like: Any = {"padding_idx": num_codes, "device": device, "dtype": torch.float32}
         self.quantizer = nn.Module()
-        self.quantizer.codebooks = nn.ModuleList(books)
+        self.quantizer.codebooks = nn.ModuleList(nn.Embedding(num_codes + 1, code_dim, **like) for _ in range(depth))
 
     def get_code_emb_with_depth(self, codes: Tensor) -> tuple[Tensor, None]:
         books = self.quantizer.codebooks
@@ -186,7 +182,7 @@ def narrow(module: nn.Module, model: nn.Module) -> dict[Tensor, Tensor]:
     """Narrow tensors in place of the module's own, of the shapes of a model of ours."""
     shapes = {key: one.shape for key, one in model.state_dict().items()}
     theirs = module.state_dict(keep_vars=True)
-    return {one: torch.zeros(shapes[key], device=one.device) for key, one in theirs.items()}
+    return {one: one.new_zeros(shapes[key]) for key, one in theirs.items()}
 
 
 @torch.no_grad()

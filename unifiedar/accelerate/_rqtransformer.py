@@ -253,6 +253,8 @@ def _call(
 
 # ---- rehearsal -------------------------------------------------------------------------------------------------------
 
+_ROWS = 8  # one draw says little of the logits that it was made from, many do
+
 
 def _tried(module: Any) -> str | None:
     config = _config(module)
@@ -284,9 +286,9 @@ def _play(module: Any, training: bool) -> Iterator[tuple[str, Any]]:
     height, width = model.grid
     device = module.pos_emb_d.device
     tokenizer = _depth.Tokenizer(model.depth, model.num_codes, model.code_dim, device)
-    shape = (_depth.ROWS, height, width, model.depth)
+    shape = (_ROWS, height, width, model.depth)
     codes = torch.randint(model.num_codes, shape, device=device)
-    cond = torch.randint(model.num_conditions, (_depth.ROWS, model.condition_length), device=device)
+    cond = torch.randint(model.num_conditions, (_ROWS, model.condition_length), device=device)
     with torch.no_grad():
         yield "its forward", _logits(module, codes, tokenizer, cond)
         last = (height - 1, max(width - 2, 0))

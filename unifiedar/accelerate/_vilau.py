@@ -132,6 +132,8 @@ def _call(module: Any, x: Any, tokenizer: Any, cfg: Any) -> tuple[DepthTransform
 
 # ---- rehearsal -------------------------------------------------------------------------------------------------------
 
+_ROWS = 32  # one draw says little of the logits that it was made from, many do
+
 
 def _tried(module: Any) -> str | None:
     hidden_dim, code_dim, _, layers, heads, depth, num_codes = _sizes(module)
@@ -144,8 +146,8 @@ def _play(module: Any, training: bool) -> Iterator[tuple[str, Any]]:
     hidden_dim, code_dim, *_, depth, num_codes = _sizes(module)
     device = module.pos_emb_d.device
     tokenizer = _depth.Tokenizer(depth, num_codes, code_dim, device)
-    hidden = torch.randn(_depth.ROWS, 1, hidden_dim, device=device)
-    codes = torch.randint(num_codes, (_depth.ROWS, 1, depth), device=device)
+    hidden = torch.randn(_ROWS, 1, hidden_dim, device=device, dtype=torch.float32)
+    codes = torch.randint(num_codes, (_ROWS, 1, depth), device=device)
     with torch.no_grad():
         if record(module) is None:
             yield "its forward", module(hidden, codes, tokenizer)
