@@ -11,8 +11,12 @@
 // with P = 2^(factor S - lse') and dS = P (dP - delta), both packed in registers as the first operand of the products
 // that add them up. delta = rowsum(grad out) - grad_lse is found by the kernel of the queries, which leaves it and lse'
 // (lse in base 2) to the other one, for whose columns they are. The dS of a step are multiplied together with the scores
-// of the next, so that exponentials run under products: of the queries under dS k and dP, of the keys under dP alone,
-// where registers do not allow weights to be packed while dS is still in use.
+// of the next, so that exponentials run under products, dS k and dP. Warpgroups issue the products of a step one after
+// the other, so that one's chain of exponentials runs under another's products, too.
+//
+// Descriptors of operands are computed from what all lanes are known to have (of_warp): else each product of 16 rows
+// waits for two or four moves of a register to those of the warp. Blocks take tiles from a counter: which block has one
+// does not change a bit of it.
 //
 // Queries and keys held are counted from the last one, as in the forward; queries passed by too, so that only the first
 // can be missing: there lse' is infinite and weights are 0. Keys passed by are counted from the first.
@@ -21,13 +25,22 @@ namespace {
 
 constexpr uint32_t kHeldBox = kHeldRows * 128;
 constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup waits for its own warps
+constexpr int kTurnName = 4;   // by these for its turn at the matrix units
+constexpr int kNumbers = 2;    // tiles a block may have taken and not all its warps have seen
+
+// How a kernel goes about it: any of these.
+enum How : int {
+  kAlone = 1,   // of keys: no two heads share them, which saves registers
+  kNoLook = 2,  // of queries: the exponentials may be put after the wait for the products that they run under
+};
 
 template <typename Element, bool kKeysAreHeld, int kGroupCount, int kChannels, int kPassedCount, int kStageCount,
-          int kSlotCount, bool kAlone = false>
+          int kSlotCount, int kManner = 0>
 struct Tile {
   using T = Element;
   static constexpr bool kOfKeys = kKeysAreHeld;
-  static constexpr bool kMany = kOfKeys && !kAlone;  // whether several heads may share keys; it costs registers
+  static constexpr int kHow = kManner;
+  static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
   static constexpr int kGroups = kGroupCount;        // warpgroups that calculate
   static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
   static constexpr int kPassed = kPassedCount;       // rows of a step
@@ -47,7 +60,10 @@ struct Tile {
   static constexpr uint32_t kHeldEmpty = kHeldFull + 8 * kSlots * kGroups;
   static constexpr uint32_t kPassedFull = kHeldEmpty + 8 * kSlots * kGroups;
   static constexpr uint32_t kPassedEmpty = kPassedFull + 8 * kStages;
-  static constexpr uint32_t kBytes = kPassedEmpty + 8 * kStages + 1024;  // to begin at a multiple of 1,024
+  static constexpr uint32_t kNumberFull = kPassedEmpty + 8 * kStages;
+  static constexpr uint32_t kNumberEmpty = kNumberFull + 8 * kNumbers;
+  static constexpr uint32_t kNumberAt = kNumberEmpty + 8 * kNumbers;
+  static constexpr uint32_t kBytes = kNumberAt + 4 * kNumbers + 1024;  // to begin at a multiple of 1,024
   static_assert(kBytes <= 227 * 1024 && kPassed % 16 == 0 && kPassed <= 128);
 };
 
@@ -66,8 +82,9 @@ struct KernelArgs {
   const float *lse, *grad_lse;
   float* columns;    // [batch, heads, column_tiles, 2, columns of a tile]: lse' and delta of every query
   int column_tiles, columns_of_tile;
+  unsigned* taken;   // tiles, but for the first of each block
   int queries, keys, width, share, scales, prefix;
-  int tiles, rows, group, heads;  // what find_place wants: of what is held
+  int tiles, rows, group, heads;  // what place_of wants: of what is held
   float factor, softmax_scale;    // the former in base 2
   bool wide_lengths;
 };
@@ -103,15 +120,41 @@ __device__ __forceinline__ int passed_begin(const KernelArgs& args, int step) {
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
 
+// Number of the block's next tile, which the warps that calculate find in shared memory. A block takes one when it has
+// asked for all copies of the one before: how long tiles take is not known, and blocks are to end together.
+template <typename Shape>
+__device__ __forceinline__ unsigned take_tile(const KernelArgs& args, uint32_t memory, char* shared, int turn) {
+  unsigned number = blockIdx.x;
+  if (threadIdx.x == 0) {
+    const int at = turn % kNumbers;
+    if (turn > 0) number = gridDim.x + atomicAdd(args.taken, 1u);
+    barrier_wait(memory + Shape::kNumberEmpty + 8 * at, turn / kNumbers % 2 ^ 1);
+    reinterpret_cast<volatile unsigned*>(shared + Shape::kNumberAt)[at] = number;
+    barrier_arrive(memory + Shape::kNumberFull + 8 * at);
+  }
+  return __shfl_sync(kWarp, number, 0);
+}
+
+// What it took.
+template <typename Shape>
+__device__ __forceinline__ unsigned taken_tile(uint32_t memory, const char* shared, int turn) {
+  const int at = turn % kNumbers;
+  barrier_wait(memory + Shape::kNumberFull + 8 * at, turn / kNumbers % 2);
+  const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[at];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * at);
+  return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
+}
+
 // The first warp's work; its first lane copies.
 template <typename Shape>
-__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory) {
+__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   const bool leads = threadIdx.x == 0;
   const int begin_of_scale = scale_begin(args);
   Stage<Shape::kStages> stage;
   Stage<Shape::kSlots> slot[Shape::kGroups];
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+  for (int turn = 0; place_of(args, take_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place);
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
@@ -165,7 +208,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
 // Both by rows: scores, or their gradients.
 template <typename Shape>
 __device__ __forceinline__ void score_products(float (&score)[Shape::kPassed / 2], uint32_t held, uint32_t passed) {
-  const uint64_t a = describe_rows(again(held)), b = describe_rows(passed);
+  const uint64_t a = describe_rows(held), b = describe_rows(passed);
 #pragma unroll
   for (int i = 0; i < Shape::kWidth / 16; ++i) {
     const uint32_t box = i / 4, within = i % 4 * kNextInRow;
@@ -203,11 +246,11 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
       static_cast<const T*>(args.out) + place.batch * args.out_batch + place.head * args.out_head;
   const int missing = args.column_tiles * args.columns_of_tile - args.queries;
   float* const columns = args.columns + int64_t(place.row) * args.column_tiles * 2 * args.columns_of_tile;
-  const auto leave = [&](int query, float lse, float delta) {
+  const auto leave = [&](int query, float lse, float delta, bool is_there) {
     const int at = query + missing, tile = at / args.columns_of_tile;
     float* const to = columns + at + tile * args.columns_of_tile;
-    to[0] = lse;
-    to[args.columns_of_tile] = delta;
+    if (is_there) to[0] = lse;
+    if (is_there) to[args.columns_of_tile] = delta;
   };
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -230,17 +273,14 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
       }
     }
     sum = quad_sum(sum);
-    rows.lse[h] = INFINITY;
-    rows.delta[h] = 0.0f;
-    if (row >= 0) {
-      const int64_t at = int64_t(place.row) * args.queries + row;
-      rows.lse[h] = args.lse[at] * kLog2E;
-      rows.delta[h] = args.grad_lse == nullptr ? sum : sum - args.grad_lse[at];
-      if (lane % 4 == 0) leave(row, rows.lse[h], rows.delta[h]);
-    }
+    const int64_t at = int64_t(place.row) * args.queries + max(row, 0);
+    const float lse = args.lse[at] * kLog2E, grad_lse = args.grad_lse == nullptr ? 0.0f : args.grad_lse[at];
+    rows.lse[h] = row >= 0 ? lse : INFINITY;
+    rows.delta[h] = row >= 0 ? sum - grad_lse : 0.0f;
+    leave(row, rows.lse[h], rows.delta[h], row >= 0 && lane % 4 == 0);
   }
   // The columns of queries that are not there.
-  if (first <= 0 && thread < missing) leave(thread - missing, INFINITY, 0.0f);
+  leave(thread - missing, INFINITY, 0.0f, first <= 0 && thread < missing);
 }
 
 template <typename Shape>
@@ -248,7 +288,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   using T = typename Shape::T;
   constexpr bool kOfKeys = Shape::kOfKeys;
   constexpr int kPassed = Shape::kPassed, kWidth = Shape::kWidth;
-  const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int group = __shfl_sync(kWarp, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int begin_of_scale = scale_begin(args);
   const int offset = args.keys - args.queries;
 
@@ -261,17 +301,22 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   Stage<Shape::kSlots> slot;
   bool leaving = false;
   const auto free_held = [&] {
-    if (leaving && thread == 0) {
-      store_wait();
+    if (leaving) {
+      store_wait();  // of the first thread, which stored; see below
       const uint32_t before = Shape::kSlots == 1 ? 0 : slot.at ^ 1;
-      barrier_arrive(memory + Shape::kHeldEmpty + 8 * (before * Shape::kGroups + group));
+      if (thread == 0) barrier_arrive(memory + Shape::kHeldEmpty + 8 * (before * Shape::kGroups + group));
     }
     leaving = false;
   };
 
+  // Warpgroups issue the products of a step one after the other, all of them as often.
+  const auto wait_for_turn = [&] { named_sync(kTurnName + group, 256); };
+  const auto give_turn = [&] { named_arrive(kTurnName + (group + 1) % Shape::kGroups, 256); };
+  if (group == Shape::kGroups - 1) give_turn();
+
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
+  for (int turn = 0; place_of(args, taken_tile<Shape>(memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
     const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
     const int passes = Shape::kMany ? args.share : 1;
@@ -319,35 +364,36 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         Stage<Shape::kStages> before;
         const auto advance = [&](int step, auto is_first, auto masked) {
           constexpr bool kFirst = decltype(is_first)::value, kMasked = decltype(masked)::value;
-          const uint32_t passed = passed_at(stage.at);
+          const uint32_t passed = of_warp(passed_at(stage.at)), behind = of_warp(passed_at(before.at));
+          const uint32_t own = of_warp(held);
           barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
           settle(score);
           settle(grad);
           settle(sum);
+          wait_for_turn();
           products_begin();
-          // The dS of the step before: of the keys first of all, so that their registers are free for weights.
-          if constexpr (!kFirst && kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
-          score_products<Shape>(score, held, passed);
-          if constexpr (!kFirst && !kOfKeys) sum_products<Shape>(sum, word, passed_at(before.at));
-          score_products<Shape>(grad, held + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+          score_products<Shape>(score, own, passed);
+          if constexpr (!kFirst) sum_products<Shape>(sum, word, behind);  // with the dS of the step before
+          score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+          give_turn();
           if constexpr (kFirst && !kOfKeys)
             find_rows<Shape>(args, place, first, held_data + Shape::kHeldBytes, rows);
-          products_wait<kFirst || kOfKeys ? 1 : 2>();
+          products_wait<kFirst ? 1 : 2>();
           settle(score);
-          if constexpr (!kFirst && kOfKeys) {
-            settle(sum);
-            done_with(before.at);
-          }
 
-          const float* const columns = reinterpret_cast<const float*>(shared + Shape::kColumnsAt +
-                                                                      stage.at * Shape::kColumnsBytes) +
-                                       threadIdx.x % 4 * 2;
+          // Two at a time; the compiler makes two loads of a float2.
+          const uint64_t* const columns = reinterpret_cast<const uint64_t*>(shared + Shape::kColumnsAt +
+                                                                            stage.at * Shape::kColumnsBytes) +
+                                          threadIdx.x % 4;
+          const auto column_of = [&](int from, int i) {
+            return __uint_as_float(uint32_t(columns[from / 2 + i / 4 * 4] >> i % 2 * 32));
+          };
           const int moved = kOfKeys ? -step * kPassed : step * kPassed;
           uint32_t signs = 0;
 #pragma unroll
           for (int i = 0; i < kPassed / 2; ++i) {
             const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
-            const float lse = kOfKeys ? columns[column] : rows.lse[h];
+            const float lse = kOfKeys ? column_of(0, i) : rows.lse[h];
             score[i] = exp2_of(fmaf(score[i], args.factor, -lse));
             if constexpr (kMasked) {
               const bool seen = kOfKeys ? column >= limit[h] - moved : column < limit[h] - moved;
@@ -355,7 +401,17 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             }
             signs |= __float_as_uint(score[i]);
           }
+          // The exponentials are to run under the products: see the forward. Weights are not negative.
+          const auto look = [&] { barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8); };
           if constexpr (kOfKeys) {
+            // Weights are packed where dS were, whose products have to be over.
+            if constexpr (!kFirst) {
+              look();
+              products_wait<1>();
+              settle(score);
+              settle(sum);
+              done_with(before.at);
+            }
             pack<T>(score, word);
             settle(value_sum);
             products_begin();
@@ -364,8 +420,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             settle(grad);
             settle(value_sum);
           } else {
-            // The exponentials are to run under the products: see the forward. Weights are not negative.
-            barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+            if constexpr ((Shape::kHow & kNoLook) == 0) look();
             products_wait<0>();
             settle(grad);
             settle(sum);
@@ -373,11 +428,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           }
 #pragma unroll
           for (int i = 0; i < kPassed / 2; ++i) {
-            const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
-            const float delta = kOfKeys ? columns[kPassed + column] : rows.delta[h];
-            score[i] *= grad[i] - delta;
+            const float delta = kOfKeys ? column_of(kPassed, i) : rows.delta[i / 2 % 2];
+            grad[i] = score[i] * (grad[i] - delta);
           }
-          pack<T>(score, word);
+          pack<T>(grad, word);
           before = stage;
           stage.next();
         };
@@ -402,6 +456,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 #pragma unroll 1
       for (int step = steps; step < all_steps; ++step) {
         barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
+        wait_for_turn();
+        give_turn();
         done_with(stage.at);
         stage.next();
       }
@@ -458,6 +514,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(memory + Shape::kHeldFull + 8 * i, 1);
       barrier_init(memory + Shape::kHeldEmpty + 8 * i, 1);
     }
+    for (int i = 0; i < kNumbers; ++i) {
+      barrier_init(memory + Shape::kNumberFull + 8 * i, 1);
+      barrier_init(memory + Shape::kNumberEmpty + 8 * i, 4 * Shape::kGroups);
+    }
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(memory + Shape::kPassedFull + 8 * i, 1);
       barrier_init(memory + Shape::kPassedEmpty + 8 * i, 4 * Shape::kGroups);
@@ -471,7 +531,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
-    if (threadIdx.x < 32) copy_all<Shape>(args, memory);
+    if (threadIdx.x < 32) copy_all<Shape>(args, memory, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kManyRegisters));
     calculate<Shape>(args, memory, shared);
@@ -481,6 +541,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // ---- launcher --------------------------------------------------------------------------------------------------------
 
 int tiles_of(int length, int rows) { return (length + rows - 1) / rows; }
+
+// The kernels' two counters lie in the last 16 bytes of the workspace: no tile of columns has more than 112, which
+// leaves 32 numbers a head.
+unsigned* counters_of(const AttentionBackwardArgs& args) {
+  return reinterpret_cast<unsigned*>(args.workspace + int64_t(args.batch) * args.heads * 2 * (args.queries + 127) - 4);
+}
 
 // One of the two kernels. `columns_of_tile` is what the kernel of the keys passes by in a step.
 template <typename Shape>
@@ -519,6 +585,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   kernel_args.columns = args.workspace;
   kernel_args.columns_of_tile = columns_of_tile;
   kernel_args.column_tiles = tiles_of(args.queries, columns_of_tile);
+  kernel_args.taken = counters_of(args) + kOfKeys;
   kernel_args.queries = args.queries;
   kernel_args.keys = args.keys;
   kernel_args.width = args.width;
@@ -543,7 +610,9 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
 
 template <typename OfQueries, typename OfKeys>
 cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
-  const cudaError_t error = launch_tile<OfQueries>(args, dtype, OfKeys::kPassed, processors, stream);
+  static_assert(OfKeys::kPassed <= 112);
+  cudaError_t error = cudaMemsetAsync(counters_of(args), 0, 2 * sizeof(unsigned), stream);
+  if (error == cudaSuccess) error = launch_tile<OfQueries>(args, dtype, OfKeys::kPassed, processors, stream);
   if (error != cudaSuccess) return error;
   return launch_tile<OfKeys>(args, dtype, OfKeys::kPassed, processors, stream);
 }
@@ -553,13 +622,13 @@ cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int 
   if (args.width > 96) {
     using OfQueries = Tile<T, false, 2, 128, 96, 3, 1>;
     if (args.share == 1)
-      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, true>>(args, dtype, processors, stream);
-    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 48, 5, 1>>(args, dtype, processors, stream);
+      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kAlone>>(args, dtype, processors, stream);
+    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1>>(args, dtype, processors, stream);
   }
   if (args.width > 64)
-    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1>, Tile<T, true, 2, 96, 80, 3, 1>>(args, dtype, processors,
-                                                                                         stream);
-  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2>, Tile<T, true, 2, 64, 96, 4, 2>>(args, dtype, processors, stream);
+    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1>, Tile<T, true, 2, 96, 80, 3, 1>>(args, dtype, processors, stream);
+  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook>, Tile<T, true, 2, 64, 96, 4, 2>>(args, dtype, processors,
+                                                                                                stream);
 }
 
 }  // namespace

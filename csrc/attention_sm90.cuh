@@ -35,6 +35,10 @@ __device__ __forceinline__ uint32_t again(uint32_t x) {
   return x;
 }
 
+// The same number, of which the compiler knows that all lanes have it: what is computed from it, above all descriptors
+// of operands, takes registers and instructions of the warp and none of its lanes.
+__device__ __forceinline__ uint32_t of_warp(uint32_t x) { return __shfl_sync(kWarp, again(x), 0); }
+
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
 struct Place {
@@ -43,14 +47,11 @@ struct Place {
   int batch, head;
 };
 
-// The block's tile of a turn; false when there is none. Tiles lie in groups of heads, in a group the longest first; the
-// blocks take them in turns, every other turn in reverse, which evens out what each has to do.
+// The tile of a number; false when there is none. Tiles lie in groups of heads, in a group the longest first.
 template <typename Args>
-__device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
-  const int blocks = gridDim.x, block = blockIdx.x;
-  const int64_t at = int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block);
-  if (at >= int64_t(args.tiles) * args.rows) return false;
-  const int tile = int(at);
+__device__ __forceinline__ bool place_of(const Args& args, int64_t number, Place* place) {
+  if (number >= int64_t(args.tiles) * args.rows) return false;
+  const int tile = int(number);
   const int first = tile / (args.group * args.tiles) * args.group;
   const int size = min(args.group, args.rows - first);
   const int within = tile - first * args.tiles;
@@ -59,6 +60,14 @@ __device__ __forceinline__ bool find_place(const Args& args, int turn, Place* pl
   place->batch = place->row / args.heads;
   place->head = place->row - place->batch * args.heads;
   return true;
+}
+
+// The block's tile of a turn; false when there is none. The blocks take tiles in turns, every other turn in reverse,
+// which evens out what each has to do.
+template <typename Args>
+__device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
+  const int blocks = gridDim.x, block = blockIdx.x;
+  return place_of(args, int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block), place);
 }
 
 // First token of the scale of this lane's number; of scales that are not there, a place that no token has.

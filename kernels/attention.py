@@ -28,7 +28,7 @@ MAX_SCALES = 32
 _MAX_SCALES = tl.constexpr(MAX_SCALES)
 UNIT = 8  # elements that strides are counted in: 16 bytes or more, so that every load may take as many
 _UNIT = tl.constexpr(UNIT)
-_FAR = tl.constexpr(2**31 - 1)
+_FAR = tl.constexpr(2**30)  # beyond all tokens; a few steps more still fit 32 bits, as a pipelined loop counts them
 _LEAST = tl.constexpr(-1e38)  # below every score
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -463,7 +463,7 @@ def attention_backward_queries_kernel(
     grad_q += (batch * grad_q_batch + head * grad_q_head) * _UNIT
 
     wide = query.to(tl.int64)[:, None] * _UNIT
-    inside = query < queries
+    inside = query < query_end
     channel = tl.arange(0, BLOCK_D)
     line = channel[None, :]
     held = _take(q + wide * q_row + line, query[:, None], query_end, line, True, WIDTH)

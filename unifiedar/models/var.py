@@ -119,7 +119,15 @@ class _MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(self.fc2, F.gelu(_linear(self.fc1, x), approximate="tanh"))
+        return _linear(self.fc2, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        weight, bias = self.fc1.weight, self.fc1.bias
+        half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
+        if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
+            # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
+            return torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True).unflatten(0, x.shape[:-1])
+        return F.gelu(_linear(self.fc1, x), approximate="tanh")
 
 
 class _Modulation(nn.Module):
@@ -191,13 +199,14 @@ class _Session:
         self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
         self.mask = torch.zeros(batch, *config.sizes[-1], device=device)
         self.edits = edits
-        # What is cached of the last scale is read at that scale alone, so that all blocks have one place for it.
-        before, dtype = sum(self.lengths[:-1]), model.dtype
-        attention = [block.attn for block in model._each()]
-        self.caches = [one.new_cache(self.rows, before, dtype=dtype) for one in attention]
-        self.last = attention[0].new_cache(self.rows, before + self.lengths[-1], dtype=dtype)
-        # On the device: put there in a graph, they would be made anew for every block.
-        self.schedules = [torch.tensor([n], dtype=torch.int32, device=device) for n in self.lengths]
+        # What is cached of the last scale is read at that scale alone, in its own block. It lies where the block before
+        # keeps the scales before, which nobody reads any more by then: a head's tokens of all blocks are one row, the
+        # last block's first, and a block's reach into the next in it.
+        before, last, depth = sum(self.lengths[:-1]), self.lengths[-1], model.config.depth
+        first = next(model._each()).attn
+        self.cache = first.new_cache(self.rows, depth * before + last, dtype=model.dtype)
+        begins = [(depth - 1 - i) * before for i in range(depth)]
+        self.caches = [self.cache[:, :, :, begin : begin + before + last] for begin in begins]
         self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
         steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
         if paint is not None:
@@ -218,7 +227,7 @@ class _Session:
         empty = model.config.num_classes
         labels = torch.cat((self.labels, torch.full_like(self.labels, empty))) if self.guided else self.labels
         condition = model.class_emb(labels)
-        self.modulations = model._modulations(condition)
+        self.modulations, self.biases = model._modulations(condition), model._biases()
         self.places = model._places()
         self.tokens = model._first(condition, self.places)
         self.total = condition.new_zeros((self.batch, model.config.code_dim, *model.config.sizes[-1]), dtype=model.wide)
@@ -237,8 +246,8 @@ class _Session:
         model, last = self.model, len(self.lengths) - 1
         begin = sum(self.lengths[:step])
         ratio = step / max(last, 1)
-        caches = self._caches(step, begin)
-        logits = model._logits(self.tokens, self.modulations, self.schedules[step], caches, begin)
+        memory = list(zip(self.caches, self.biases, strict=True))
+        logits = model._logits(self.tokens, self.modulations, None, memory, begin)
         cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.guided:
             cuts["guidance"] = 1 + self.cfg * ratio
@@ -263,13 +272,6 @@ class _Session:
             tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
             tokens = tokens + self.places[:, end : end + self.lengths[step + 1]]
             self.tokens = torch.cat((tokens, tokens)) if self.guided else tokens
-
-    def _caches(self, step: int, begin: int) -> Iterator[Tensor]:
-        for cache in self.caches:
-            if step + 1 == len(self.lengths):
-                self.last[:, :, :, :begin] = cache
-                cache = self.last
-            yield cache
 
     def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
         self.pictures = paint(self.total)
@@ -585,6 +587,11 @@ class VAR(nn.Module):
     def _six(self, layer: nn.Module, unit: Tensor) -> Tensor:
         return _linear(_projection(layer), unit).view(-1, 6, self.config.dim)
 
+    def _biases(self) -> tuple[Tensor, ...]:
+        """Every block's bias of queries, keys and values (3C), in one copy."""
+        parts = [part for block in self._each() for part in block.attn.qkv_bias()]
+        return torch.cat(parts).view(self.config.depth, -1).unbind()
+
     def _places(self) -> Tensor:
         """What tells positions and scales apart, (1, L, C)."""
         return (self.lvl_embed(self.lvl_1L) + self.pos_1LC).to(self.wide)
@@ -597,11 +604,12 @@ class VAR(nn.Module):
         self,
         tokens: Tensor,
         modulations: Sequence[Tensor],
-        lengths: Sequence[int] | Tensor,
-        caches: Iterator[Tensor] | None = None,
+        lengths: Sequence[int] | None,
+        memory: Sequence[tuple[Tensor, Tensor]] | None = None,
         begin: int = 0,
     ) -> Tensor:
-        """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, over caches of all before."""
+        """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, or of one over all before, with every
+        block's memory: its cache, and its bias of queries, keys and values."""
         kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         branch = gate = None
@@ -611,11 +619,11 @@ class VAR(nn.Module):
                 x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
             else:
                 x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
-            cache = None if caches is None else next(caches)
-            branch = block.attn(x, lengths, cache=cache, begin=begin)
-            gate = self._gate(gates[:, 0], i, caches is None)
+            cache, bias = (None, None) if memory is None else memory[i]
+            branch = block.attn(x, lengths, cache=cache, begin=begin, bias=bias)
+            gate = self._gate(gates[:, 0], i, memory is None)
             x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
-            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, caches is None)
+            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, memory is None)
         assert branch is not None  # depth is at least 1
         assert gate is not None
         scale, shift = modulations[-1].unbind(1)
@@ -746,7 +754,7 @@ class VAR(nn.Module):
         seed: int | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Tensor:
         """Draw pictures of classes.
 
@@ -760,9 +768,8 @@ class VAR(nn.Module):
                 FID.
             images_per_call: pictures that are drawn at once, all if None. Parts are drawn one after the other with one
                 generator, so that it changes what a seed draws.
-            graphs: whether a GPU replays CUDA graphs (off unless asked for: capturing has not run on one yet). The
-                first call of a batch size then captures them, see `captures`; sizes are rounded up, to multiples of 8
-                above 8.
+            graphs: whether a GPU replays CUDA graphs. The first call of a batch size captures them, see `captures`;
+                sizes are rounded up, to multiples of 8 above 8.
 
         Returns:
             (N, 3, H, W) uint8, on the model's device.
@@ -792,7 +799,7 @@ class VAR(nn.Module):
         top_p: float = 0.0,
         seed: int | None = None,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> list[Tensor]:
         """As `generate`, but the codes: for every scale (N, h w) int64, which `vae.decode_codes` paints."""
         return self._draw(
@@ -810,7 +817,7 @@ class VAR(nn.Module):
         seed: int | torch.Generator | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Tensor:
         """As `generate`, for a tokenizer of another make: what its decoder paints, (N, code_dim, h, w).
 
@@ -837,7 +844,7 @@ class VAR(nn.Module):
         seed: int | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Tensor:
         """Draw a part of pictures anew: in-painting, out-painting, or with labels a change of class there.
 
@@ -1015,11 +1022,11 @@ class VAR(nn.Module):
         if not graphs:
             return _Session(self, book, paint, count, **options, graphs=False)
         batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
-        weights: list[Tensor] = [*self.parameters(), book.table, *book.convolutions.parameters()]
+        modules = [self, book.convolutions]
         if paint is not None and self.vae is not None:
-            weights += list(self.vae.parameters())
+            modules.append(self.vae)
         # A graph knows weights by their addresses, which `.to` and the like change.
-        places = tuple(one.data_ptr() for one in weights)
+        places = (book.table.data_ptr(), *engine.addresses(*modules))
         key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
         return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
 

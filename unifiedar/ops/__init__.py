@@ -12,15 +12,14 @@ from unifiedar.ops import masks
 from unifiedar.ops._op import BACKENDS, Backend, Op, registry
 from unifiedar.ops.attention import block_causal_attention
 from unifiedar.ops.attention_blocks import block_attention
+from unifiedar.ops.attention_cached import cached_attention
 from unifiedar.ops.codes import ResidualCodes, code_statistics, residual_lookup, residual_quantize
+from unifiedar.ops.codes_bits import BitwiseLosses, bitwise_pack, bitwise_unpack
 from unifiedar.ops.codes_bitwise import (
     BitwiseCodes,
-    BitwiseLosses,
     bitwise_inputs,
     bitwise_lookup,
-    bitwise_pack,
     bitwise_quantize,
-    bitwise_unpack,
     next_bitwise_input,
 )
 from unifiedar.ops.codes_multiscale import (
@@ -54,6 +53,7 @@ __all__ = [
     "bitwise_unpack",
     "block_attention",
     "block_causal_attention",
+    "cached_attention",
     "code_statistics",
     "cut_logits",
     "depth_decode",

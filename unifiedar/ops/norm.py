@@ -434,7 +434,7 @@ _modulated_norm = Op(
     f"modulated_norm(Tensor x, {_MODULATION}) -> Tensor",
     eager=_modulated_eager,
     fake=_modulated_fake,
-    backends=(Backend("triton", _run_modulated_triton, _modulated_unfit_triton, on_request="not run on a GPU yet"),),
+    backends=(Backend("triton", _run_modulated_triton, _modulated_unfit_triton),),
     setup_context=_modulated_setup,
     backward=_modulated_gradient,
 )
@@ -443,7 +443,7 @@ _gated_modulated_norm = Op(
     f"gated_modulated_norm(Tensor x, Tensor branch, Tensor gate, {_MODULATION}) -> (Tensor, Tensor)",
     eager=_gated_eager,
     fake=_gated_fake,
-    backends=(Backend("triton", _run_gated_triton, _gated_unfit_triton, on_request="not run on a GPU yet"),),
+    backends=(Backend("triton", _run_gated_triton, _gated_unfit_triton),),
     setup_context=_gated_setup,
     backward=_gated_gradient,
 )
