@@ -105,6 +105,36 @@ def test_codebooks_side_by_side_are_read_in_place():
     assert same(everything(module, aux), want)
 
 
+def test_codebooks_apart_are_copied_once():
+    """And again when they change, whoever changes them."""
+    module = sampler()
+    aux = tokenizer(module, shared=False)
+    assert swap(module).status == "swapped"
+
+    def table():
+        return _depth.table_of(aux, 4, 40, 6, module.pos_emb_d)
+
+    first = table()
+    everything(module, aux)
+    assert table() is first
+    book = aux.quantizer.codebooks[2]
+    with torch.no_grad():
+        book.weight.mul_(2)
+    assert torch.equal(table()[2], book.weight[:40])
+    book.weight.data = -book.weight.data
+    assert torch.equal(table()[2], book.weight[:40])
+    book.weight = nn.Parameter(book.weight + 1)
+    assert torch.equal(table()[2], book.weight[:40])
+    with torch.inference_mode():
+        books = [nn.Parameter(torch.randn(41, 6), requires_grad=False) for _ in range(4)]
+        for one, weight in zip(aux.quantizer.codebooks, books, strict=True):
+            one.weight = weight
+        assert torch.equal(table(), torch.stack(books)[:, :40])
+        books[1].zero_()
+        assert torch.equal(table(), torch.stack(books)[:, :40])
+    assert module.steps == 0
+
+
 def test_the_draw_of_a_kept_part():
     """Codes before the start stay, padding among them; what stands behind it does not matter."""
     module = sampler()

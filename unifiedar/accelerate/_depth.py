@@ -8,6 +8,7 @@ what it answers.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,14 +40,29 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # ---- the code vectors ------------------------------------------------------------------------------------------------
 
 
-_ASKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
-"""Tokenizers whose code vectors were looked for, with what was found out for which tensors."""
+@dataclass(frozen=True)
+class _Known:
+    """What was found out about a tokenizer's code vectors.
+
+    Attributes:
+        state: the vectors' places and versions.
+        held: the vectors, so that their places stay theirs.
+        table: as `table_of` returns it, or None if the tokenizer answers something else.
+    """
+
+    state: Any
+    held: list[Tensor]
+    table: Tensor | None
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 def table_of(tokenizer: Any, depth: int, num_codes: int, code_dim: int, like: Tensor) -> Tensor | None:
     """The code vectors (K, C) or (D, K, C) of a tokenizer, on the device of `like`; None if it has none that are known.
 
-    Without a copy where all depths have one table, or where they lie side by side.
+    Without a copy where all depths have one table, or where they lie side by side; a copy is kept, and made anew when
+    they change.
     """
     quantizer = getattr(tokenizer, "quantizer", None)
     if not isinstance(tokenizer, nn.Module) or not isinstance(quantizer, nn.Module):
@@ -61,18 +77,28 @@ def table_of(tokenizer: Any, depth: int, num_codes: int, code_dim: int, like: Te
         return None
     if first.device != like.device or first.shape[1] != code_dim or len(first) < num_codes:
         return None
-    places = tuple((one.data_ptr(), one.dtype) for one in weights)
-    if len(set(places)) == 1:
-        table = first.detach()
-    elif packed(weights):
-        table = first.detach().as_strided((depth, *first.shape), (first.numel(), *first.stride()))
-    else:
-        table = torch.stack([one.detach() for one in weights])
-    table = table[..., :num_codes, :]
-    known = _ASKED.get(tokenizer)
-    if known is None or known[0] != places:
-        known = _ASKED[tokenizer] = (places, _answers_with(tokenizer, table, depth))
-    return table if known[1] else None
+    places = [one.data_ptr() for one in weights]
+    copied = len(set(places)) > 1 and not packed(weights)
+    versions = [_version(one) for one in weights] if copied else None
+    state = (places, versions, first.dtype, num_codes)
+    known = _KNOWN.get(tokenizer)
+    if known is None or known.state != state:
+        held = [one.detach() for one in weights]
+        if copied:
+            table = torch.stack(held)
+        elif len(set(places)) == 1:
+            table = held[0]
+        else:
+            table = held[0].as_strided((depth, *first.shape), (first.numel(), *first.stride()))
+        table = table[..., :num_codes, :]
+        answers = _answers_with(tokenizer, table, depth)
+        known = _KNOWN[tokenizer] = _Known(state, held, table if answers else None)
+    return known.table
+
+
+def _version(tensor: Tensor) -> object:
+    """What changes when a tensor is written to; unlike anything for an inference tensor, which does not tell."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def _answers_with(tokenizer: Any, table: Tensor, depth: int) -> bool:

@@ -589,9 +589,9 @@ class RQTransformer(nn.Module):
         at_once = self.config.grid[1] if graphs else 1
         if not graphs:
             return _Session(self, table, count, begin, guidance, settings, at_once, graphs=False)
-        # A graph knows weights by their addresses, which `.to` and the like change, and reads a packed copy of some.
-        weights = (table, *self.parameters())
-        places = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights)
+        # A graph knows weights by their addresses, which `.to` and the like change, and the head's by a packed copy.
+        head = [0 if one.is_inference() else one._version for one in self.head.parameters()]
+        places = (table.data_ptr(), table.shape, table.stride(), *engine.addresses(self), *head)
         # Strengths that are a tensor are copied into the session's own; a number is part of the graph.
         strength = (guidance.shape, guidance.dtype, guidance.device) if isinstance(guidance, Tensor) else guidance
         key = (count, begin, strength, tuple(settings.items()), places, table.dtype, engine.circumstances())
