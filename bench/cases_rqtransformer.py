@@ -27,8 +27,8 @@ from torch import Tensor
 from bench._case import OURS, Case, Check, Variant
 from bench.cases_models import _forced
 from unifiedar.models import RQTransformer, RQTransformerConfig
-from unifiedar.ops import registry, sample_codes
-from unifiedar.ops.depth import _flatten
+from unifiedar.ops import sample_codes
+from unifiedar.ops.depth import wants_packed
 
 __all__ = ["cases"]
 
@@ -145,14 +145,9 @@ def _image(name: str, config: RQTransformerConfig, batch: int, small: bool) -> C
 
         return agree
 
-    def backend(one: Inputs) -> str:
+    def backend(one: Inputs) -> str:  # of the head
         _, model, _, table = _models(config, one["labels"].device, dtype)
-        weights = model.head.weights()
-        hidden = table.new_empty(batch, dim)
-        noise = torch.empty(batch, depth, num_codes, device=table.device)
-        settings = ([1.0] * depth, [0] * depth, [config.top_p] * depth)
-        given = (hidden, table, _flatten(weights), None, config.num_heads, None, None, *settings, noise, None, False)
-        return registry["depth_decode"].choose("auto", *given, None, *weights.form).name
+        return "cuda" if wants_packed(table.new_empty(batch, dim), table, model.head.weights()) else "eager"
 
     variants = [Variant(OURS, "ours", ours(True))]
     if not small:
