@@ -98,7 +98,8 @@ def accelerate(module: nn.Module, *, verbose: bool = True) -> Report:
 
     Every submodule is looked at once. Weights are shared and keep their names; outputs equal the reference's within
     twice its own rounding error. Codes are the nearest to float32's residual; a reference that searches or subtracts in
-    half precision, as under autocast, may round to others. Calling it again swaps only what is new.
+    half precision, as under autocast, may round to others. What is drawn is what the reference draws from the same
+    state of the random generator, but for near ties. Calling it again swaps only what is new.
 
     Args:
         module: a model with its weights loaded, or any part of one.
