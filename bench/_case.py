@@ -59,6 +59,8 @@ class Case:
         on_matrix_units: whether the flops can run at the rate of a matrix product, which then bounds the floor too.
         other: makes a case of the same work and variants with another schedule, for which some have to prepare anew;
             None if there is nothing of the kind.
+        rate: what a time in milliseconds means, for the report's lines; None where the time says it all.
+        rounds: least and most samples of a variant; few where one takes seconds.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Case:
     backend: Callable[[Any], str]
     on_matrix_units: bool = False
     other: Callable[[], Case] | None = None
+    rate: Callable[[float], str] | None = None
+    rounds: tuple[int, int] = (20, 200)
 
 
 def tensors(inputs: object) -> Iterable[torch.Tensor]:
@@ -203,7 +207,7 @@ def run_family(
     for case in cases:
         try:
             prepared = prepare(case, device)
-            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s)
+            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s, rounds=case.rounds)
         except KeyboardInterrupt:
             if not rows:
                 raise
@@ -212,6 +216,8 @@ def run_family(
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
+            if case.rate is not None and timing.median_ms is not None:
+                figure = f"{figure}, {case.rate(timing.median_ms)}"
             report(f"{case.name:32} {name:28} {figure}  ({timing.method})")
         row = CaseResult(
             name=case.name,

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,6 +363,30 @@ def test_run_family_times_ours_backends_and_peers(tmp_path):
     assert _results.read(_results.write(run, tmp_path)) == run
 
 
+def test_slow_cases_take_few_samples_and_say_what_a_time_means():
+    calls, lines = [], []
+
+    def slow(inputs):
+        return lambda: (time.sleep(0.03), calls.append(None), inputs[0] + 1)[2]
+
+    case = _case(variants=[Variant("unifiedar", "ours", slow)], rounds=(2, 3), rate=lambda ms: f"{ms:.0f} apples")
+    run = run_family("toy", [case], CPU, budget_s=0.01, report=lines.append)
+    assert run.cases[0].ours.samples == 2
+    (line,) = lines
+    assert re.search(r"\d ms, [3-9]\d apples  \(wall\)", line)
+
+
+def test_a_slow_round_warms_up_enough(monkeypatch):
+    monkeypatch.setattr(_time, "SLOW_S", 0.02)
+    monkeypatch.setattr(_time, "WARM_UP_S", 0.01)
+    turns = []
+    for pause, expected in ((0.05, 1), (0.006, 2)):
+        turns.clear()
+        one = SimpleNamespace(sample=lambda pause=pause: (time.sleep(pause), turns.append(None)))
+        assert _time._warm_up(iter([one])) >= pause
+        assert len(turns) == expected
+
+
 def test_an_interrupt_keeps_what_was_measured(monkeypatch):
     cases = [_case(), dataclasses.replace(_case(), name="second")]
 
@@ -616,7 +641,7 @@ def test_command_lists_the_cases(capsys):
     assert main(["list", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     found = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert found == ["attention", "codes", "depth", "models", "norm", "sample", "var"]
+    assert found == ["attention", "codes", "depth", "models", "norm", "rqtransformer", "sample", "var"]
     assert "vila-u-384/cumulative" in out
     assert "F.embedding_bag" in out
 
