@@ -13,7 +13,7 @@ from small import CONCEPTS, STYLES, small_model, write_pictures
 from unifiedar import quality
 from unifiedar.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from unifiedar.models.convolutional import DecoderConfig
-from unifiedar.quality_drawn import frechet_distance, measure_drawn
+from unifiedar.quality_drawn import frechet_distance, logit_cost, measure_drawn
 from unifiedar.train.batches import Pictures
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -113,6 +113,23 @@ def test_distance_refuses(x, y, words):
         frechet_distance(x, y)
 
 
+# ---- the cost of 8 bits
+
+
+def test_logit_cost():
+    exact = torch.tensor([[0.0, 1, 2], [3, 0, 3]])
+    same = logit_cost(exact, exact)
+    assert (same["largest"], same["mean"], same["same_code"], same["divergence"]) == (0, 0, 1, 0)
+    assert same["deviation"] == pytest.approx(math.sqrt((2 / 3 + 2) / 2))
+    other = exact + torch.tensor([[0.0, 1.5, 0], [0, 0, 0]])
+    found = logit_cost(exact[None], other[None])
+    assert found["largest"] == 1.5
+    assert found["mean"] == pytest.approx(0.25)
+    assert found["same_code"] == 0.5
+    p, q = exact[0].double().softmax(0), other[0].double().softmax(0)
+    assert found["divergence"] == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+
+
 # ---- the figures
 
 
@@ -208,6 +225,7 @@ def test_command_and_card(measured, tmp_path, capsys):
         "held_out_psnr_db 27.25",
         "| loss | 0.5 | 1.5 | 2.5 | 3.5 |",
         "**not** Inception",
+        f"| fp8 | {figures['eight_bits']['fp8']['largest']:.3f} |",
     ):
         assert part in text, part
     assert (docs / card.SHEET).is_file()

@@ -7,6 +7,7 @@ with each other, not with published ones. Few pictures are held out, which lifts
 pictures of the same classes come to is given beside it.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from unifiedar.models import VAR, VILAU
 from unifiedar.quality import Measure, decibels
 from unifiedar.train.batches import Pictures
 
-__all__ = ["frechet_distance", "measure_drawn", "sampling"]
+__all__ = ["frechet_distance", "logit_cost", "measure_drawn", "sampling"]
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -54,6 +55,41 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         roots.append(torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows)
     shared = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
     return max(0.0, float((means[0] - means[1]).square().sum()) + spread - 2 * float(shared))
+
+
+def logit_cost(exact: Tensor, other: Tensor) -> dict[str, float]:
+    """What coarser weights change in logits (..., K) of the same codes.
+
+    Returns:
+        "largest" and "mean" absolute difference, beside the "deviation" of the exact logits from their mean in a row;
+        "same_code", the share of rows with the same largest logit; "divergence", the mean of KL(exact, other) in nats.
+    """
+    exact, other = exact.double().flatten(0, -2), other.double().flatten(0, -2)
+    difference = (other - exact).abs()
+    log_p, log_q = exact.log_softmax(1), other.log_softmax(1)
+    return {
+        "largest": float(difference.max()),
+        "mean": float(difference.mean()),
+        "deviation": float(exact.var(1, correction=0).mean().sqrt()),
+        "same_code": float((exact.argmax(1) == other.argmax(1)).double().mean()),
+        "divergence": float((log_p.exp() * (log_p - log_q)).sum(1).mean()),
+    }
+
+
+def _eight_bits(model: VAR, pictures: Pictures, labels: Tensor, batch: int) -> dict[str, dict[str, float]]:
+    """`logit_cost` of each form of 8 bits, teacher-forced on pictures (at most 256) of labels (N,)."""
+    count = min(256, len(labels))
+    parts = torch.arange(count).split(batch)
+    coded = [model.encode(pictures.images[part.to(pictures.images.device)]) for part in parts]
+
+    @torch.no_grad()
+    def logits(one: VAR) -> Tensor:
+        pairs = zip(parts, coded, strict=True)
+        return torch.cat([one.teacher_forced(labels[part], codes).cpu() for part, codes in pairs])
+
+    exact = logits(model)
+    forms = ("int8", "fp8")
+    return {form: logit_cost(exact, logits(copy.deepcopy(model).quantize_weights(form))) for form in forms}
 
 
 def sampling(model: VAR, *, cfg: float = 1.5, top_k: int | None = None, top_p: float = 0.96) -> dict[str, Any]:
@@ -111,6 +147,7 @@ def measure_drawn(
                 the drawings to the training pictures of the same classes ("drawn_to_seen")
             "rebuilt": peak signal-to-noise ratios of the tokenizer, in dB, and the share of its codes that the training
                 pictures use
+            "eight_bits": what weights of 8 bits change in the logits of the held-out pictures' codes (`logit_cost`)
             "named", "seen_named": shares of drawings (of the first round), and of training pictures of the same
                 classes, that the judge names right, if classes are concepts
         And a sheet's pictures (N, 3, S, S) uint8 with their texts: of sixteen classes or fewer a training picture and
@@ -166,6 +203,7 @@ def measure_drawn(
             "seen_pictures": len(real),
         },
         "rebuilt": {**ratios, "codes_used": float(used.double().mean())},
+        "eight_bits": _eight_bits(model, held_out, labels, batch),
     }
     if classes.kind == "concept":
         first, concepts = pictures[: len(labels)], held_out.concepts.cpu()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unifiedar import checkpoints, engine
 from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, ModulatedNorm, NextScaleAttention, ScaleBook
+from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook
 
 __all__ = ["VAR", "VARConfig", "config_of"]
 
@@ -101,22 +101,27 @@ def _published(depth: int, scales: tuple[int, ...] = VARConfig.scales, shared: b
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A product in the dtype of its weights or, under autocast, in that of autocast."""
-    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype))
+_Layer = nn.Linear | Linear8bit
 
 
-def _projection(layers: nn.Module) -> nn.Linear:
+def _linear(layer: _Layer, x: Tensor) -> Tensor:
+    """A product in the dtype of its weights (for 8 bits, that of its bias) or, under autocast, in that of autocast."""
+    dtype = layer.dtype if isinstance(layer, Linear8bit) else layer.weight.dtype
+    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+
+
+def _projection(layers: nn.Module) -> _Layer:
     """The one behind SiLU, as published: under the key 1."""
     found = layers.get_submodule("1")
-    assert isinstance(found, nn.Linear)
+    assert isinstance(found, _Layer)
     return found
 
 
 class _MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1: _Layer = nn.Linear(dim, hidden)
+        self.fc2: _Layer = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(self.fc2, self._hidden(x))
@@ -374,6 +379,7 @@ class VAR(nn.Module):
             gate: factor on those that make gates (published `alng`).
             head: factor on the classifier's.
         """
+        self._not_8bit("initialize")
         unit = math.sqrt(1 / self.config.dim / 3)
 
         for module in self.modules():
@@ -445,6 +451,7 @@ class VAR(nn.Module):
         vae: VQVAE | str | Path | None = None,
         decoder_dtype: torch.dtype | None = None,
         config: VARConfig | None = None,
+        weights: str | None = None,
     ) -> "VAR":
         """Load a model in eval mode, without gradients.
 
@@ -457,10 +464,11 @@ class VAR(nn.Module):
             decoder_dtype: of the tokenizer's decoder, unless `vae` is loaded already.
             config: sizes. None takes those of config.json in the folder or, for a file, reads them off the tensors,
                 with square scales, heads of 64 channels if there are no gains to count, and published settings.
+            weights: None or, in 8 bits, "int8" or "fp8" (see `quantize_weights`), rounded before `dtype` rounds them.
 
         Raises:
             CheckpointError: one sentence with the file, what is wrong with it and the way out.
-            ValueError, TypeError: for a vae that does not go with the model.
+            ValueError, TypeError: for a vae that does not go with the model, or other weights.
         """
         found = checkpoints.resolve(path)
         own: Any = None
@@ -481,6 +489,8 @@ class VAR(nn.Module):
         if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
             raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)
+        if weights is not None:
+            model.quantize_weights(weights)
         model.cast_products(dtype or model.dtype)  # a small copy has vectors in another dtype than matrices
         if names and len(names) != config.num_classes:
             raise checkpoints.CheckpointError(
@@ -501,6 +511,7 @@ class VAR(nn.Module):
 
         The tokenizer is not written; `save_whole` does that too.
         """
+        self._not_8bit("save")
         return self._write(folder, self.state_dict(), self.config.to_dict())
 
     def save_whole(
@@ -525,6 +536,7 @@ class VAR(nn.Module):
     def whole(self) -> dict[str, Tensor]:
         """The state_dict and, under names that begin with "vae.", the tokenizer's; ValueError without one."""
         vae = self._tokenizer("whole")
+        self._not_8bit("whole")
         return {**self.state_dict(), **{_VAE + name: value for name, value in vae.state_dict().items()}}
 
     def _write(
@@ -536,6 +548,7 @@ class VAR(nn.Module):
 
     def export(self, path: str | Path) -> None:
         """Write the published layout: one file with the state_dict in float32, which VAR's own code loads."""
+        self._not_8bit("export")
         path = Path(path)
         state = {
             name: (value.float() if value.is_floating_point() else value).cpu().contiguous()
@@ -570,6 +583,41 @@ class VAR(nn.Module):
         for part in (self.shared_ada_lin, self.head_nm, self.head):
             part.to(dtype)
         return self
+
+    def quantize_weights(self, form: str = "int8") -> "VAR":
+        """Put what the blocks multiply by, and what makes their vectors of the condition, into 8 bits, in place.
+
+        Nearly all of a large model: half the memory of half precision, and half the bytes to read at every scale.
+        Embeddings, norms and the classifier stay. What it costs in logits: `quality_drawn.logit_cost`. Products still
+        run in half precision, with weights widened on the way (`ops.linear_8bit`, whose "triton" backend that is;
+        "eager" widens all of a layer's weights at every call, which is right but slow).
+
+        Args:
+            form: "int8" or "fp8" (e4m3), one scale an output (see `checkpoints.quantize_rows`). Weights that came from
+                a folder in int8 are the stored ones again.
+
+        Returns:
+            The model itself. It cannot be trained or saved any more; `cast_products` keeps the 8 bits.
+
+        Raises:
+            ValueError: for another form, weights that are not finite, or a model that is in 8 bits already.
+        """
+        self._not_8bit("quantize_weights")
+        found: list[tuple[nn.Module, str, nn.Linear]] = []
+        for part in (self.blocks, self.shared_ada_lin):
+            for module in part.modules():
+                found += [(module, name, one) for name, one in module.named_children() if isinstance(one, nn.Linear)]
+        if not all(layer.weight.isfinite().all() for _, _, layer in found):
+            raise ValueError("quantize_weights: weights must be finite, got inf or nan")
+        for module, name, layer in found:
+            weight, scale = checkpoints.quantize_rows(layer.weight.detach(), form)
+            setattr(module, name, Linear8bit(weight, scale, layer.bias, layer.weight.dtype))
+        self.forget_captures()
+        return self
+
+    def _not_8bit(self, function: str) -> None:
+        if any(isinstance(one, Linear8bit) for one in self.modules()):
+            raise ValueError(f"{function}: weights must not be in 8 bits; do it before quantize_weights")
 
     # ---- the transformer
 
