@@ -1,7 +1,6 @@
 """A VAR with weights of 8 bits: the model whose weights were rounded to them, in less memory."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from var_small import CONFIGS, given_codes, var
 from unifiedar import checkpoints
 from unifiedar.models import VAR
 from unifiedar.nn import Linear8bit
-from unifiedar.ops import linear_8bit
 from unifiedar.train.export import export
 
 FORMS = ("int8", "fp8")
@@ -107,6 +105,8 @@ def test_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name}: weights must not be in 8 bits"):
             call()
+    with pytest.raises(ValueError, match="backend must be one that this operator has"):
+        var().quantize_weights("int8", backend="cuda").generate([0])
     with pytest.raises(ValueError, match="form must be 'int8' or 'fp8'"):
         var().quantize_weights("int4")
     broken = var()
@@ -117,11 +117,10 @@ def test_refuses(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
-def test_on_a_gpu_with_graphs(form, monkeypatch):
+def test_on_a_gpu_with_graphs(form):
     """Triton's products, captured: the codes that the rounded model draws, but for logits that are nearly equal."""
-    monkeypatch.setattr("unifiedar.nn.linear.linear_8bit", partial(linear_8bit, backend="triton"))
     want = rounded(var(), form).to("cuda").cast_products(torch.bfloat16)
-    model = var().quantize_weights(form).to("cuda").cast_products(torch.bfloat16)
+    model = var().quantize_weights(form, backend="triton").to("cuda").cast_products(torch.bfloat16)
     for one in (want, model):
         one.attach(var().vae.to("cuda"))
     labels = list(range(8))

@@ -584,7 +584,7 @@ class VAR(nn.Module):
             part.to(dtype)
         return self
 
-    def quantize_weights(self, form: str = "int8") -> "VAR":
+    def quantize_weights(self, form: str = "int8", *, backend: str = "auto") -> "VAR":
         """Put what the blocks multiply by, and what makes their vectors of the condition, into 8 bits, in place.
 
         Nearly all of a large model: half the memory of half precision, and half the bytes to read at every scale.
@@ -595,6 +595,7 @@ class VAR(nn.Module):
         Args:
             form: "int8" or "fp8" (e4m3), one scale an output (see `checkpoints.quantize_rows`). Weights that came from
                 a folder in int8 are the stored ones again.
+            backend: of `ops.linear_8bit`.
 
         Returns:
             The model itself. It cannot be trained or saved any more; `cast_products` keeps the 8 bits.
@@ -611,7 +612,7 @@ class VAR(nn.Module):
             raise ValueError("quantize_weights: weights must be finite, got inf or nan")
         for module, name, layer in found:
             weight, scale = checkpoints.quantize_rows(layer.weight.detach(), form)
-            setattr(module, name, Linear8bit(weight, scale, layer.bias, layer.weight.dtype))
+            setattr(module, name, Linear8bit(weight, scale, layer.bias, layer.weight.dtype, backend=backend))
         self.forget_captures()
         return self
 

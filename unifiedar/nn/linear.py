@@ -19,6 +19,7 @@ class Linear8bit(nn.Module):
         scale: (N,) float32: the layer's weights are scale[:, None] weight.
         bias: (N,) floats, or None.
         dtype: what products run in where the caller does not say; `.to(dtype)` changes it and leaves the 8 bits alone.
+        backend: of `linear_8bit`.
 
     Buffers:
         weight, scale: as given.
@@ -30,18 +31,27 @@ class Linear8bit(nn.Module):
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-        self.dtype = dtype
+        self.dtype, self.backend = dtype, backend
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) to (..., N) in the dtype of x, under autocast in that of autocast; `bias` in place of its own."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return linear_8bit(x, self.weight, self.scale, self.bias if bias is None else bias)
+        bias = self.bias if bias is None else bias
+        return linear_8bit(x, self.weight, self.scale, bias, backend=self.backend)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.to(dtype)` would widen weights of fp8, which count as floating point, and round the scales.
