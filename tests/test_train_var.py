@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +184,42 @@ sys.exit(train.main(sys.argv[1:]))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_shares_of_a_model_train_like_whole_ones(data, tmp_path, shared):
+    """Two ranks, with a share each and with the whole each: the same weights, average and moments. Stopped and resumed,
+    in the same way or the other, it is the same run."""
+    vae = new_tokenizer(tmp_path / "vae")
+    out = [tmp_path / name for name in ("whole", "shares", "resumed", "crossed", "back")]
+    common = f"var --data {data} --vae {vae} --device cpu --precision fp32 --config tiny --batch 4 --steps 12 "
+    common += "--accumulate 2 --drop-path 0.3 --lr 0.05 --ema 0.9 --save-every 100 --sheet-every 100 --out "
+    commands = [f"0 {common}{out[0]}", f"0 {common}{out[1]} --shard"]
+    for folder, first, second in ((out[2], "--shard", "--shard"), (out[3], "--shard", ""), (out[4], "", "--shard")):
+        commands += [f"3 {common}{folder} {first} --minutes 0", f"0 {common}{folder} {second} --resume"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    script = Path(__file__).with_name("sharded_ranks.py")
+    config = repr(replace(SIZES, shared_adaln=shared))
+    done = subprocess.run(
+        [*launch, str(script), config, " ; ".join(commands)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(one / "last.pt", weights_only=True) for one in out]
+    assert torch.equal(states[1]["model"]["head.weight"], states[2]["model"]["head.weight"])
+    models = [checkpoints.load_tensors(one / "model") for one in out]
+    assert equal(models[1], models[2]), "resumed with shares, bit for bit"
+    moved = max(float((a - 1).abs().max()) for a in models[0].values() if a.ndim == 1 and a.is_floating_point())
+    assert moved > 0.01
+    for state, model in zip(states[1:], models[1:], strict=True):
+        assert state["step"] == 12
+        for part in ("model", "averaged"):
+            for name, value in states[0][part].items():
+                assert torch.allclose(state[part][name].nan_to_num(), value.nan_to_num(), rtol=1e-4, atol=1e-5), name
+        for i, moments in states[0]["optimizer"]["state"].items():
+            for name, value in moments.items():
+                assert torch.allclose(state["optimizer"]["state"][i][name], value, rtol=1e-3, atol=1e-6), (i, name)
+        assert model.keys() == models[0].keys()
+        assert VAR.from_checkpoint(out[1] / "model").generate([0], seed=0).shape == (1, 3, 16, 16)
+
+
 # ---- pieces
 
 
@@ -336,6 +373,7 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         ("var", ["--end-rate", "nan"], "--end-rate must be from 0 to 1, got nan"),
         ("var", ["--vae", "/nowhere"], r"--vae: .*no such model"),
         ("var", ["--resume"], "no checkpoint"),
+        ("var", ["--shard"], "--shard needs several ranks"),
     ],
 )
 def test_bad_options(data, tmp_path, stage, options, words):

@@ -10,7 +10,7 @@ its picture would lose an edge. Their codes are computed once.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import VAR, VQVAE
@@ -36,6 +36,17 @@ def scale_means(lengths: Sequence[int], device: torch.device) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     rows = F.one_hot(owner, len(lengths)).T.float()
     return (rows / rows.sum(1, keepdim=True)).to(device)
+
+
+def groups(model: VAR) -> Iterator[nn.Module | list[nn.Module]]:
+    """What `--shard` gathers together: the projections of the condition, one by one, then every block's two branches.
+
+    A block itself is never called; the vectors that it adds to a shared projection stay with the model.
+    """
+    for block in model._each():
+        if not model.config.shared_adaln:
+            yield block.ada_lin.get_submodule("1")
+        yield [block.attn, block.ffn]
 
 
 class _Learned:
@@ -69,6 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--drop-path", type=float, help="chance that the last block is left out (default: the sizes')")
     parser.add_argument("--adaln", type=float, default=0.5, help="factor on first weights of scales and shifts (0.5)")
     parser.add_argument("--gate", type=float, default=1e-3, help="factor on first weights of gates (default: 1e-3)")
+    parser.add_argument("--shard", action="store_true", help="share weights and moments out to the ranks (FSDP2)")
     parser.add_argument("--end-rate", type=float, default=0.1, help="share of the rate at the end (default: 0.1)")
     return parser.parse_args(argv)
 
@@ -78,7 +90,7 @@ class _Losses:
 
     def __init__(self, args: argparse.Namespace, loop: Loop[VAR], learned: _Learned):
         self.args, self.loop, self.learned = args, loop, learned
-        self.forward = loop.compiled(loop.model.forward)
+        self.forward = loop.compiled(loop.model)
         self.means = scale_means(loop.model.config.lengths, loop.device)
 
     def of(self, logits: Tensor, codes: Tensor) -> dict[str, Tensor]:
@@ -137,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
         return model
 
     schedule = partial(lin0, end=args.end_rate)
-    loop = Loop(args, make, schedule=schedule, clip=2.0, undecayed=UNDECAYED)
+    loop = Loop(args, make, schedule=schedule, clip=2.0, undecayed=UNDECAYED, groups=groups)
     vae = first.to(loop.device)
     loop.averaged.attach(vae)
     loop.averaged.class_names = tuple(names)
