@@ -694,7 +694,8 @@ class VAR(nn.Module):
 
         Args:
             label_B: (B,) int64; num_classes is none.
-            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes.
+            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes; L counts those of
+                all scales, or of the first few for these alone.
 
         Returns:
             (B, L, K) float32: for every code of every scale, given all earlier scales.
@@ -703,14 +704,17 @@ class VAR(nn.Module):
             TypeError, ValueError: for an argument of another dtype or shape or, on the CPU, a label out of range.
         """
         config, lengths = self.config, self.config.lengths
-        shape = (sum(lengths) - lengths[0], config.code_dim)
+        sizes = [sum(lengths[1 : i + 1]) for i in range(len(lengths))]
         if not isinstance(x_BLCv_wo_first_l, Tensor) or not x_BLCv_wo_first_l.is_floating_point():
             found = getattr(x_BLCv_wo_first_l, "dtype", type(x_BLCv_wo_first_l).__name__)
             raise TypeError(f"forward: x_BLCv_wo_first_l must be a floating-point tensor, got {found}")
-        if x_BLCv_wo_first_l.ndim != 3 or x_BLCv_wo_first_l.shape[1:] != shape:
+        shape = tuple(x_BLCv_wo_first_l.shape)
+        if len(shape) != 3 or shape[1] not in sizes or shape[2] != config.code_dim:
             raise ValueError(
-                f"forward: x_BLCv_wo_first_l must be (B, {shape[0]}, {shape[1]}), got {tuple(x_BLCv_wo_first_l.shape)}"
+                f"forward: x_BLCv_wo_first_l must be (B, {sizes[-1]}, {config.code_dim}), or with codes of the first "
+                f"scales alone one of {sizes[:-1]}, got {shape}"
             )
+        lengths = lengths[: 1 + sizes.index(shape[1])]
         looks = not torch.compiler.is_compiling() and not (isinstance(label_B, Tensor) and label_B.is_cuda)
         labels = self._labels("forward", "label_B", label_B, values=looks)
         if len(labels) != len(x_BLCv_wo_first_l):
@@ -721,7 +725,7 @@ class VAR(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             condition, places = self.class_emb(labels), self._places()
             rest = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype)).to(self.wide)
-            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] :]), 1)
+            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] : sum(lengths)]), 1)
         return self._logits(tokens, self._modulations(condition), lengths)
 
     # ---- codes and pictures
