@@ -170,8 +170,8 @@ def _page(one: dict[str, Any]) -> str:
         rows.append([form, *values])
     lines += [
         "With `VAR.quantize_weights`, the change of logits, teacher-forced on the held-out pictures, whose standard "
-        f"deviation in a row is {next(iter(cost.values()))['deviation']:.2f} (int8 is how the weights ship: it changes "
-        "nothing but the order of sums):",
+        f"deviation in a row is {next(iter(cost.values()))['deviation']:.2f} (weights read from an int8 folder lose "
+        "nothing by int8 a second time):",
         "",
         *_table(rows),
         "",
