@@ -174,10 +174,13 @@ def test_figures_are_those_of_what_is_drawn(parts, monkeypatch):
     assert torch.equal(sheet[0], train.images[train.concepts == 0][0])
 
 
-def test_classes_may_be_styles(parts):
-    train, held_out = parts
+def test_classes_may_be_styles(tmp_path, device):
+    where = torch.device(device)
+    train, held_out = Pictures.load(write_pictures(tmp_path / "data"), list(STYLES), where, 16)
     options = {"rounds": 1, "batch": 64, "settings": {"cfg": 0.0, "top_k": 0, "top_p": 0.0}}
-    figures, _ = measure_drawn(small_var(STYLES), small_model(), train, held_out, **options)
+    model = small_var(STYLES).to(where)
+    model.vae.to(where)
+    figures, _ = measure_drawn(model, small_model().to(where), train, held_out, **options)
     assert figures["classes"] == "style"
     assert figures["frechet"]["seen_pictures"] == len(train)
     assert "named" not in figures
