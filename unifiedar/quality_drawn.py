@@ -20,7 +20,7 @@ from unifiedar.models import VAR, VILAU
 from unifiedar.quality import Measure, decibels
 from unifiedar.train.batches import Pictures
 
-__all__ = ["frechet_distance", "logit_cost", "measure_drawn", "sampling"]
+__all__ = ["frechet_distance", "logit_cost", "measure_drawn", "sampling", "sizes"]
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

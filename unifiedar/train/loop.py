@@ -136,8 +136,8 @@ class Loop(Generic[M]):
     step is reseeded from (seed, step, rank), so that a run resumed after a kill is the run that was not killed.
 
     Each rank has a whole model, or with `--shard`, for stages that give `groups`, its share of the parameters, of their
-    average and of AdamW's moments (FSDP2, Zhao et al., arXiv:2304.11277): gathered group by group when a forward or
-    backward comes to them. Checkpoints are whole in either case, so that a run may go on in the other way, or on
+    average and of AdamW's moments (FSDP2, a successor of Zhao et al., arXiv:2304.11277): gathered group by group when a
+    forward or backward comes to them. Checkpoints are whole in either case, so that a run may go on in the other way, or on
     another number of ranks.
 
     Args:
@@ -265,8 +265,9 @@ class Loop(Generic[M]):
     def _load(self) -> None:
         if not self._path.is_file():
             raise fail(f"--resume: no checkpoint {self._path}")
+        # Of a whole model that every rank takes a share of, the file's pages in memory serve all ranks of a host.
         where = torch.device("cpu") if self.sharded else self.device
-        state = torch.load(self._path, map_location=where, weights_only=True)
+        state = torch.load(self._path, map_location=where, weights_only=True, mmap=self.sharded)
         self.averaged.load_state_dict(state["averaged"])
         if self.sharded:
             own = self.model.state_dict()
