@@ -137,8 +137,8 @@ class Loop(Generic[M]):
 
     Each rank has a whole model, or with `--shard`, for stages that give `groups`, its share of the parameters, of their
     average and of AdamW's moments (FSDP2, a successor of Zhao et al., arXiv:2304.11277): gathered group by group when a
-    forward or backward comes to them. Checkpoints are whole in either case, so that a run may go on in the other way, or on
-    another number of ranks.
+    forward or backward comes to them. Checkpoints are whole in either case, so that a run may go on in the other way,
+    or on another number of ranks.
 
     Args:
         args: with the options of `add_arguments`.
