@@ -123,7 +123,7 @@ def _page(one: dict[str, Any]) -> str:
         "Recomputed by `unifiedar bench quality --model FOLDER --data FOLDER`"
         f" ({one['seconds']:.0f} s on {one['device']}, torch {one['torch']}).",
         "",
-        f"Fréchet distance in float64 over the {one['features']['of']} of the model `{one['features']['network']}`, "
+        f"Fréchet distance in float64 over {one['features']['of']} of the model `{one['features']['network']}`, "
         f"{one['features']['width']} channels, **not** Inception: it compares with nothing but figures of the same "
         f"network. {one['held_out_pictures']} pictures are few for it, which lifts all distances to them; real "
         "pictures of the same classes, in the styles that training has of them, show what is left at best.",
@@ -170,8 +170,7 @@ def _page(one: dict[str, Any]) -> str:
         rows.append([form, *values])
     lines += [
         "With `VAR.quantize_weights`, the change of logits, teacher-forced on the held-out pictures, whose standard "
-        f"deviation in a row is {next(iter(cost.values()))['deviation']:.2f} (weights read from an int8 folder lose "
-        "nothing by int8 a second time):",
+        f"deviation in a row is {next(iter(cost.values()))['deviation']:.2f}:",
         "",
         *_table(rows),
         "",
@@ -201,7 +200,7 @@ def _training(stages: dict[str, dict[str, Any]]) -> list[str]:
         keys = ("loss", "accuracy", "held_out_loss", "held_out_accuracy", "held_out_psnr_db")
         found = [f"{key} {last[key]:.4g}" for key in keys if key in last]
         rows.append([names[stage], f"{last['step']:,}", f"{last['pictures_per_second']:,.0f}", ", ".join(found)])
-    lines = ["## Training", "", "By docs/recipes/var.sh, seed 0:", "", *_table(rows), ""]
+    lines = ["## Training", "", "As [the recipe](recipes/var.sh) does it:", "", *_table(rows), ""]
     scales = [key for key in stages["var"] if key.startswith("scale_") and key.endswith("_loss")]
     if scales:
         head = ["last step, by scale", *[str(i + 1) for i in range(len(scales))]]

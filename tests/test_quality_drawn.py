@@ -1,5 +1,6 @@
 """What a VAR's drawings are measured by: the Frechet distance against closed forms, the command, the card."""
 
+import copy
 import json
 import math
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from small import CONCEPTS, STYLES, small_model, write_pictures
 
-from unifiedar import quality
+from unifiedar import checkpoints, quality
 from unifiedar.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from unifiedar.models.convolutional import DecoderConfig
 from unifiedar.quality_drawn import frechet_distance, logit_cost, measure_drawn
@@ -174,6 +175,23 @@ def test_figures_are_those_of_what_is_drawn(parts, monkeypatch):
     assert torch.equal(sheet[0], train.images[train.concepts == 0][0])
 
 
+def test_cost_of_8_bits_is_told_of_the_exact_model(parts):
+    """An int8 model loses nothing by int8 a second time; the one that it was made from does."""
+    train, held_out = parts
+    exact = small_var(STYLES)
+    model = copy.deepcopy(exact)
+    for layer in (*model.blocks.modules(), *model.shared_ada_lin.modules()):
+        if isinstance(layer, torch.nn.Linear):
+            entries, scale = checkpoints.quantize_rows(layer.weight)
+            layer.weight.copy_(entries.float() * scale[:, None])
+    options = {"rounds": 1, "batch": 64, "settings": {"cfg": 0.0, "top_k": 0, "top_p": 0.0}}
+    costs = [
+        measure_drawn(model, small_model(), train, held_out, **options, exact=one)[0]["eight_bits"]["int8"]["mean"]
+        for one in (None, exact)
+    ]
+    assert costs[0] < 0.01 * costs[1]
+
+
 def test_classes_may_be_styles(tmp_path, device):
     where = torch.device(device)
     train, held_out = Pictures.load(write_pictures(tmp_path / "data"), list(STYLES), where, 16)
@@ -262,6 +280,7 @@ def test_command_refuses(measured, tmp_path, capsys):
         (["--model", judge, "--rounds", "2"], "--rounds: only a VAR"),
         (["--model", str(measured / "model"), "--guidance", "0.5"], "--guidance: must be at least 1"),
         (["--model", str(measured / "model"), "--judge", str(tmp_path / "no")], "no such model"),
+        (["--model", str(measured / "model"), "--judge", judge, "--exact", str(tmp_path / "no")], "no such model"),
         (["--model", str(measured / "model"), "--judge", judge, "--top-k", "25"], "top_k must be from 0 to 24"),
     ):
         assert quality.main(["--data", data, "--styles", *STYLES, "--device", "cpu", *argv]) == 1

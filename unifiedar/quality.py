@@ -175,6 +175,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for quality.json and the sheets of drawn pictures")
     only = parser.add_argument_group("a VAR (a folder with its tokenizer)")
     only.add_argument("--judge", help="the model whose tower makes features, and which names drawings (default: emoji)")
+    only.add_argument("--exact", help="the folder it was made from: what 8 bits cost is told of that (default: itself)")
     only.add_argument("--rounds", type=int, help="drawings of the class of each held-out picture (default: 8)")
     only.add_argument("--guidance", type=float, help="strength, 1 being none (default: 2.5, published as cfg 1.5)")
     only.add_argument("--top-k", type=int, help="codes to draw from (default: 900)")
@@ -224,7 +225,7 @@ def _load(args: argparse.Namespace, device: torch.device, size: int) -> tuple[Pi
 
 
 def _of_vilau(args: argparse.Namespace, found: Path, device: torch.device) -> _Result:
-    for name in ("judge", "rounds", "guidance", "top_k", "top_p"):
+    for name in ("judge", "exact", "rounds", "guidance", "top_k", "top_p"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: only a VAR is measured with it, and {found} is none")
     model = VILAU.from_checkpoint(found, device=device)
@@ -263,6 +264,7 @@ def _of_var(args: argparse.Namespace, found: Path, device: torch.device) -> _Res
             judge,
             train,
             held_out,
+            exact=None if args.exact is None else VAR.from_checkpoint(args.exact, device=device),
             rounds=args.rounds or 8,
             batch=args.batch,
             settings=settings,
@@ -272,7 +274,7 @@ def _of_var(args: argparse.Namespace, found: Path, device: torch.device) -> _Res
     about = {
         "kind": "var",
         "sizes": quality_drawn.sizes(model, found),
-        "features": {"network": name, "of": "vision tower, unit vectors", "width": vision.hidden_size},
+        "features": {"network": name, "of": "unit vectors of the vision tower", "width": vision.hidden_size},
         "sampling": settings,
     }
     return {"data": data | {"held_out_pictures": len(held_out)}, **about, **figures}, {"drawn": sheet}

@@ -125,6 +125,7 @@ def measure_drawn(
     rounds: int,
     batch: int,
     settings: dict[str, Any],
+    exact: VAR | None = None,
     progress: Callable[[int], object] = int,
 ) -> tuple[dict[str, Any], tuple[Tensor, list[str]]]:
     """Figures of a VAR, and pictures to look at.
@@ -137,6 +138,7 @@ def measure_drawn(
         rounds: drawings of the class of each held-out picture; round r has the seed r.
         batch: pictures at a time; it changes what a seed draws (see `VAR.generate`).
         settings: cfg, top_k and top_p of `VAR.generate`.
+        exact: the model before its weights were rounded, with its tokenizer, if it is one whose were.
         progress: called with the number of pictures finished since the last call.
 
     Returns:
@@ -147,7 +149,8 @@ def measure_drawn(
                 the drawings to the training pictures of the same classes ("drawn_to_seen")
             "rebuilt": peak signal-to-noise ratios of the tokenizer, in dB, and the share of its codes that the training
                 pictures use
-            "eight_bits": what weights of 8 bits change in the logits of the held-out pictures' codes (`logit_cost`)
+            "eight_bits": what weights of 8 bits change in the logits of the held-out pictures' codes (`logit_cost`), of
+                `exact` if there is one
             "named", "seen_named": shares of drawings (of the first round), and of training pictures of the same
                 classes, that the judge names right, if classes are concepts
         And a sheet's pictures (N, 3, S, S) uint8 with their texts: of sixteen classes or fewer a training picture and
@@ -203,7 +206,7 @@ def measure_drawn(
             "seen_pictures": len(real),
         },
         "rebuilt": {**ratios, "codes_used": float(used.double().mean())},
-        "eight_bits": _eight_bits(model, held_out, labels, batch),
+        "eight_bits": _eight_bits(exact or model, held_out, labels, batch),
     }
     if classes.kind == "concept":
         first, concepts = pictures[: len(labels)], held_out.concepts.cpu()

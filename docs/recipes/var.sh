@@ -27,4 +27,4 @@ stage() { # stage NAME OPTIONS...: 1,024 pictures a step, shared by the GPUs
 stage vae --steps "${VAE_STEPS:-6000}" --lr 1.5e-3 --augmentation 0.3
 stage var --steps "${VAR_STEPS:-6000}" --lr 5e-4 --vae "$out/vae/model"
 python3 -m unifiedar train export --model "$out/var/model" --out "$out/model"
-python3 -m unifiedar bench quality --data "$out/data" --model "$out/model" --out "$out/quality"
+python3 -m unifiedar bench quality --data "$out/data" --model "$out/model" --exact "$out/var/model" --out "$out/quality"
