@@ -127,11 +127,13 @@ class _MLP(nn.Module):
         return _linear(self.fc2, self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
-        weight, bias = self.fc1.weight, self.fc1.bias
-        half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
-        if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
-            # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
-            return torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True).unflatten(0, x.shape[:-1])
+        if isinstance(self.fc1, nn.Linear):
+            weight, bias = self.fc1.weight, self.fc1.bias
+            half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
+            if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
+                # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
+                flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True)
+                return flat.unflatten(0, x.shape[:-1])
         return F.gelu(_linear(self.fc1, x), approximate="tanh")
 
 
