@@ -1,4 +1,4 @@
-"""`python -m bench`: list the cases, measure a family, try tiles, certify attention, write the scoreboard."""
+"""`python -m bench`: list the cases, measure a family, try tiles, certify attention, write scoreboard and card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import _results, _scoreboard, certificate
+from bench import _results, _scoreboard, card, certificate
 from bench._case import Case, families, family_cases, run_family
 from bench._start import fresh
 from bench.tune import KNOBS, tune
@@ -33,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _tune(arguments)
         if arguments.command == "certificate":
             return _certify(arguments)
+        if arguments.command == "card":
+            if arguments.run is not None:
+                card.take(arguments.run, arguments.docs)
+            print(f"wrote {card.write(arguments.docs)}")
+            return 0
         return _measure(arguments)
-    except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib) as problem:
+    except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib, card.CardError) as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
 
@@ -49,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     board = commands.add_parser("scoreboard", help="write docs/scoreboard.md from measured results")
     board.add_argument("--results", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
     board.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
+    page = commands.add_parser("card", help="write docs/model-card-var.md from measured figures")
+    page.add_argument("run", nargs="?", type=Path, help="folder that docs/recipes/var.sh filled, taken into docs first")
+    page.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
     turn = commands.add_parser("tune", help="try other tiles for the kernels of a family, on a GPU")
     turn.add_argument("family", choices=sorted(KNOBS))
     turn.add_argument("--case", action="append", metavar="PATTERN", help="only cases of this name; repeatable")

@@ -41,6 +41,7 @@ class Knob:
 
 
 _ATTENTION = "unifiedar.kernels.attention"
+_LINEAR = "unifiedar.kernels.linear"
 KNOBS: dict[str, tuple[Knob, ...]] = {
     "codes": (
         Knob(
@@ -81,6 +82,13 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
             ),
             ("plan",),
         ),
+    ),
+    # rows, outputs, inputs, warps, stages, parts of K; for few rows, and for many
+    "var": (
+        Knob(_LINEAR, "tile", "-m2", ((16, 64, 128, 4, 6, 3), (16, 64, 256, 4, 3, 3), (16, 128, 128, 8, 4, 6))),
+        Knob(_LINEAR, "tile", "-m32", ((32, 64, 128, 4, 6, 2), (32, 64, 256, 4, 3, 2), (32, 128, 128, 8, 4, 4))),
+        Knob(_LINEAR, "tile", "-m128", ((128, 64, 128, 4, 3, 1), (64, 128, 128, 8, 3, 1), (128, 64, 64, 4, 4, 2))),
+        Knob(_LINEAR, "tile", "-m512", ((256, 64, 64, 4, 3, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1))),
     ),
     "attention": (
         Knob(

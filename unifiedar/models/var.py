@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unifiedar import checkpoints, engine
 from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, ModulatedNorm, NextScaleAttention, ScaleBook
+from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook
 
 __all__ = ["VAR", "VARConfig", "config_of"]
 
@@ -101,32 +101,39 @@ def _published(depth: int, scales: tuple[int, ...] = VARConfig.scales, shared: b
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A product in the dtype of its weights or, under autocast, in that of autocast."""
-    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype))
+_Layer = nn.Linear | Linear8bit
 
 
-def _projection(layers: nn.Module) -> nn.Linear:
+def _linear(layer: _Layer, x: Tensor) -> Tensor:
+    """A product in the dtype of its weights (for 8 bits, that of its bias) or, under autocast, in that of autocast."""
+    dtype = layer.dtype if isinstance(layer, Linear8bit) else layer.weight.dtype
+    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+
+
+def _projection(layers: nn.Module) -> _Layer:
     """The one behind SiLU, as published: under the key 1."""
     found = layers.get_submodule("1")
-    assert isinstance(found, nn.Linear)
+    assert isinstance(found, _Layer)
     return found
 
 
 class _MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1: _Layer = nn.Linear(dim, hidden)
+        self.fc2: _Layer = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(self.fc2, self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
-        weight, bias = self.fc1.weight, self.fc1.bias
-        half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
-        if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
-            # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
-            return torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True).unflatten(0, x.shape[:-1])
+        if isinstance(self.fc1, nn.Linear):
+            weight, bias = self.fc1.weight, self.fc1.bias
+            half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
+            if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
+                # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
+                flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True)
+                return flat.unflatten(0, x.shape[:-1])
         return F.gelu(_linear(self.fc1, x), approximate="tanh")
 
 
@@ -374,6 +381,7 @@ class VAR(nn.Module):
             gate: factor on those that make gates (published `alng`).
             head: factor on the classifier's.
         """
+        self._not_8bit("initialize")
         unit = math.sqrt(1 / self.config.dim / 3)
 
         for module in self.modules():
@@ -445,6 +453,7 @@ class VAR(nn.Module):
         vae: VQVAE | str | Path | None = None,
         decoder_dtype: torch.dtype | None = None,
         config: VARConfig | None = None,
+        weights: str | None = None,
     ) -> "VAR":
         """Load a model in eval mode, without gradients.
 
@@ -457,10 +466,11 @@ class VAR(nn.Module):
             decoder_dtype: of the tokenizer's decoder, unless `vae` is loaded already.
             config: sizes. None takes those of config.json in the folder or, for a file, reads them off the tensors,
                 with square scales, heads of 64 channels if there are no gains to count, and published settings.
+            weights: None or, in 8 bits, "int8" or "fp8" (see `quantize_weights`), rounded before `dtype` rounds them.
 
         Raises:
             CheckpointError: one sentence with the file, what is wrong with it and the way out.
-            ValueError, TypeError: for a vae that does not go with the model.
+            ValueError, TypeError: for a vae that does not go with the model, or other weights.
         """
         found = checkpoints.resolve(path)
         own: Any = None
@@ -481,6 +491,8 @@ class VAR(nn.Module):
         if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
             raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)
+        if weights is not None:
+            model.quantize_weights(weights)
         model.cast_products(dtype or model.dtype)  # a small copy has vectors in another dtype than matrices
         if names and len(names) != config.num_classes:
             raise checkpoints.CheckpointError(
@@ -501,6 +513,7 @@ class VAR(nn.Module):
 
         The tokenizer is not written; `save_whole` does that too.
         """
+        self._not_8bit("save")
         return self._write(folder, self.state_dict(), self.config.to_dict())
 
     def save_whole(
@@ -525,6 +538,7 @@ class VAR(nn.Module):
     def whole(self) -> dict[str, Tensor]:
         """The state_dict and, under names that begin with "vae.", the tokenizer's; ValueError without one."""
         vae = self._tokenizer("whole")
+        self._not_8bit("whole")
         return {**self.state_dict(), **{_VAE + name: value for name, value in vae.state_dict().items()}}
 
     def _write(
@@ -536,6 +550,7 @@ class VAR(nn.Module):
 
     def export(self, path: str | Path) -> None:
         """Write the published layout: one file with the state_dict in float32, which VAR's own code loads."""
+        self._not_8bit("export")
         path = Path(path)
         state = {
             name: (value.float() if value.is_floating_point() else value).cpu().contiguous()
@@ -570,6 +585,42 @@ class VAR(nn.Module):
         for part in (self.shared_ada_lin, self.head_nm, self.head):
             part.to(dtype)
         return self
+
+    def quantize_weights(self, form: str = "int8", *, backend: str = "auto") -> "VAR":
+        """Put what the blocks multiply by, and what makes their vectors of the condition, into 8 bits, in place.
+
+        Nearly all of a large model: half the memory of half precision, and half the bytes to read at every scale.
+        Embeddings, norms and the classifier stay. What it costs in logits: `quality_drawn.logit_cost`. Products still
+        run in half precision, with weights widened on the way (`ops.linear_8bit`, whose "triton" backend that is;
+        "eager" widens all of a layer's weights at every call, which is right but slow).
+
+        Args:
+            form: "int8" or "fp8" (e4m3), one scale an output (see `checkpoints.quantize_rows`). Weights that came from
+                a folder in int8 are the stored ones again.
+            backend: of `ops.linear_8bit`.
+
+        Returns:
+            The model itself. It cannot be trained or saved any more; `cast_products` keeps the 8 bits.
+
+        Raises:
+            ValueError: for another form, weights that are not finite, or a model that is in 8 bits already.
+        """
+        self._not_8bit("quantize_weights")
+        found: list[tuple[nn.Module, str, nn.Linear]] = []
+        for part in (self.blocks, self.shared_ada_lin):
+            for module in part.modules():
+                found += [(module, name, one) for name, one in module.named_children() if isinstance(one, nn.Linear)]
+        if not all(layer.weight.isfinite().all() for _, _, layer in found):
+            raise ValueError("quantize_weights: weights must be finite, got inf or nan")
+        for module, name, layer in found:
+            weight, scale = checkpoints.quantize_rows(layer.weight.detach(), form)
+            setattr(module, name, Linear8bit(weight, scale, layer.bias, layer.weight.dtype, backend=backend))
+        self.forget_captures()
+        return self
+
+    def _not_8bit(self, function: str) -> None:
+        if any(isinstance(one, Linear8bit) for one in self.modules()):
+            raise ValueError(f"{function}: weights must not be in 8 bits; do it before quantize_weights")
 
     # ---- the transformer
 
@@ -645,7 +696,8 @@ class VAR(nn.Module):
 
         Args:
             label_B: (B,) int64; num_classes is none.
-            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes.
+            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes; L counts those of
+                all scales, or of the first few for these alone.
 
         Returns:
             (B, L, K) float32: for every code of every scale, given all earlier scales.
@@ -654,14 +706,17 @@ class VAR(nn.Module):
             TypeError, ValueError: for an argument of another dtype or shape or, on the CPU, a label out of range.
         """
         config, lengths = self.config, self.config.lengths
-        shape = (sum(lengths) - lengths[0], config.code_dim)
+        sizes = [sum(lengths[1 : i + 1]) for i in range(len(lengths))]
         if not isinstance(x_BLCv_wo_first_l, Tensor) or not x_BLCv_wo_first_l.is_floating_point():
             found = getattr(x_BLCv_wo_first_l, "dtype", type(x_BLCv_wo_first_l).__name__)
             raise TypeError(f"forward: x_BLCv_wo_first_l must be a floating-point tensor, got {found}")
-        if x_BLCv_wo_first_l.ndim != 3 or x_BLCv_wo_first_l.shape[1:] != shape:
+        shape = tuple(x_BLCv_wo_first_l.shape)
+        if len(shape) != 3 or shape[1] not in sizes or shape[2] != config.code_dim:
             raise ValueError(
-                f"forward: x_BLCv_wo_first_l must be (B, {shape[0]}, {shape[1]}), got {tuple(x_BLCv_wo_first_l.shape)}"
+                f"forward: x_BLCv_wo_first_l must be (B, {sizes[-1]}, {config.code_dim}), or with codes of the first "
+                f"scales alone one of {sizes[:-1]}, got {shape}"
             )
+        lengths = lengths[: 1 + sizes.index(shape[1])]
         looks = not torch.compiler.is_compiling() and not (isinstance(label_B, Tensor) and label_B.is_cuda)
         labels = self._labels("forward", "label_B", label_B, values=looks)
         if len(labels) != len(x_BLCv_wo_first_l):
@@ -672,7 +727,7 @@ class VAR(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             condition, places = self.class_emb(labels), self._places()
             rest = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype)).to(self.wide)
-            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] :]), 1)
+            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] : sum(lengths)]), 1)
         return self._logits(tokens, self._modulations(condition), lengths)
 
     # ---- codes and pictures

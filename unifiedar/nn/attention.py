@@ -158,11 +158,10 @@ class NextScaleAttention(nn.Module):
         Returns:
             (2, B, H, length, D): keys and values, not initialized.
         """
-        weight = self.mat_qkv.weight
-        where = weight.device if device is None else torch.device(device)
+        where = self.q_bias.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(where.type)
-            dtype = torch.get_autocast_dtype(where.type) if autocast else weight.dtype
+            dtype = torch.get_autocast_dtype(where.type) if autocast else self.q_bias.dtype
         return torch.empty((2, batch, self.heads, length, self.head_dim), device=where, dtype=dtype)
 
     def qkv_bias(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +210,10 @@ class NextScaleAttention(nn.Module):
         batch, length, _ = x.shape
         if bias is None:
             bias = torch.cat(self.qkv_bias())
-        qkv = F.linear(x, self.mat_qkv.weight, bias).view(batch, length, 3, self.heads, self.head_dim)
+        # In 8 bits it is another module, which takes the bias.
+        dense = isinstance(self.mat_qkv, nn.Linear)
+        qkv = F.linear(x, self.mat_qkv.weight, bias) if dense else self.mat_qkv(x, bias)
+        qkv = qkv.view(batch, length, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         norm, gain = (None, None) if self.scale_mul_1H11 is None else ("l2", self.scale_mul_1H11.flatten())
         if cache is not None:

@@ -30,6 +30,7 @@ from unifiedar.ops.codes_multiscale import (
     next_scale_input,
 )
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
+from unifiedar.ops.linear import linear_8bit
 from unifiedar.ops.norm import modulated_norm, qk_norm_rope
 from unifiedar.ops.norm_group import add_group_norm, add_maps, group_norm, phase_weights
 from unifiedar.ops.sample import cut_logits, sample_codes
@@ -60,6 +61,7 @@ __all__ = [
     "cut_logits",
     "depth_decode",
     "group_norm",
+    "linear_8bit",
     "masks",
     "modulated_norm",
     "multiscale_inputs",
