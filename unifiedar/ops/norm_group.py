@@ -103,9 +103,13 @@ def _add_norm_eager(
 def _phase_weights_eager(weight: Tensor) -> Tensor:
     outs, ins = weight.shape[:2]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    # taps[phase, place, tap]: what a side's three taps see of the two pixels
-    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=dtype, device=weight.device)
-    sums = torch.einsum("aui,bvj,ocij->abocuv", taps, taps, weight.to(dtype)).reshape(4 * outs, ins, 2, 2)
+    # Of a side's three taps phase 0 sees the first alone, then the other two on one pixel; phase 1 the first two so.
+    # Only sums: a table of which taps to add would be copied from the host, which no graph captures.
+    first, middle, last = weight.to(dtype).unbind(2)
+    rows = torch.stack((first, middle + last, first + middle, last))
+    first, middle, last = rows.unbind(-1)
+    sums = torch.stack((first, middle + last, first + middle, last))  # [column and its place, row and its, O, I]
+    sums = sums.view(2, 2, 2, 2, outs, ins).permute(2, 0, 4, 5, 3, 1).reshape(4 * outs, ins, 2, 2)
     return torch.empty_like(_phase_weights_fake(weight)).copy_(sums)
 
 
@@ -271,8 +275,6 @@ def _phase_weights_unfit_triton(weight: Tensor) -> str | None:
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
-NOT_RUN = "not run on a GPU yet"
-
 _group_norm = Op(
     "group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps, bool silu) -> Tensor",
     eager=_norm_eager,
@@ -293,7 +295,7 @@ _add_maps = Op(
     "add_maps(Tensor x, Tensor shift, Tensor? residual, bool phases) -> Tensor",
     eager=_add_eager,
     fake=_add_fake,
-    backends=(Backend("triton", _run_add_triton, _add_unfit_triton, NOT_RUN),),
+    backends=(Backend("triton", _run_add_triton, _add_unfit_triton),),
 )
 
 _add_group_norm = Op(
@@ -301,14 +303,14 @@ _add_group_norm = Op(
     "float eps, bool silu) -> (Tensor, Tensor)",
     eager=_add_norm_eager,
     fake=_add_norm_fake,
-    backends=(Backend("triton", _run_add_norm_triton, _add_norm_unfit_triton, NOT_RUN),),
+    backends=(Backend("triton", _run_add_norm_triton, _add_norm_unfit_triton),),
 )
 
 _phase_weights = Op(
     "phase_weights(Tensor weight) -> Tensor",
     eager=_phase_weights_eager,
     fake=_phase_weights_fake,
-    backends=(Backend("triton", _run_phase_weights_triton, _phase_weights_unfit_triton, NOT_RUN),),
+    backends=(Backend("triton", _run_phase_weights_triton, _phase_weights_unfit_triton),),
 )
 
 
