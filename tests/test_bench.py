@@ -761,7 +761,7 @@ def test_tune_tries_tiles_and_puts_the_table_back(monkeypatch):
     lines = []
     tune([knob], [other, case], torch.device("cpu"), budget_s=0.01, report=lines.append)
     assert codes_quantize.search_tile is used
-    assert codes_quantize.plan(40, 20, 8, True, 90).tile == used(8, 90)
+    assert codes_quantize.plan(40, 20, 8, False, True, 90).tile == used(8, 90)
     assert len(lines) == 3
     assert all(line.startswith("small/quantize") for line in lines)
     assert " ms" in lines[0]
