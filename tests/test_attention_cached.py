@@ -98,11 +98,12 @@ def test_a_row_does_not_depend_on_others(monkeypatch):
 
 
 def test_what_auto_takes(monkeypatch):
-    """The kernel for few queries; two operators for many, and wherever there is no kernel."""
+    """The kernel for one tile of queries, or few; two operators for more, and wherever there is no kernel."""
     if reason := interpreter_skip():
         pytest.skip(reason)
-    heads = [torch.randn(1, 2, 9, 32) for _ in range(3)]
-    cache = torch.zeros(2, 1, 2, 9, 32)
+    heads = [torch.randn(1, 2, 65, 32) for _ in range(3)]
+    one_tile = [x[:, :, 1:] for x in heads]
+    cache = torch.zeros(2, 1, 2, 65, 32)
     taken = []
     monkeypatch.setattr(attention_cached, "_cached_attention", lambda *args: taken.append(args))
     monkeypatch.setattr(attention_cached._cached_attention, "choose", OP.choose, raising=False)
@@ -116,9 +117,11 @@ def test_what_auto_takes(monkeypatch):
     monkeypatch.setattr(attention_cached._cached_attention, "choose", lambda *args: fast, raising=False)
     cached_attention(*heads, cache, 0)
     assert len(taken) == 2
-    monkeypatch.setattr(attention_cached, "FEW_PROGRAMS", 1)
+    monkeypatch.setattr(attention_cached, "FEW_PROGRAMS", 3)  # two heads of two tiles are four
     cached_attention(*heads, cache, 0)
     assert len(taken) == 2
+    cached_attention(*one_tile, cache, 0)
+    assert len(taken) == 3
 
 
 Q = torch.zeros(1, 4, 3, 32)

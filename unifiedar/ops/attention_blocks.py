@@ -140,8 +140,8 @@ _block_attention = Op(
     eager=_blocks_eager,
     fake=_blocks_fake,
     backends=(
-        Backend("cuda", _run_blocks_cuda, _attention_unfit_cuda, "not run on a GPU yet"),
-        Backend("triton", _run_blocks_triton, _attention_unfit_triton, "not run on a GPU yet"),
+        Backend("cuda", _run_blocks_cuda, _attention_unfit_cuda),
+        Backend("triton", _run_blocks_triton, _attention_unfit_triton),
     ),
     setup_context=_blocks_setup,
     backward=_blocks_gradient,
@@ -152,7 +152,7 @@ _block_attention_backward = Op(
     f"{_MASK}, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     eager=_blocks_backward_eager,
     fake=_blocks_backward_fake,
-    backends=(Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton, "not run on a GPU yet"),),
+    backends=(Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton),),
 )
 
 

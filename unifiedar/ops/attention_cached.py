@@ -4,9 +4,9 @@
     out_i = sum_j softmax_j(softmax_scale q'_i . cache_k[j]) cache_v[j],  over all j < begin + L
 
 It is `qk_norm_rope` into a cache and then `block_causal_attention` over it, and computes what they compute: queries and
-keys are rounded where those two round them. A picture at a time these are two launches of a few microseconds each for
-every layer and scale, most of which is waiting; where many pictures are drawn at once they are the faster way, and what
-"auto" takes. This file joins the two families; nothing else does.
+keys are rounded where those two round them. These are two launches of a few microseconds each for every layer and
+scale, most of which is waiting; where a scale has many tiles of queries they are the faster way, and what "auto" takes.
+This file joins the two families; nothing else does.
 
 VAR: Tian et al., "Visual Autoregressive Modeling" (2024), section 3.2; the gain as in `ops.norm`.
 """
@@ -23,8 +23,10 @@ from unifiedar.ops.norm import _EPS, _check_heads, _check_vector, _out_eager, qk
 
 __all__ = ["cached_attention"]
 
-# Tiles of 64 queries that an H100 runs at once, three a multiprocessor. With more, two kernels are expected to win.
-FEW_PROGRAMS = 396
+# Queries of a tile, and tiles that an H100 runs at once. A scale of one tile wins in one kernel however many rows draw,
+# by a third to a half; of more, where all run at once, as each reads and norms the keys that the others do.
+TILE = 64
+FEW_PROGRAMS = 120
 
 
 def _cached_eager(
@@ -68,7 +70,7 @@ _cached_attention = Op(
     "float softmax_scale) -> Tensor",
     eager=_cached_eager,
     fake=_cached_fake,
-    backends=(Backend("triton", _run_cached_triton, _cached_unfit_triton, on_request="not run on a GPU yet"),),
+    backends=(Backend("triton", _run_cached_triton, _cached_unfit_triton),),
 )
 
 
@@ -109,8 +111,9 @@ def cached_attention(
             backend or one that does not fit, and where gradients are recorded.
 
     Note:
-        No gradient, never under autocast, no host sync; may be captured in a CUDA graph. "auto" takes one kernel for
-        few queries and elsewhere `qk_norm_rope` and `block_causal_attention`, which round queries and keys the same.
+        No gradient, never under autocast, no host sync; may be captured in a CUDA graph. "auto" takes one kernel
+        for up to 64 tokens or few rows, elsewhere `qk_norm_rope` and `block_causal_attention`, which round queries and
+        keys the same.
         With one kernel the result for a picture does not depend on the others.
     """
     function = "cached_attention"
@@ -159,5 +162,6 @@ def _in_two(q: Tensor, *others) -> bool:
     if torch.compiler.is_compiling():
         return True
     name = _cached_attention.choose("auto", q, *others).name
-    many = q.shape[0] * q.shape[1] * -(-q.shape[2] // 64) > FEW_PROGRAMS
+    tiles = -(-q.shape[2] // TILE)
+    many = tiles > 1 and q.shape[0] * q.shape[1] * tiles > FEW_PROGRAMS
     return name == "eager" or (many and os.environ.get(VARIABLE) != name)
