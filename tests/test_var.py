@@ -16,6 +16,7 @@ from autoencoder_small import VQ, pictures, vqvae
 from helpers import assert_as_good_as_eager, interpreter_skip
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from var_small import BOX, CONFIGS, DRAWS, EDITS, given_codes, var, var_weights
 from vilau_small import fingerprint
 
@@ -549,6 +550,16 @@ def test_pool():
     assert len(pool) == 0
 
 
+class Capturing(TorchFunctionMode):
+    """Refuses what no graph captures: a tensor of numbers that the host has, and a number that the host reads."""
+
+    REFUSED = (torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor, Tensor.item, Tensor.tolist)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in self.REFUSED, f"{function.__name__} while capturing"
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def replayed(monkeypatch):
     """Draws as a GPU would, with sessions that last and are rounded up; a replay is a call."""
@@ -556,6 +567,9 @@ def replayed(monkeypatch):
     def capture(steps):
         for step in steps:
             step()
+        with Capturing():
+            for step in steps:
+                step()
         return [SimpleNamespace(replay=step) for step in steps]
 
     monkeypatch.setattr(engine, "_capture", capture)
@@ -590,6 +604,17 @@ def test_sessions_last_and_are_rounded_up(replayed, smooth):
     assert model.captures[-1][:3] == (2, False, False)
     model.forget_captures()
     assert not model.captures
+
+
+def test_what_is_captured_copies_nothing_from_the_host(replayed):
+    """With the decoder that a GPU has, too; its norms and sums by their definitions."""
+    model = var()
+    model.attach(vqvae().fast_decoder(torch.float32))
+    for smooth in (False, True):
+        codes, raw = replayed(model, [1, 2], smooth=smooth)
+        assert raw.isfinite().all()
+    with Capturing(), pytest.raises(AssertionError, match="tensor while capturing"):
+        torch.tensor([1.0], device=raw.device)
 
 
 def test_sessions_of_edits_and_of_other_weights(replayed):
