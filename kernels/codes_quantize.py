@@ -85,9 +85,9 @@ class FinishTile:
 def finish_tile(channels: int, num_codes: int, cosine: bool, capability: int) -> FinishTile:
     """Tile of the finish.
 
-    Measured on an H100 (`python -m bench tune codes`) at 256 channels and 2,048 codes alone: 16 codes at a time take .206
-    ms a call where four take .256, though their registers leave room for half as many rows on a multiprocessor. Cosine,
-    fewer codes and GPUs before Hopper spill with that tile.
+    Measured on an H100 (`python -m bench tune codes`) at 256 channels and 2,048 codes alone: 16 codes at a time take
+    .206 ms a call where four take .256, though their registers leave room for half as many rows on a multiprocessor.
+    Cosine, fewer codes and GPUs before Hopper spill with that tile.
     """
     if capability >= 90 and not cosine and 128 < channels <= 256 and 16 * SUBTILE < num_codes <= 32 * SUBTILE:
         return FinishTile(16, 64, 168)
@@ -582,7 +582,12 @@ def _cases() -> list[tuple]:
     packed = ("x", "residual", "codebook", "halves", "words", "channels", "padded", "book_entry", "x_row")
 
     def add(
-        kernel, options: dict[str, int], feature: str, divisible: tuple[str, ...], archs=(80, 90), **constants: int | bool
+        kernel,
+        options: dict[str, int],
+        feature: str,
+        divisible: tuple[str, ...],
+        archs: tuple[int, ...] = (80, 90),
+        **constants: int | bool,
     ) -> None:
         types = {**pointers, **dict.fromkeys(("x", "codebook", "peaks"), f"*{feature}")}
         names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}

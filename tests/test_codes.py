@@ -167,8 +167,8 @@ def test_gradient_of_a_skewed_choice(room):
         got = BACKWARD(*arguments, backend)
         if backend == "eager":
             # On a GPU its atomics add in another order every time, so one run is no measure of another. In whatever
-            # order, n float32 additions are off by sqrt(n) 2^-24 of what the summands' sizes sum up to: Higham and Mary,
-            # "A New Approach to Probabilistic Rounding Error Analysis" (2019), theorem 2.4. A row too few is more.
+            # order, n float32 additions are off by sqrt(n) 2^-24 of what the summands' sizes sum up to (Higham and
+            # Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019). A row too few is more.
             sizes = BACKWARD(grad.double().abs(), *arguments[1:], "eager")
             terms = torch.stack([(codes == entry).sum() for entry in range(9)])[:, None]
             bound = terms.sqrt() * 2.0**-24 * sizes + torch.finfo(dtype).eps / 2 * exact.abs()

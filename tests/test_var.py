@@ -611,7 +611,7 @@ def test_what_is_captured_copies_nothing_from_the_host(replayed):
     model = var()
     model.attach(vqvae().fast_decoder(torch.float32))
     for smooth in (False, True):
-        codes, raw = replayed(model, [1, 2], smooth=smooth)
+        _, raw = replayed(model, [1, 2], smooth=smooth)
         assert raw.isfinite().all()
     with Capturing(), pytest.raises(AssertionError, match="tensor while capturing"):
         torch.tensor([1.0], device=raw.device)
