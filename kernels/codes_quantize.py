@@ -587,6 +587,7 @@ def _cases() -> list[tuple]:
         feature: str,
         divisible: tuple[str, ...],
         archs: tuple[int, ...] = (80, 90),
+        /,
         **constants: int | bool,
     ) -> None:
         types = {**pointers, **dict.fromkeys(("x", "codebook", "peaks"), f"*{feature}")}
