@@ -24,7 +24,7 @@ from unifiedar.ops.norm import _EPS, _check_heads, _check_vector, _out_eager, qk
 __all__ = ["cached_attention"]
 
 # Queries of a tile, and tiles that an H100 runs at once. A scale of one tile wins in one kernel however many rows draw,
-# by a third to a half; of more, where all run at once, as each reads and norms the keys that the others do.
+# by a quarter to a half; of more, where all run at once, as each reads and norms the keys that the others do.
 TILE = 64
 FEW_PROGRAMS = 120
 
