@@ -513,7 +513,7 @@ _decode_plan = _native.define(
     "bool projected, bool guided, Tensor(a!) plan) -> ()"
 )
 
-_PLAN = ("limit", "barrier", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
+_PLAN = ("limit", "barrier", "parts", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
 _MOST = 64  # codes of a position
 
 

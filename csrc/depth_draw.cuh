@@ -1,0 +1,345 @@
+// Drawing a code from a row of scores: guidance and temperature are in them; top-k, softmax, top-p and the race here.
+//
+// What is decided is decided by the numbers of unifiedar/ops/sample.py: scores as integers of their order, weights rounded
+// to float32, sums of integers. How the entries at a cut are found does not change which they are. Here by bins that are
+// linear in the score, as scores lie: the one with the cut in it has few entries, and those are compared with each other.
+// Scores that lie otherwise (most of them equal, or too many kept) are cut by the digits of their integers.
+#pragma once
+
+#include <cstdint>
+
+namespace unifiedar {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block
+
+constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  // as integers: NaN, inf, -inf
+constexpr int kBins = 2048;
+constexpr int kListed = 2048;  // entries that a list holds
+constexpr int kNearest = 512;  // of them those in the bin of a cut
+constexpr int kListAt = kBins * 8, kPlaceAt = kListAt + kListed * 8, kNearAt = kPlaceAt + kListed * 2;
+constexpr int kMiscAt = kNearAt + kNearest * 8, kKeysAt = kMiscAt + 1024;
+
+__device__ __forceinline__ int ordered(float score) {
+  if (score != score) return kNaN;
+  const int bits = __float_as_int(score == 0 ? 0.f : score);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+__device__ __forceinline__ float score_of(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
+
+using Word = unsigned long long;
+
+// Small numbers that threads of a block tell each other.
+struct Misc {
+  Word warps[kWarps];
+  Word above;
+  int bin, count, near;
+};
+
+__device__ __forceinline__ Word block_max(Misc& misc, Word value) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) value = max(value, __shfl_xor_sync(~0u, value, step));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) value = max(value, misc.warps[w]);
+  return value;
+}
+
+__device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) value += misc.warps[w];
+  return value;
+}
+
+// Finds the bin at which the sum of bins reaches `goal`, from bin 0 or, if kDown, from the last one; misc.bin is that bin
+// and misc.above the sum of those before it. `value(bin)` is read by one thread. All of the block's threads see the result.
+template <int kCount, bool kDown, typename Value>
+__device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
+  constexpr int kOwn = kCount / kThreads;
+  const auto bin_of = [](int i) { return kDown ? kCount - 1 - i : i; };
+  Word own[kOwn], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = value(bin_of(int(threadIdx.x) * kOwn + i));
+    sum += own[i];
+  }
+  Word upto = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Word other = __shfl_up_sync(~0u, upto, step);
+    if (int(threadIdx.x % 32) >= step) upto += other;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
+  __syncthreads();
+  for (int w = 0; w < int(threadIdx.x / 32); ++w) upto += misc.warps[w];
+  Word above = upto - sum;
+  if (above < goal && upto >= goal) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (above < goal && above + own[i] >= goal) {
+        misc.bin = bin_of(int(threadIdx.x) * kOwn + i);
+        misc.above = above;
+      }
+      above += own[i];
+    }
+  }
+  __syncthreads();
+}
+
+// The k-th largest key by its digits, and how many keys are as large or larger.
+__device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* keys, int entries, int k, int* count) {
+  uint32_t prefix = 0;
+  int left = k;
+  for (int pass = 0;; ++pass) {
+    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, width = pass == 2 ? 10 : 11;
+    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+      const uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
+      if (pass == 0 || key >> (shift + width) == prefix) atomicAdd(bins + (key >> shift & ((1u << width) - 1)), 1u);
+    }
+    __syncthreads();
+    find_bin<kBins, true>(misc, left, [&](int bin) { return Word(bins[bin]); });
+    left -= int(misc.above);
+    prefix = prefix << width | uint32_t(misc.bin);
+    const int inside = int(bins[misc.bin]);
+    *count = k - left + inside;
+    __syncthreads();
+    if (shift == 0) return int(prefix ^ 0x80000000u);
+  }
+}
+
+// Bins of scores, the largest first: monotone, for every operation rounds monotonically.
+struct Scale {
+  float top, factor;
+  __device__ __forceinline__ Scale(float top, float low) : top(top), factor((kBins - 1) / (top - low)) {}
+  // Whether it tells scores apart at all: not if they are equal, or nearly, or infinitely far apart.
+  __device__ __forceinline__ bool sound() const { return factor > 0 && factor <= 1e30f; }
+  __device__ __forceinline__ int bin(float score) const { return int(min((top - score) * factor, float(kBins - 1))); }
+};
+
+struct Draw {
+  const float* noise;
+  float inverse_temperature;
+  int top_k;
+  double top_p;
+};
+
+// A code from one row of keys, of which there are at least `entries` up to a multiple of four; by the whole block.
+// `room` is how many keys fit behind kKeysAt; `unsound` becomes whether there is NaN among the scores.
+__device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys, int entries, int room, const Draw& draw,
+                                         bool* unsound) {
+  uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
+  Word* sums = reinterpret_cast<Word*>(memory);
+  int2* list = reinterpret_cast<int2*>(memory + kListAt);
+  uint16_t* places = reinterpret_cast<uint16_t*>(memory + kPlaceAt);
+  int2* near = reinterpret_cast<int2*>(memory + kNearAt);
+  Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
+  const bool held = entries <= room;
+  int* keys = held ? reinterpret_cast<int*>(memory + kKeysAt) : global_keys;
+  Word best = 0, lowest = 0;  // the latter: of finite scores, from the other end
+  __syncthreads();
+  const int packs = (entries + 3) / 4;
+  constexpr int kLoads = 8;
+  for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
+    int4 four[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+      four[j] = first + j * kThreads < packs ? __ldcg(reinterpret_cast<const int4*>(global_keys) + first + j * kThreads) : int4{};
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int i = first + j * kThreads;
+      if (i >= packs) continue;
+      if (held) reinterpret_cast<int4*>(keys)[i] = four[j];
+      const int own[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (4 * i + e >= entries) continue;
+        const uint32_t key = uint32_t(own[e]) ^ 0x80000000u;
+        best = max(best, Word(key) << 32 | uint32_t(~(4 * i + e)));
+        if (own[e] > kLeast) lowest = max(lowest, Word(~key));
+      }
+    }
+  }
+  best = block_max(misc, best);  // its waits also make the copy of the keys visible
+  const int top = int(uint32_t(best >> 32) ^ 0x80000000u);
+  *unsound = top == kNaN;
+  if (draw.inverse_temperature == 0) return int(~uint32_t(best));
+  if (top <= kLeast || top >= kInfinite) return 0;
+
+  const double peak = score_of(top);
+  const auto weight = [&](int key) {  // as an integer of the same order; 0 is what cannot be drawn
+    const double distance = double(score_of(key)) - peak;
+    return distance >= -87 ? __float_as_int(float(exp(distance))) : 0;
+  };
+  if (threadIdx.x == 0) misc.count = misc.near = 0;
+
+  // The list of what top-k keeps, if it is short; or else keys become weights where they are.
+  const bool cuts = draw.top_k > 0 && draw.top_k < entries;
+  const Scale scale(score_of(top), score_of(int(~uint32_t(block_max(misc, lowest)) ^ 0x80000000u)));
+  int least = kLeast, kept = entries;
+  bool listed = false;
+  if (cuts && scale.sound()) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < entries; i += kThreads) atomicAdd(bins + scale.bin(score_of(keys[i])), 1u);
+    __syncthreads();
+    find_bin<kBins, false>(misc, draw.top_k, [&](int bin) { return Word(bins[bin]); });
+    const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]);
+    __syncthreads();  // before anyone clears the bins
+    listed = before + inside <= kListed && inside <= kNearest;
+    if (listed) {
+      for (int i = threadIdx.x; i < entries; i += kThreads) {
+        const int key = keys[i], bin = scale.bin(score_of(key));
+        if (bin > edge) continue;
+        const int at = atomicAdd(&misc.count, 1);
+        list[at] = {key, i};
+        places[at] = uint16_t(bin);
+        if (bin == edge) near[atomicAdd(&misc.near, 1)].x = key;
+      }
+      __syncthreads();
+      const int wanted = draw.top_k - before;  // of the keys in the edge's bin, those this many are not smaller than
+      for (int i = threadIdx.x; i < inside; i += kThreads) {
+        int larger = 0, equal = 0;
+        for (int j = 0; j < inside; ++j) {
+          larger += near[j].x > near[i].x;
+          equal += near[j].x == near[i].x;
+        }
+        if (larger < wanted && larger + equal >= wanted) misc.bin = near[i].x;  // the same by all who write
+      }
+      __syncthreads();
+      least = misc.bin;
+    }
+  }
+  if (cuts && !listed) {
+    least = find_kth(misc, bins, keys, entries, draw.top_k, &kept);
+    listed = kept <= kListed;
+    if (listed) {
+      for (int i = threadIdx.x; i < entries; i += kThreads)
+        if (keys[i] >= least) list[atomicAdd(&misc.count, 1)] = {keys[i], i};
+      __syncthreads();
+      for (int i = threadIdx.x; i < misc.count; i += kThreads)
+        places[i] = uint16_t(scale.sound() ? scale.bin(score_of(list[i].x)) : 0);
+    }
+  }
+  const int count = listed ? misc.count : entries;
+  const auto entry = [&](int i) { return listed ? list[i] : int2{keys[i], i}; };
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int key = entry(i).x, bits = key >= least ? weight(key) : 0;
+    if (listed)
+      list[i].x = bits;
+    else
+      keys[i] = bits;
+  }
+  __syncthreads();
+
+  // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
+  int low = 1, bound = entries;
+  if (draw.top_p > 0 && draw.top_p < 1) {
+    int bits_of_size = 0;
+    while ((entries - 1) >> bits_of_size) ++bits_of_size;
+    const double units = double(Word(1) << (62 - bits_of_size));
+    const auto mass = [&](int bits) { return Word(double(__int_as_float(bits)) * units); };
+    const bool binned = listed && scale.sound();
+    if (binned)
+      for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
+    __syncthreads();
+    Word total = 0;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const Word own = mass(entry(i).x);
+      total += own;
+      if (binned && own) atomicAdd(sums + places[i], own);
+    }
+    total = block_sum(misc, total);
+    const double product = double(static_cast<long long>(total)) * draw.top_p;
+    Word left = Word(product);
+    left += double(static_cast<long long>(left)) < product;
+    bool found = false;
+    if (binned) {
+      if (threadIdx.x == 0) misc.near = 0;
+      find_bin<kBins, false>(misc, left, [&](int bin) { return sums[bin]; });
+      const int edge = misc.bin;
+      const Word before = misc.above;
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        if (places[i] != edge) continue;
+        const int at = atomicAdd(&misc.near, 1);
+        if (at < kNearest) near[at].x = list[i].x;
+      }
+      __syncthreads();
+      const int inside = misc.near;
+      found = inside <= kNearest;
+      if (found) {
+        for (int i = threadIdx.x; i < inside; i += kThreads) {
+          Word larger = before, equal = 0;
+          for (int j = 0; j < inside; ++j) {
+            larger += near[j].x > near[i].x ? mass(near[j].x) : 0;
+            equal += near[j].x == near[i].x ? mass(near[j].x) : 0;
+          }
+          if (larger < left && larger + equal >= left) misc.bin = near[i].x;
+        }
+        __syncthreads();
+        low = misc.bin;
+        // Weights are equal of scores that are not, too, and those may be in the bins around.
+        Word larger = 0;
+        for (int i = threadIdx.x; i < count; i += kThreads) larger += list[i].x > low ? mass(list[i].x) : 0;
+        left -= block_sum(misc, larger);
+      }
+    }
+    if (!found) {
+      uint32_t prefix = 0;
+      for (int shift = 20; shift >= 0; shift -= 10) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < 1024; i += kThreads) sums[i] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < count; i += kThreads) {
+          const uint32_t bits = entry(i).x;
+          if (bits && (shift == 20 || bits >> (shift + 10) == prefix)) atomicAdd(sums + (bits >> shift & 1023), mass(bits));
+        }
+        __syncthreads();
+        find_bin<1024, true>(misc, left, [&](int bin) { return sums[bin]; });
+        left -= misc.above;
+        prefix = prefix << 10 | uint32_t(misc.bin);
+      }
+      low = int(prefix);
+    }
+    const Word each = mass(low), wanted = (left + each - 1) / each;
+    Word equal = 0;
+    for (int i = threadIdx.x; i < count; i += kThreads) equal += entry(i).x == low;
+    equal = block_sum(misc, equal);
+    if (wanted < equal) {
+      int short_of = 0;  // fewer than wanted are before this index, wanted before `bound`
+      while (bound - short_of > 1) {
+        const int place = (short_of + bound) / 2;
+        Word before = 0;
+        for (int i = threadIdx.x; i < count; i += kThreads) {
+          const int2 one = entry(i);
+          before += one.x == low && one.y < place;
+        }
+        if (block_sum(misc, before) >= wanted)
+          bound = place;
+        else
+          short_of = place;
+      }
+    }
+  }
+
+  best = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int2 one = entry(i);
+    if (one.x <= 0 || one.x < low || (one.x == low && one.y >= bound)) continue;
+    const float speed = __fdiv_rn(__int_as_float(one.x), __ldg(draw.noise + one.y));
+    if (speed > 0) best = max(best, Word(__float_as_uint(speed)) << 32 | uint32_t(~one.y));
+  }
+  best = block_max(misc, best);
+  return int(~uint32_t(best));
+}
+
+}  // namespace unifiedar
