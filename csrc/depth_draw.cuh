@@ -126,6 +126,27 @@ struct Scale {
   __device__ __forceinline__ int bin(float score) const { return int(min((top - score) * factor, float(kBins - 1))); }
 };
 
+// Calls use(i, key) for every key: of four packs of four at a time, which are read together.
+template <typename Use>
+__device__ __forceinline__ void for_keys(const int* keys, int entries, const Use& use) {
+  constexpr int kPacks = 4;
+  const int packs = (entries + 3) / 4;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < packs; first += kPacks * kThreads) {
+    int4 four[kPacks];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j)
+      four[j] = first + j * kThreads < packs ? reinterpret_cast<const int4*>(keys)[first + j * kThreads] : int4{};
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int at = 4 * (first + j * kThreads), own[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (at + e < entries) use(at + e, own[e]);
+    }
+  }
+}
+
 struct Draw {
   const float* noise;
   float inverse_temperature;
@@ -190,21 +211,21 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   if (cuts && scale.sound()) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < entries; i += kThreads) atomicAdd(bins + scale.bin(score_of(keys[i])), 1u);
+    for_keys(keys, entries, [&](int, int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
     __syncthreads();
     find_bin<kBins, false>(misc, draw.top_k, [&](int bin) { return Word(bins[bin]); });
     const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]);
     __syncthreads();  // before anyone clears the bins
     listed = before + inside <= kListed && inside <= kNearest;
     if (listed) {
-      for (int i = threadIdx.x; i < entries; i += kThreads) {
-        const int key = keys[i], bin = scale.bin(score_of(key));
-        if (bin > edge) continue;
+      for_keys(keys, entries, [&](int i, int key) {
+        const int bin = scale.bin(score_of(key));
+        if (bin > edge) return;
         const int at = atomicAdd(&misc.count, 1);
         list[at] = {key, i};
         places[at] = uint16_t(bin);
         if (bin == edge) near[atomicAdd(&misc.near, 1)].x = key;
-      }
+      });
       __syncthreads();
       const int wanted = draw.top_k - before;  // of the keys in the edge's bin, those this many are not smaller than
       for (int i = threadIdx.x; i < inside; i += kThreads) {
