@@ -27,12 +27,11 @@ namespace unifiedar {
 namespace {
 
 constexpr int kMostSlots = 8, kLeastSlots = 2;  // chunks of a warp's ring
-constexpr int kOnTheWay = 3;  // of them asked for and not there yet: enough for all of memory's rate, see ask_ahead
 constexpr int kChunk = 64;                 // inputs that a warp takes at a time
 constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
 constexpr int kSlotBytes = kChunkLoads * 16, kRingBytes = kWarps * kSlotBytes;  // the latter: one slot of all rings
-constexpr int kBarrierBytes = kWarps * kMostSlots * 8 + 16;  // and the flag of a wait
+constexpr int kBarrierBytes = kWarps * kMostSlots * 8;
 constexpr int kRedPitch = 20;              // floats between columns of a tile in shared memory: no bank conflicts
 constexpr int kRedTiles = 4;               // tiles that are added up together, times rows / 8
 constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
@@ -513,10 +512,10 @@ struct Decoder {
   struct Stream {
     Walk walk;
     const uint4* weights;
-    int d, index;                // of the matrix asked for; behind the last depth: all is asked for
-    int asked, seen, taken;      // slots: the next one to be asked for, to be seen there, to be used
-    int unused, unseen;          // chunks asked for and not used, or not seen to be there
-    uint32_t parity, seen_parity;  // of the phases that bring the next one to be used, or seen
+    int d, index;               // of the matrix asked for
+    int asked, taken;           // slots: the next one to be filled, the next one to be used
+    int in_flight;
+    uint32_t parity;            // of the phase that fills the next one to be used
   };
 
   __device__ __forceinline__ unsigned char* slot(int number) const {
@@ -524,10 +523,6 @@ struct Decoder {
   }
   __device__ __forceinline__ unsigned char* slot_barrier(int number) const {
     return memory + free_bytes + (warp * kMostSlots + number) * 8;
-  }
-
-  __device__ __forceinline__ uint32_t* wait_flag() const {
-    return reinterpret_cast<uint32_t*>(memory + free_bytes + kBarrierBytes - 4);
   }
 
   // Has the next chunk of the warp brought to its ring, if there is one.
@@ -541,79 +536,48 @@ struct Decoder {
       stream.weights = next.weights + lane;
       stream.walk.begin(next, warp);
     }
-    if (stream.d < s.depth) {
+    const bool more = stream.d < s.depth;
+    if (more) {
       chunk_copy(slot(stream.asked), stream.weights + int64_t(stream.walk.at) * kChunkLoads, slot_barrier(stream.asked));
       if (++stream.asked == slots) stream.asked = 0;
-      ++stream.unused;
-      ++stream.unseen;
+      ++stream.in_flight;
       stream.walk.next(warp);
     }
     chunk_asked();
   }
 
-  __device__ __forceinline__ void see(Stream& stream) const {
-    --stream.unseen;
-    if (++stream.seen == slots) {
-      stream.seen = 0;
-      stream.seen_parity ^= 1;
-    }
-  }
-
-  // Fills the ring as far as few enough chunks are on their way: what is asked for beyond memory's rate waits in queues that
-  // all that other blocks wait for goes through as well.
-  __device__ __forceinline__ void ask_ahead(Stream& stream) const {
-    while (stream.unused < slots && stream.d < s.depth) {
-      if (stream.unseen >= kOnTheWay) {
-        if (!chunk_there(slot_barrier(stream.seen), stream.seen_parity)) return;
-        see(stream);
-      }
-      ask(stream);
-    }
-  }
-
   // Waits for the warp's next chunk.
   __device__ __forceinline__ const uint4* take(Stream& stream) const {
     chunk_wait(slot_barrier(stream.taken), stream.parity, slots);
-    if (stream.unseen == stream.unused) see(stream);
     return reinterpret_cast<const uint4*>(slot(stream.taken)) + lane;
   }
 
   // The chunk is used by all lanes: its place is free.
   __device__ __forceinline__ void release(Stream& stream) const {
-    --stream.unused;
+    --stream.in_flight;
     if (++stream.taken == slots) {
       stream.taken = 0;
       stream.parity ^= 1;
     }
     __syncwarp();
-    if (kChunksAreCounted)
-      ask(stream);
-    else
-      ask_ahead(stream);
+    ask(stream);
   }
 
   __device__ __forceinline__ void begin(Stream& stream) const {
     if (lane < slots) chunk_barrier(slot_barrier(lane));
-    if (threadIdx.x == 0) *wait_flag() = 0;
     chunk_barriers_done();
     __syncwarp();
-    stream = {{0, 0, 0, 1}, nullptr, 0, s.hidden_dim ? -1 : 0, 0, 0, 0, 0, 0, 0, 0};
-    if (kChunksAreCounted)
-      for (int i = 0; i < slots; ++i) ask(stream);
-    else
-      ask_ahead(stream);
+    stream = {{0, 0, 0, 1}, nullptr, 0, s.hidden_dim ? -1 : 0, 0, 0, 0, 0};
+    for (int i = 0; i < slots; ++i) ask(stream);
   }
 
   // `vectors`, unless null: a norm's gain and bias, which are put where stage_norm reads them while others are waited for.
-  __device__ __forceinline__ bool wait(Stream& stream, const T* vectors) {
+  __device__ __forceinline__ bool wait(const T* vectors) {
     ++waits;
-    const auto meanwhile = [&] {
+    grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
       if (vectors == nullptr) return;
       for (int i = threadIdx.x; i < dim / 4; i += kThreads)
         reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
-    };
-    grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, wait_flag(), waits, meanwhile, [&] {
-      if (!kChunksAreCounted) ask_ahead(stream);
     });
     return int(waits) == a.stop;
   }
@@ -991,8 +955,8 @@ struct Decoder {
         apart = false;
         ++index;
       }
-    } while (!wait(stream, index == steps ? nullptr : norm_before(index)));
-    while (stream.unused > 0) {  // a launch that is stopped: no copy may outlive the block
+    } while (!wait(index == steps ? nullptr : norm_before(index)));
+    while (stream.in_flight > 0) {  // a launch that is stopped: no copy may outlive the block
       take(stream);
       stream.d = s.depth;
       stream.walk.at = stream.walk.end;

@@ -34,12 +34,7 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint4& a, uin
 // ---- chunks of weights on their way to shared memory: 2,048 bytes, all lanes of a warp call
 //
 // From compute capability 9.0 on by the copy engine, and a barrier says when one is there; before by copies of 16 bytes of
-// each lane, which are counted in the order in which they were asked for: one must be asked for whenever one is used.
-#if __CUDA_ARCH__ >= 900
-constexpr bool kChunksAreCounted = false;
-#else
-constexpr bool kChunksAreCounted = true;
-#endif
+// each lane, which are counted in the order in which they were asked for.
 
 __device__ __forceinline__ void chunk_barrier(void* barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -107,22 +102,6 @@ __device__ __forceinline__ void chunk_wait(void* barrier, uint32_t parity, int c
 #endif
 }
 
-// Whether a chunk is there, as one lane sees it.
-__device__ __forceinline__ bool chunk_there(void* barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t there = 0;
-  if (threadIdx.x % 32 == 0)
-    asm volatile(
-        "{\n.reg .pred over;\nmbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
-        : "=r"(there)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  return __shfl_sync(~0u, there, 0);
-#else
-  return true;
-#endif
-}
-
 // Asks for 2,048 bytes, aligned to 16, to be in the second cache.
 __device__ __forceinline__ void fetch_ahead(const void* from) {
 #if __CUDA_ARCH__ >= 900
@@ -144,34 +123,25 @@ __device__ __forceinline__ Value again(Value value) {
 }
 
 // Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
-// `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included;
-// `flag` is in shared memory and becomes `number`, which differs from one wait to the next. `meanwhile` is called by all
-// threads once the block has said that it is there, and `idle` by whole warps again and again until all blocks are.
+// `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included.
+// `meanwhile` is called by all threads once the block has said that it is there.
 // Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
-template <typename Meanwhile, typename Idle>
-__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, uint32_t* flag, uint32_t number,
-                                          const Meanwhile& meanwhile, const Idle& idle) {
+template <typename Meanwhile>
+__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
   __syncthreads();
   if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
   meanwhile();
+  if (threadIdx.x == 0) {
+    uint32_t arrived;
 #ifdef UNIFIEDAR_WATCHDOG
-  const long long begin = clock64();
+    const long long begin = clock64();
 #endif
-  while (true) {
-    uint32_t over = 0;
-    if (threadIdx.x == 0) {
-      uint32_t arrived;
+    do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-      over = arrived >= goal;
-      if (over) *static_cast<volatile uint32_t*>(flag) = number;
 #ifdef UNIFIEDAR_WATCHDOG
       if (clock64() - begin > 2000000000ll) __trap();
 #endif
-    } else if (threadIdx.x % 32 == 0) {
-      over = *static_cast<volatile uint32_t*>(flag) == number;
-    }
-    if (__shfl_sync(~0u, over, 0)) break;
-    idle();
+    } while (arrived < goal);
   }
   __syncthreads();
 }

@@ -53,12 +53,6 @@ inline void chunk_copy(void* to, const uint4* from, void* barrier) {
   coming[barrier] = {reinterpret_cast<const char*>(from), static_cast<char*>(to)};
 }
 inline void chunk_asked() {}
-constexpr bool kChunksAreCounted = false;
-inline bool chunk_there(void*, uint32_t) {  // two times of three
-  static unsigned asked = 0;
-  if (threadIdx.x % 32 == 0) ++asked;
-  return __shfl_sync(~0u, asked % 3, 0) > 0;
-}
 inline void chunk_wait(void* barrier, uint32_t, int) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
@@ -71,13 +65,10 @@ inline void chunk_wait(void* barrier, uint32_t, int) {
 }
 template <class Value> Value again(Value value) { return value; }
 inline void fetch_ahead(const void* from) { volatile char all[2048]; std::memcpy((void*)all, from, 2048); }
-template <class Meanwhile, class Idle>
-void grid_wait(uint32_t* counter, uint32_t goal, uint32_t* flag, uint32_t number, const Meanwhile& meanwhile,
-               const Idle& idle) {
+template <class Meanwhile> void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
   __syncthreads();
   if (threadIdx.x == 0) ++*counter;
   meanwhile();
-  idle();
   cluster_sync();
   if (*counter != goal) __builtin_trap();
   cluster_sync();
