@@ -32,6 +32,7 @@ constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
 constexpr int kSlotBytes = kChunkLoads * 16, kRingBytes = kWarps * kSlotBytes;  // the latter: one slot of all rings
 constexpr int kBarrierBytes = kWarps * kMostSlots * 8;
+constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kRedPitch = 20;              // floats between columns of a tile in shared memory: no bank conflicts
 constexpr int kRedTiles = 4;               // tiles that are added up together, times rows / 8
 constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
@@ -78,11 +79,19 @@ struct DepthLayout {
 };
 
 enum Step { kInput, kQkv, kProj, kUp, kDown, kHead };
+enum Kind { kHidden, kCode, kLayer, kLast = kLayer + 4, kKinds };  // of matrices: a layer's four follow kLayer
 
-struct Matrix {
-  const uint4* weights;
-  int tiles, chunks, share;  // share: chunks of a block, those from share * blockIdx.x on
+// A matrix, and the block's share of it: chunks from `begin` on, which are of `own_tiles` tiles from `first_tile` on.
+struct Share {
+  int tiles, chunks;
+  int begin, end;            // the same: the block has none
+  int first_tile, own_tiles;
+  int column;                // of chunk `begin` in its tile
+  int number;                // which block of the first tile this is; of the others it is the first
+  int span_first, span_last;  // chunks of the inputs that the block multiplies: all, unless its share is within one tile
 };
+
+static_assert(sizeof(Share) * kKinds <= kShareBytes && kShareBytes % 16 == 0);
 
 // The blocks' share of a matrix: whole tiles or, if it is `divided`, of a tile at least half.
 __host__ __device__ __forceinline__ int share_of(int tiles, int chunks, bool divided, int whole) {
@@ -139,12 +148,12 @@ __device__ __forceinline__ uint4 pack(const float (&value)[8]) {
 struct Walk {
   int at, column, end, chunks;  // chunk of the matrix, and of its tile; chunk at which the share ends
 
-  __device__ __forceinline__ void begin(const Matrix& matrix, int warp) {
-    chunks = matrix.chunks;
-    at = int(blockIdx.x) * matrix.share;
-    end = min(at + matrix.share, matrix.tiles * chunks);
+  __device__ __forceinline__ void begin(const Share& share, int warp) {
+    chunks = share.chunks;
+    at = share.begin;
+    end = share.end;
     if (at >= end) return;
-    column = at % chunks;
+    column = share.column;
     const int skipped = (warp - column) & (kWarps - 1);
     at += skipped;
     column += skipped;
@@ -429,7 +438,7 @@ struct Kernel {
   DepthArgs args;
   DepthWorkspace at;
   DepthLayout layout;
-  Divisor blocks, rows, pairs;  // pairs: rows that share codes
+  Divisor rows, pairs;          // the latter: rows that share codes
   int free_bytes, slots;        // shared memory before the rings' barriers; chunks of a warp's ring
   int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
@@ -440,7 +449,7 @@ struct Decoder {
   const DepthSizes& s;
   const DepthWorkspace& at;
   const DepthLayout& layout;
-  const Divisor &blocks, &all_rows, &pairs;
+  const Divisor &all_rows, &pairs;
   unsigned char* const memory;
   const int &free_bytes, &slots;
   const int* const extras;
@@ -450,7 +459,7 @@ struct Decoder {
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
-        blocks(kernel.blocks), all_rows(kernel.rows), pairs(kernel.pairs),
+        all_rows(kernel.rows), pairs(kernel.pairs),
         memory(reinterpret_cast<unsigned char*>(shared_memory())), free_bytes(kernel.free_bytes), slots(kernel.slots),
         extras(kernel.extras) {
     look_again();
@@ -475,35 +484,56 @@ struct Decoder {
     return space<T>(at.cache) + ((int64_t(layer) * 2 + which) * s.depth + d) * rows * dim;
   }
 
-  // Step `index` after the beginning of depth d: 0 is the input's, then four a layer, then the head's.
-  __device__ __forceinline__ Matrix matrix(int d, int index) const {
-    const int steps = 4 * s.layers + 2;
-    if (index >= steps) {
-      ++d;
-      index -= steps;
+  // The matrix of step `index` of depth d: 0 is the input's, then four a layer, then the head's.
+  __device__ __forceinline__ int kind_of(int d, int index) const {
+    return index == 0 ? (d ? kCode : kHidden) : index == 4 * s.layers + 1 ? kLast : kLayer + (index - 1) % 4;
+  }
+  __device__ __forceinline__ const uint4* weights_of(int kind, int index) const {
+    int64_t offset;
+    switch (kind) {
+      case kHidden:
+        offset = layout.hidden;
+        break;
+      case kCode:
+        offset = layout.code;
+        break;
+      case kLast:
+        offset = layout.head;
+        break;
+      default: {
+        const int64_t within = kind == kLayer ? layout.qkv : kind == kLayer + 1 ? layout.proj
+                               : kind == kLayer + 2 ? layout.up : layout.down;
+        offset = layout.blocks + (index - 1) / 4 * layout.block + within;
+      }
     }
-    if (d >= s.depth) return {nullptr, 0, 1, 0};
-    const auto piece = [&](int64_t offset, int outputs, int inputs, bool divided = false) {
-      const int tiles = (outputs + 15) / 16, chunks = (inputs + kChunk - 1) / kChunk;
-      const int whole = blocks.quotient((divided ? tiles * chunks : tiles) + int(blocks.number) - 1);
-      return Matrix{reinterpret_cast<const uint4*>(packed(offset)), tiles, chunks, share_of(tiles, chunks, divided, whole)};
-    };
-    if (index == 0) {
-      if (d > 0) return piece(layout.code, dim, s.code_dim);
-      return s.hidden_dim ? piece(layout.hidden, dim, s.hidden_dim) : Matrix{nullptr, 0, 1, 0};
+    return reinterpret_cast<const uint4*>(packed(offset));
+  }
+
+  __device__ __forceinline__ Share* share(int kind) const {
+    return reinterpret_cast<Share*>(memory + free_bytes + kBarrierBytes) + kind;
+  }
+
+  // Computed once, for it takes divisions.
+  __device__ __forceinline__ void find_share(int kind) const {
+    const int step = kind - kLayer;
+    const int outputs = kind == kLast ? s.num_codes : step == 0 ? 3 * dim : step == 2 ? 4 * dim : dim;
+    const int inputs = kind == kHidden ? s.hidden_dim : kind == kCode ? s.code_dim : step == 3 ? 4 * dim : dim;
+    const bool divided = step == 1 || step == 3;
+    const int tiles = (outputs + 15) / 16, chunks = (inputs + kChunk - 1) / kChunk, all = tiles * chunks;
+    const int size = share_of(tiles, chunks, divided, ((divided ? all : tiles) + int(gridDim.x) - 1) / int(gridDim.x));
+    Share own{tiles, chunks};
+    own.begin = min(int(blockIdx.x) * size, all);
+    own.end = min(own.begin + size, all);
+    if (own.begin < own.end) {
+      own.first_tile = own.begin / chunks;
+      own.own_tiles = (own.end + chunks - 1) / chunks - own.first_tile;
+      own.column = own.begin - own.first_tile * chunks;
+      own.number = own.column > 0 ? int(blockIdx.x) - own.first_tile * chunks / size : 0;
+      const bool within = own.column + own.end - own.begin <= chunks;
+      own.span_first = within ? own.column : 0;
+      own.span_last = within ? own.column + own.end - own.begin : chunks;
     }
-    if (index == steps - 1) return piece(layout.head, s.num_codes, dim);
-    const int64_t block = layout.blocks + (index - 1) / 4 * layout.block;
-    switch ((index - 1) % 4) {
-      case 0:
-        return piece(block + layout.qkv, 3 * dim, dim);
-      case 1:
-        return piece(block + layout.proj, dim, dim, true);
-      case 2:
-        return piece(block + layout.up, 4 * dim, dim);
-      default:
-        return piece(block + layout.down, dim, 4 * dim, true);
-    }
+    *share(kind) = own;
   }
 
   // ---- the ring
@@ -519,7 +549,7 @@ struct Decoder {
   };
 
   __device__ __forceinline__ unsigned char* slot(int number) const {
-    return memory + free_bytes + kBarrierBytes + (warp * slots + number) * kSlotBytes;
+    return memory + free_bytes + kBarrierBytes + kShareBytes + (warp * slots + number) * kSlotBytes;
   }
   __device__ __forceinline__ unsigned char* slot_barrier(int number) const {
     return memory + free_bytes + (warp * kMostSlots + number) * 8;
@@ -532,9 +562,10 @@ struct Decoder {
         stream.index = 0;
         ++stream.d;
       }
-      const Matrix next = matrix(stream.d, stream.index);
-      stream.weights = next.weights + lane;
-      stream.walk.begin(next, warp);
+      if (stream.d == s.depth) break;
+      const int kind = kind_of(stream.d, stream.index);
+      stream.weights = weights_of(kind, stream.index) + lane;
+      stream.walk.begin(*share(kind), warp);
     }
     const bool more = stream.d < s.depth;
     if (more) {
@@ -564,9 +595,10 @@ struct Decoder {
   }
 
   __device__ __forceinline__ void begin(Stream& stream) const {
+    if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
     if (lane < slots) chunk_barrier(slot_barrier(lane));
     chunk_barriers_done();
-    __syncwarp();
+    __syncthreads();
     stream = {{0, 0, 0, 1}, nullptr, 0, s.hidden_dim ? -1 : 0, 0, 0, 0, 0};
     for (int i = 0; i < slots; ++i) ask(stream);
   }
@@ -609,26 +641,15 @@ struct Decoder {
     normalise_rows<T>(space<float>(at.x), extra.from, extra.count, rows, dim, memory);
   }
 
-  // Chunks of the inputs that the block multiplies: all, unless its share is within one tile.
-  struct Span {
-    int first, last;
-  };
-  __device__ __forceinline__ Span span_of(const Matrix& matrix) const {
-    const int begin = int(blockIdx.x) * matrix.share, end = min(begin + matrix.share, matrix.tiles * matrix.chunks);
-    if (begin >= end) return {0, 0};
-    const int column = begin % matrix.chunks;
-    if (column + end - begin > matrix.chunks) return {0, matrix.chunks};
-    return {column, column + end - begin};
-  }
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
 
   // Rows as they lie in memory; each warp copies the chunks that it multiplies.
-  __device__ __forceinline__ void stage_rows(const T* from, int width, const Span& span) {
+  __device__ __forceinline__ void stage_rows(const T* from, int width, const Share& share) {
     for (int row = lane / 8; row < rows; row += 4) {
       const T* own_row = from + int64_t(row) * width + lane % 8 * 8;
       unsigned char* to = staged(row, width) + lane % 8 * 16;
 #pragma unroll 4
-      for (int chunk = first_own(span.first); chunk < span.last; chunk += kWarps)
+      for (int chunk = first_own(share.span_first); chunk < share.span_last; chunk += kWarps)
         *reinterpret_cast<uint4*>(to + chunk * kChunk * 2) = load_shared_by_all(own_row + chunk * kChunk);
     }
     __syncwarp();
@@ -638,11 +659,11 @@ struct Decoder {
     return {space<T>(at.q), cache(layer, 0, 0), cache(layer, 1, 0), rows, dim};
   }
 
-  __device__ __forceinline__ void stage_attention(int layer, int d, const Span& span) {
+  __device__ __forceinline__ void stage_attention(int layer, int d, const Share& share) {
     if (kGroups == 1 && rows <= 2)
-      stage_heads<16>(attended(layer), d, span.first, span.last, memory);
+      stage_heads<16>(attended(layer), d, share.span_first, share.span_last, memory);
     else
-      stage_heads<4>(attended(layer), d, span.first, span.last, memory);
+      stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
   // The same for large sizes, each head by one warp of the grid.
@@ -773,15 +794,12 @@ struct Decoder {
   }
 
   // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null.
-  __device__ __forceinline__ void product(Stream& stream, const Matrix& matrix, const T* direct, int d, int layer, Step step,
+  __device__ __forceinline__ void product(Stream& stream, const Share& share, const T* direct, int d, int layer, Step step,
                                           int outputs) {
     constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
-    const int chunks = matrix.chunks, width = chunks * kChunk;
-    const int begin = int(blockIdx.x) * matrix.share, end = min(begin + matrix.share, matrix.tiles * chunks);
+    const int chunks = share.chunks, width = chunks * kChunk, begin = share.begin, end = share.end;
+    const int first_tile = share.first_tile, tiles = share.own_tiles, number = share.number;
     if (begin >= end) return;
-    const int first_tile = begin / chunks, tiles = (end + chunks - 1) / chunks - first_tile;
-    // Which block of the first tile this is; of the others it is the first.
-    const int number = begin == first_tile * chunks ? 0 : int(blockIdx.x) - first_tile * chunks / matrix.share;
     const Divisor& sharing = step == kHead ? pairs : all_rows;
     const int shown = int(sharing.number);
     const bool in_shared = direct == nullptr;
@@ -912,18 +930,17 @@ struct Decoder {
   __device__ __forceinline__ void multiply_by(Stream& stream, int d, int index, bool apart) {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
     const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
-    const Matrix now = matrix(d, index);
-    const Span span = span_of(now);
+    const Share now = *share(kind_of(d, index));
     const T* direct = nullptr;
     if (step == kQkv || step == kUp || step == kHead) {
       stage_norm(beside(layer, step));
     } else if (step == kProj && !apart) {
-      stage_attention(layer, d, span);
+      stage_attention(layer, d, now);
     } else {
       direct = step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
       if (index == 0 && d == 0) direct = static_cast<const T*>(a.hidden);
       if (fits(now.chunks * kChunk)) {
-        stage_rows(direct, now.chunks * kChunk, span);
+        stage_rows(direct, now.chunks * kChunk, now);
         direct = nullptr;
       }
     }
@@ -995,7 +1012,7 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   if (!together) return cudaSuccess;
   // A norm's rows and the least that a draw needs have to fit beside two slots; all keys of a row, and the MLP's states,
   // beside six.
-  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - bytes) / kRingBytes); };
+  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - kShareBytes - bytes) / kRingBytes); };
   const auto staged = [&](int64_t width) { return kVectorsAt + sizes.dim * 4 + sizes.rows * (width * 2 + kPad); };
   int slots = std::min({kMostSlots, slots_beside(staged(sizes.dim)), slots_beside(kKeysAt)});
   for (const int64_t more : {int64_t(kKeysAt) + padded(sizes.num_codes, 4) * 4, staged(4 * int64_t(sizes.dim))})
@@ -1009,7 +1026,7 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kThreads, shared); e != cudaSuccess)
     return e;
   if (per < 1) return cudaSuccess;
-  *plan = {0, shared, shared - kBarrierBytes - slots * kRingBytes, slots};
+  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kRingBytes, slots};
   return cudaDeviceGetAttribute(&plan->blocks, cudaDevAttrMultiProcessorCount, device);
 }
 
@@ -1068,7 +1085,6 @@ cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t
   Kernel kernel{args,
                 workspace_depth_decode(args.sizes),
                 DepthLayout(args.sizes),
-                Divisor(found.blocks),
                 Divisor(rows),
                 Divisor(args.sizes.guided ? rows / 2 : rows),
                 found.free_bytes,

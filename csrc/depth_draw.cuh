@@ -16,7 +16,7 @@ constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  
 constexpr int kBins = 2048;
 constexpr int kListed = 2048;  // entries that a list holds
 constexpr int kNearest = 512;  // of them those in the bin of a cut
-constexpr int kListAt = kBins * 8, kPlaceAt = kListAt + kListed * 8, kNearAt = kPlaceAt + kListed * 2;
+constexpr int kListAt = kBins * 8, kNearAt = kListAt + kListed * 8;
 constexpr int kMiscAt = kNearAt + kNearest * 8, kKeysAt = kMiscAt + 1024;
 
 __device__ __forceinline__ int ordered(float score) {
@@ -32,7 +32,7 @@ using Word = unsigned long long;
 struct Misc {
   Word warps[kWarps];
   Word above;
-  int bin, count, near;
+  int bin, near;
 };
 
 __device__ __forceinline__ Word block_max(Misc& misc, Word value) {
@@ -58,6 +58,23 @@ __device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
   return value;
 }
 
+// The sum of the values of all threads before this one.
+__device__ __forceinline__ int block_before(Misc& misc, int value) {
+  Word upto = Word(value);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Word other = __shfl_up_sync(~0u, upto, step);
+    if (int(threadIdx.x % 32) >= step) upto += other;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w)
+    if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
+  return int(upto) - value;
+}
+
 // Finds the bin at which the sum of bins reaches `goal`, from bin 0 or, if kDown, from the last one; misc.bin is that bin
 // and misc.above the sum of those before it. `value(bin)` is read by one thread. All of the block's threads see the result.
 template <int kCount, bool kDown, typename Value>
@@ -79,7 +96,9 @@ __device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
   __syncthreads();
   if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
   __syncthreads();
-  for (int w = 0; w < int(threadIdx.x / 32); ++w) upto += misc.warps[w];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w)
+    if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
   Word above = upto - sum;
   if (above < goal && upto >= goal) {
 #pragma unroll
@@ -94,8 +113,8 @@ __device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
   __syncthreads();
 }
 
-// The k-th largest key by its digits, and how many keys are as large or larger.
-__device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* keys, int entries, int k, int* count) {
+// The k-th largest key, by its digits.
+__device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* keys, int entries, int k) {
   uint32_t prefix = 0;
   int left = k;
   for (int pass = 0;; ++pass) {
@@ -110,8 +129,6 @@ __device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* k
     find_bin<kBins, true>(misc, left, [&](int bin) { return Word(bins[bin]); });
     left -= int(misc.above);
     prefix = prefix << width | uint32_t(misc.bin);
-    const int inside = int(bins[misc.bin]);
-    *count = k - left + inside;
     __syncthreads();
     if (shift == 0) return int(prefix ^ 0x80000000u);
   }
@@ -154,14 +171,185 @@ struct Draw {
   double top_p;
 };
 
+// What the ways of drawing share.
+struct Row {
+  unsigned char* memory;
+  const Draw& draw;
+  int entries;
+  double peak, units;  // the largest score; what a mass is counted in
+
+  __device__ __forceinline__ Misc& misc() const { return *reinterpret_cast<Misc*>(memory + kMiscAt); }
+  __device__ __forceinline__ Row(unsigned char* memory, const Draw& draw, int entries, float top)
+      : memory(memory), draw(draw), entries(entries), peak(top) {
+    int bits_of_size = 0;
+    while ((entries - 1) >> bits_of_size) ++bits_of_size;
+    units = double(Word(1) << (62 - bits_of_size));
+  }
+  // A weight as an integer of the same order; 0 is what cannot be drawn.
+  __device__ __forceinline__ int weight(int key) const {
+    const double distance = double(score_of(key)) - peak;
+    return distance >= -87 ? __float_as_int(float(exp(distance))) : 0;
+  }
+  __device__ __forceinline__ Word mass(int bits) const { return Word(double(__int_as_float(bits)) * units); }
+  // The mass that top-p keeps at least.
+  __device__ __forceinline__ Word goal(Word total) const {
+    const double product = double(static_cast<long long>(total)) * draw.top_p;
+    const Word least = Word(product);
+    return least + (double(static_cast<long long>(least)) < product);
+  }
+  __device__ __forceinline__ bool cuts_mass() const { return draw.top_p > 0 && draw.top_p < 1; }
+};
+
+// Of the entries with the weight `low`, those before the result are kept: of `left` mass one entry more than fits.
+// `equal_before(place)` counts a thread's own entries of that weight before a place.
+template <typename Count>
+__device__ __forceinline__ int find_bound(const Row& row, int low, Word left, const Count& equal_before) {
+  const Word each = row.mass(low), wanted = (left + each - 1) / each;
+  int bound = row.entries;
+  if (wanted >= block_sum(row.misc(), equal_before(bound))) return bound;
+  int short_of = 0;  // fewer than wanted are before this index, wanted before `bound`
+  while (bound - short_of > 1) {
+    const int place = (short_of + bound) / 2;
+    if (block_sum(row.misc(), equal_before(place)) >= wanted)
+      bound = place;
+    else
+      short_of = place;
+  }
+  return bound;
+}
+
+__device__ __forceinline__ int winner(Misc& misc, Word best) { return int(~uint32_t(block_max(misc, best))); }
+__device__ __forceinline__ Word racer(int bits, float noise, int i) {
+  const float speed = __fdiv_rn(__int_as_float(bits), noise);
+  return speed > 0 ? Word(__float_as_uint(speed)) << 32 | uint32_t(~i) : 0;
+}
+constexpr Word kNobody = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
+
+// Draws among the `count` keys of a list that are `least` or more, by threads that hold eight entries each. Returns false if
+// too many have about the weight at the cut of top-p.
+__device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, int count, int least, int* code) {
+  constexpr int kOwn = kListed / kThreads;
+  Misc& misc = row.misc();
+  Word* sums = reinterpret_cast<Word*>(row.memory);
+  const int2* list = reinterpret_cast<const int2*>(row.memory + kListAt);
+  int2* near = reinterpret_cast<int2*>(row.memory + kNearAt);
+  int bits[kOwn], place[kOwn], bin[kOwn];
+  float noise[kOwn];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    const int2 one = i < count ? list[i] : int2{kLeast, 0};
+    const bool kept = i < count && one.x >= least;
+    place[j] = one.y;
+    noise[j] = kept ? __ldg(row.draw.noise + one.y) : 1.f;
+    bits[j] = kept ? row.weight(one.x) : 0;
+    bin[j] = kept ? scale.bin(score_of(one.x)) : 0;
+  }
+  // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
+  int low = 1, bound = row.entries;
+  if (row.cuts_mass()) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
+    if (threadIdx.x == 0) misc.near = 0;
+    __syncthreads();
+    Word total = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const Word own = row.mass(bits[j]);
+      total += own;
+      if (own) atomicAdd(sums + bin[j], own);
+    }
+    Word left = row.goal(block_sum(misc, total));
+    find_bin<kBins, false>(misc, left, [&](int bin) { return sums[bin]; });
+    const int edge = misc.bin;
+    const Word before = misc.above;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (bits[j] == 0 || bin[j] != edge) continue;
+      const int at = atomicAdd(&misc.near, 1);
+      if (at < kNearest) near[at].x = bits[j];
+    }
+    __syncthreads();
+    const int inside = misc.near;
+    if (inside > kNearest) return false;
+    for (int i = threadIdx.x; i < inside; i += kThreads) {
+      Word larger = before, equal = 0;
+      for (int j = 0; j < inside; ++j) {
+        larger += near[j].x > near[i].x ? row.mass(near[j].x) : 0;
+        equal += near[j].x == near[i].x ? row.mass(near[j].x) : 0;
+      }
+      if (larger < left && larger + equal >= left) misc.bin = near[i].x;  // the same by all who write
+    }
+    __syncthreads();
+    low = misc.bin;
+    // Weights are equal of scores that are not, too, and those may be in the bins around.
+    Word larger = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) larger += bits[j] > low ? row.mass(bits[j]) : 0;
+    left -= block_sum(misc, larger);
+    bound = find_bound(row, low, left, [&](int end) {
+      Word count = 0;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) count += bits[j] == low && place[j] < end;
+      return count;
+    });
+  }
+  Word best = kNobody;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j)
+    if (bits[j] > 0 && (bits[j] > low || (bits[j] == low && place[j] < bound)))
+      best = max(best, racer(bits[j], noise[j], place[j]));
+  *code = winner(misc, best);
+  return true;
+}
+
+// Draws among the keys that are `least` or more, whatever they are; leaves weights in their place.
+__device__ __forceinline__ int draw_any(const Row& row, int* keys, int least) {
+  Misc& misc = row.misc();
+  const int entries = row.entries;
+  for (int i = threadIdx.x; i < entries; i += kThreads) keys[i] = keys[i] >= least ? row.weight(keys[i]) : 0;
+  __syncthreads();
+  int low = 1, bound = entries;
+  if (row.cuts_mass()) {
+    Word* sums = reinterpret_cast<Word*>(row.memory);
+    Word total = 0;
+    for (int i = threadIdx.x; i < entries; i += kThreads) total += row.mass(keys[i]);
+    Word left = row.goal(block_sum(misc, total));
+    uint32_t prefix = 0;
+    for (int shift = 20; shift >= 0; shift -= 10) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < 1024; i += kThreads) sums[i] = 0;
+      __syncthreads();
+      for (int i = threadIdx.x; i < entries; i += kThreads) {
+        const uint32_t bits = keys[i];
+        if (bits && (shift == 20 || bits >> (shift + 10) == prefix))
+          atomicAdd(sums + (bits >> shift & 1023), row.mass(bits));
+      }
+      __syncthreads();
+      find_bin<1024, true>(misc, left, [&](int bin) { return sums[bin]; });
+      left -= misc.above;
+      prefix = prefix << 10 | uint32_t(misc.bin);
+    }
+    low = int(prefix);
+    bound = find_bound(row, low, left, [&](int end) {
+      Word count = 0;
+      for (int i = threadIdx.x; i < end; i += kThreads) count += keys[i] == low;
+      return count;
+    });
+  }
+  Word best = kNobody;
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const int bits = keys[i];
+    if (bits > 0 && (bits > low || (bits == low && i < bound))) best = max(best, racer(bits, __ldg(row.draw.noise + i), i));
+  }
+  return winner(misc, best);
+}
+
 // A code from one row of keys, of which there are at least `entries` up to a multiple of four; by the whole block.
 // `room` is how many keys fit behind kKeysAt; `unsound` becomes whether there is NaN among the scores.
 __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys, int entries, int room, const Draw& draw,
                                          bool* unsound) {
   uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
-  Word* sums = reinterpret_cast<Word*>(memory);
   int2* list = reinterpret_cast<int2*>(memory + kListAt);
-  uint16_t* places = reinterpret_cast<uint16_t*>(memory + kPlaceAt);
   int2* near = reinterpret_cast<int2*>(memory + kNearAt);
   Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
   const bool held = entries <= room;
@@ -196,38 +384,30 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   if (draw.inverse_temperature == 0) return int(~uint32_t(best));
   if (top <= kLeast || top >= kInfinite) return 0;
 
-  const double peak = score_of(top);
-  const auto weight = [&](int key) {  // as an integer of the same order; 0 is what cannot be drawn
-    const double distance = double(score_of(key)) - peak;
-    return distance >= -87 ? __float_as_int(float(exp(distance))) : 0;
-  };
-  if (threadIdx.x == 0) misc.count = misc.near = 0;
-
-  // The list of what top-k keeps, if it is short; or else keys become weights where they are.
+  // The keys of the bins down to the one with the k-th largest make a list, if it is short.
+  const Row row(memory, draw, entries, score_of(top));
   const bool cuts = draw.top_k > 0 && draw.top_k < entries;
   const Scale scale(score_of(top), score_of(int(~uint32_t(block_max(misc, lowest)) ^ 0x80000000u)));
-  int least = kLeast, kept = entries;
-  bool listed = false;
   if (cuts && scale.sound()) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    if (threadIdx.x == 0) misc.near = 0;
     __syncthreads();
     for_keys(keys, entries, [&](int, int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
     __syncthreads();
     find_bin<kBins, false>(misc, draw.top_k, [&](int bin) { return Word(bins[bin]); });
-    const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]);
+    const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]), count = before + inside;
     __syncthreads();  // before anyone clears the bins
-    listed = before + inside <= kListed && inside <= kNearest;
-    if (listed) {
+    if (count <= kListed && inside <= kNearest) {
+      int own = 0;
+      for_keys(keys, entries, [&](int, int key) { own += scale.bin(score_of(key)) <= edge; });
+      int at = block_before(misc, own);
       for_keys(keys, entries, [&](int i, int key) {
         const int bin = scale.bin(score_of(key));
-        if (bin > edge) return;
-        const int at = atomicAdd(&misc.count, 1);
-        list[at] = {key, i};
-        places[at] = uint16_t(bin);
+        if (bin <= edge) list[at++] = {key, i};
         if (bin == edge) near[atomicAdd(&misc.near, 1)].x = key;
       });
       __syncthreads();
-      const int wanted = draw.top_k - before;  // of the keys in the edge's bin, those this many are not smaller than
+      const int wanted = draw.top_k - before;  // of the edge's bin
       for (int i = threadIdx.x; i < inside; i += kThreads) {
         int larger = 0, equal = 0;
         for (int j = 0; j < inside; ++j) {
@@ -237,130 +417,12 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
         if (larger < wanted && larger + equal >= wanted) misc.bin = near[i].x;  // the same by all who write
       }
       __syncthreads();
-      least = misc.bin;
+      int code;
+      if (draw_listed(row, scale, count, misc.bin, &code)) return code;
     }
-  }
-  if (cuts && !listed) {
-    least = find_kth(misc, bins, keys, entries, draw.top_k, &kept);
-    listed = kept <= kListed;
-    if (listed) {
-      for (int i = threadIdx.x; i < entries; i += kThreads)
-        if (keys[i] >= least) list[atomicAdd(&misc.count, 1)] = {keys[i], i};
-      __syncthreads();
-      for (int i = threadIdx.x; i < misc.count; i += kThreads)
-        places[i] = uint16_t(scale.sound() ? scale.bin(score_of(list[i].x)) : 0);
-    }
-  }
-  const int count = listed ? misc.count : entries;
-  const auto entry = [&](int i) { return listed ? list[i] : int2{keys[i], i}; };
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int key = entry(i).x, bits = key >= least ? weight(key) : 0;
-    if (listed)
-      list[i].x = bits;
-    else
-      keys[i] = bits;
   }
   __syncthreads();
-
-  // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
-  int low = 1, bound = entries;
-  if (draw.top_p > 0 && draw.top_p < 1) {
-    int bits_of_size = 0;
-    while ((entries - 1) >> bits_of_size) ++bits_of_size;
-    const double units = double(Word(1) << (62 - bits_of_size));
-    const auto mass = [&](int bits) { return Word(double(__int_as_float(bits)) * units); };
-    const bool binned = listed && scale.sound();
-    if (binned)
-      for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
-    __syncthreads();
-    Word total = 0;
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const Word own = mass(entry(i).x);
-      total += own;
-      if (binned && own) atomicAdd(sums + places[i], own);
-    }
-    total = block_sum(misc, total);
-    const double product = double(static_cast<long long>(total)) * draw.top_p;
-    Word left = Word(product);
-    left += double(static_cast<long long>(left)) < product;
-    bool found = false;
-    if (binned) {
-      if (threadIdx.x == 0) misc.near = 0;
-      find_bin<kBins, false>(misc, left, [&](int bin) { return sums[bin]; });
-      const int edge = misc.bin;
-      const Word before = misc.above;
-      for (int i = threadIdx.x; i < count; i += kThreads) {
-        if (places[i] != edge) continue;
-        const int at = atomicAdd(&misc.near, 1);
-        if (at < kNearest) near[at].x = list[i].x;
-      }
-      __syncthreads();
-      const int inside = misc.near;
-      found = inside <= kNearest;
-      if (found) {
-        for (int i = threadIdx.x; i < inside; i += kThreads) {
-          Word larger = before, equal = 0;
-          for (int j = 0; j < inside; ++j) {
-            larger += near[j].x > near[i].x ? mass(near[j].x) : 0;
-            equal += near[j].x == near[i].x ? mass(near[j].x) : 0;
-          }
-          if (larger < left && larger + equal >= left) misc.bin = near[i].x;
-        }
-        __syncthreads();
-        low = misc.bin;
-        // Weights are equal of scores that are not, too, and those may be in the bins around.
-        Word larger = 0;
-        for (int i = threadIdx.x; i < count; i += kThreads) larger += list[i].x > low ? mass(list[i].x) : 0;
-        left -= block_sum(misc, larger);
-      }
-    }
-    if (!found) {
-      uint32_t prefix = 0;
-      for (int shift = 20; shift >= 0; shift -= 10) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < 1024; i += kThreads) sums[i] = 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-          const uint32_t bits = entry(i).x;
-          if (bits && (shift == 20 || bits >> (shift + 10) == prefix)) atomicAdd(sums + (bits >> shift & 1023), mass(bits));
-        }
-        __syncthreads();
-        find_bin<1024, true>(misc, left, [&](int bin) { return sums[bin]; });
-        left -= misc.above;
-        prefix = prefix << 10 | uint32_t(misc.bin);
-      }
-      low = int(prefix);
-    }
-    const Word each = mass(low), wanted = (left + each - 1) / each;
-    Word equal = 0;
-    for (int i = threadIdx.x; i < count; i += kThreads) equal += entry(i).x == low;
-    equal = block_sum(misc, equal);
-    if (wanted < equal) {
-      int short_of = 0;  // fewer than wanted are before this index, wanted before `bound`
-      while (bound - short_of > 1) {
-        const int place = (short_of + bound) / 2;
-        Word before = 0;
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-          const int2 one = entry(i);
-          before += one.x == low && one.y < place;
-        }
-        if (block_sum(misc, before) >= wanted)
-          bound = place;
-        else
-          short_of = place;
-      }
-    }
-  }
-
-  best = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int2 one = entry(i);
-    if (one.x <= 0 || one.x < low || (one.x == low && one.y >= bound)) continue;
-    const float speed = __fdiv_rn(__int_as_float(one.x), __ldg(draw.noise + one.y));
-    if (speed > 0) best = max(best, Word(__float_as_uint(speed)) << 32 | uint32_t(~one.y));
-  }
-  best = block_max(misc, best);
-  return int(~uint32_t(best));
+  return draw_any(row, keys, cuts ? find_kth(misc, bins, keys, entries, draw.top_k) : kLeast);
 }
 
 }  // namespace unifiedar
