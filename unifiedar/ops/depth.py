@@ -369,6 +369,8 @@ def _decode_eager(
         )  # fmt: skip
         total.zero_()
         unsound.fill_(-1)
+        if rows == 0:  # attention without rows is None on some devices
+            return codes, total, unsound, all_logits
         cache = []
         for block in weights.blocks:
             width = block.query[0].shape[-2] // num_heads
@@ -618,6 +620,7 @@ def _run_cuda(
     weights = _unflatten(tensors, num_heads, DepthForm(*form))
     count, (dim, layers, _, num_codes, projected) = len(codes), _sizes(weights)
     limit = _plan(hidden, codebook, weights, 2, guided)["limit"] // (2 if guided else 1)
+    limit = max(1, -(-count // -(-count // limit))) if count else limit  # parts of one size: each reads all weights
     settings = _kept_settings(tuple(temperature), tuple(top_k), tuple(top_p))
     hidden = hidden.contiguous()
     codebook = codebook if codebook.stride(-1) == 1 else codebook.contiguous()
