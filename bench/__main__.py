@@ -1,4 +1,4 @@
-"""`python -m bench`: list the cases, measure a family, try tiles, certify attention, write the scoreboard."""
+"""`python -m bench`: list the cases, measure a family, try tiles, certify attention, write scoreboard and card."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from bench import _results, _scoreboard, certificate
+from bench import _results, _scoreboard, card, certificate
 from bench._case import Case, families, family_cases, run_family
+from bench._start import fresh
 from bench.tune import KNOBS, tune
 
 
@@ -32,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _tune(arguments)
         if arguments.command == "certificate":
             return _certify(arguments)
+        if arguments.command == "card":
+            if arguments.run is not None:
+                card.take(arguments.run, arguments.docs)
+            print(f"wrote {card.write(arguments.docs)}")
+            return 0
         return _measure(arguments)
-    except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib) as problem:
+    except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib, card.CardError) as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
 
@@ -48,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     board = commands.add_parser("scoreboard", help="write docs/scoreboard.md from measured results")
     board.add_argument("--results", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
     board.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
-    turn = commands.add_parser("tune", help="try other tiles for the Triton kernels of a family, on a GPU")
+    page = commands.add_parser("card", help="write docs/model-card-var.md from measured figures")
+    page.add_argument("run", nargs="?", type=Path, help="folder that docs/recipes/var.sh filled, taken into docs first")
+    page.add_argument("--docs", type=Path, default=_results.ROOT / "docs", metavar="DIR", help="default: docs")
+    turn = commands.add_parser("tune", help="try other tiles for the kernels of a family, on a GPU")
     turn.add_argument("family", choices=sorted(KNOBS))
     turn.add_argument("--case", action="append", metavar="PATTERN", help="only cases of this name; repeatable")
     turn.add_argument("--knob", action="append", metavar="NAME", help="only this function's tiles; repeatable")
@@ -72,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         measure.add_argument("--out", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
         measure.add_argument("--commit", help="of the sources measured; default: $UNIFIEDAR_COMMIT, then git")
         measure.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="samples a case; default 1")
+        measure.add_argument(
+            "--starts",
+            action="store_true",
+            help="also what beginning costs: one fresh process for each variant",
+        )
     return parser
 
 
@@ -148,6 +162,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         device,
         commit=arguments.commit,
         budget_s=arguments.budget,
+        start=(lambda case, name: fresh(arguments.command, case, name, device)) if arguments.starts else None,
         report=lambda line: print(line, flush=True),
     )
     print(f"wrote {_results.write(run, arguments.out)}")

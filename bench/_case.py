@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench._results import CaseResult, Run, environment
-from bench._time import Call, copy_rate, input_sets, matmul_rate, measure
+from bench._time import Call, Start, copy_rate, input_sets, matmul_rate, measure
 
 __all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "run_family"]
 
@@ -31,8 +31,8 @@ class Variant:
 
     Args:
         name: as it stands in the tables.
-        role: "ours" (the public function, backend="auto"; one per case), "backend" (one of our backends, forced) or
-            "peer".
+        role: "ours" (the public function, backend="auto"; one per case), "backend" (one of our backends, forced),
+            "peer", or "yardstick" (which computes something else).
         bind: takes an input set, returns the call to time. What a user would do once (compiling, building a module)
             happens in `bind` or before; what they would do on every call happens in the call.
     """
@@ -57,6 +57,10 @@ class Case:
         check: check(input set 0) -> Check; usually `against(oracle, eager, ...)`.
         backend: backend(input set) -> the name of the backend that "auto" chooses.
         on_matrix_units: whether the flops can run at the rate of a matrix product, which then bounds the floor too.
+        other: makes a case of the same work and variants with another schedule, for which some have to prepare anew;
+            None if there is nothing of the kind.
+        rate: what a time in milliseconds means, for the report's lines; None where the time says it all.
+        rounds: least and most samples of a variant; few where one takes seconds.
     """
 
     name: str
@@ -69,6 +73,9 @@ class Case:
     check: Callable[[Any], Check]
     backend: Callable[[Any], str]
     on_matrix_units: bool = False
+    other: Callable[[], Case] | None = None
+    rate: Callable[[float], str] | None = None
+    rounds: tuple[int, int] = (20, 200)
 
 
 def tensors(inputs: object) -> Iterable[torch.Tensor]:
@@ -148,6 +155,13 @@ def _late(variant: Variant, inputs: Any) -> Call:
     return call
 
 
+def _said(cost: Start) -> str:
+    if cost.cold_ms is None:
+        return f"beginning: {cost.error}"
+    new = "" if cost.new_ms is None else f"another schedule {cost.new_ms:.1f} ms, "
+    return f"beginning: cold {cost.cold_ms:.0f} ms, {new}preparing {cost.prepare_ms:.2f} ms"
+
+
 def _floor(case: Case, copy: float, matmul: float | None) -> tuple[float, str]:
     by_bytes = case.bytes / copy * 1e3
     how = f"{case.bytes} bytes at the copy rate of this run, {copy / 1e9:.0f} GB/s"
@@ -166,6 +180,7 @@ def run_family(
     *,
     commit: str | None = None,
     budget_s: float = 1.0,
+    start: Callable[[str, str], Start] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Measure cases of one family.
@@ -176,6 +191,7 @@ def run_family(
         device: where.
         commit: of the sources (see `bench._results.environment`).
         budget_s: seconds of samples per case.
+        start: takes the names of a case and a variant and measures what beginning costs; None leaves that out.
         report: called with a line of text per variant as results come in.
 
     An interrupt (Ctrl-C) ends the run at the case before.
@@ -191,7 +207,7 @@ def run_family(
     for case in cases:
         try:
             prepared = prepare(case, device)
-            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s)
+            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s, rounds=case.rounds)
         except KeyboardInterrupt:
             if not rows:
                 raise
@@ -200,6 +216,8 @@ def run_family(
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
+            if case.rate is not None and timing.median_ms is not None:
+                figure = f"{figure}, {case.rate(timing.median_ms)}"
             report(f"{case.name:32} {name:28} {figure}  ({timing.method})")
         row = CaseResult(
             name=case.name,
@@ -215,8 +233,13 @@ def run_family(
             backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
             peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
         )
-        rows.append(row)
         del prepared
+        if start is not None:
+            begun = {one.name: start(case.name, one.name) for one in case.variants if one.role != "yardstick"}
+            row = replace(row, starts=begun)
+            for name, cost in begun.items():
+                report(f"{case.name:32} {name:28} {_said(cost)}")
+        rows.append(row)
     # A roof is the best seen: one measured once is low when something else is going on, and no work can be above it.
     copy, best_matmul = map(max, before, ceilings())
     matmul = best_matmul or None

@@ -6,12 +6,14 @@ A file holds one run of one family on one device:
     family        "codes"
     environment   device, kind ("cuda" or "cpu"), driver, python, torch, triton, cuda, unifiedar, commit, date,
                   copy_bytes_per_s, matmul_flops_per_s
-    cases         a list of {name, shape, dtype, bytes, flops, floor_ms, floor, sets, backend, ours, backends, peers}
+    cases         a list of {name, shape, dtype, bytes, flops, floor_ms, floor, sets, backend, ours, backends, peers,
+                  starts}
 
 `ours` is the timing of the public function with backend="auto", `backend` the backend that it chose, `backends` the
 timings of single backends that were forced, `peers` those of everyone else. A timing is {median_ms, p10_ms, p90_ms,
 extra_memory_bytes, samples, method, error} (see `bench._time.Timing`). `floor_ms` is the time that no implementation
-beats and `floor` says how it was computed; `bytes` and `flops` are what the work needs at least.
+beats and `floor` says how it was computed; `bytes` and `flops` are what the work needs at least. `starts` says what
+beginning costs some of the variants (see `bench._time.Start`); it may be absent, and is empty unless asked for.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench._time import Timing
+from bench._time import Start, Timing
 
 __all__ = [
     "SCHEMA",
@@ -88,6 +91,7 @@ class CaseResult:
     ours: Timing
     backends: dict[str, Timing] = field(default_factory=dict)
     peers: dict[str, Timing] = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
 
     def best_peer(self) -> tuple[str, float] | None:
         """Name and median milliseconds of the fastest peer that worked, or None."""
@@ -226,6 +230,7 @@ def read(path: Path | str) -> Run:
                 "ours": Timing(**case["ours"]),
                 "backends": timings(case["backends"]),
                 "peers": timings(case["peers"]),
+                "starts": {name: Start(**start) for name, start in case.get("starts", {}).items()},
             }
         )
         for case in document["cases"]
@@ -265,7 +270,11 @@ _CASE: _Rules = {
     **dict.fromkeys(("bytes", "flops", "sets"), (_INT, False)),
     "floor_ms": (_NUMBER, False),
     "backend": (_TEXT, True),
-    **dict.fromkeys(("shape", "ours", "backends", "peers"), ((dict,), False)),
+    **dict.fromkeys(("shape", "ours", "backends", "peers", "starts"), ((dict,), False)),
+}
+_START: _Rules = {
+    **dict.fromkeys(("cold_ms", "new_ms", "prepare_ms"), (_NUMBER, True)),
+    "error": (_TEXT, True),
 }
 _TIMING: _Rules = {
     **dict.fromkeys(("median_ms", "p10_ms", "p90_ms"), (_NUMBER, True)),
@@ -274,19 +283,21 @@ _TIMING: _Rules = {
     "method": (_TEXT, False),
     "error": (_TEXT, True),
 }
-for _record, _rules in ((Environment, _ENVIRONMENT), (CaseResult, _CASE), (Timing, _TIMING)):
+for _record, _rules in ((Environment, _ENVIRONMENT), (CaseResult, _CASE), (Timing, _TIMING), (Start, _START)):
     if {one.name for one in fields(_record)} != set(_rules):
         raise RuntimeError(f"{_record.__name__} and its rules name different fields")
 
 
-def _check(document: object, rules: _Rules, where: str) -> dict[str, Any]:
+def _check(document: object, rules: _Rules, where: str, absent: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ResultsError(f"{where}: must be an object, got {type(document).__name__}")
-    if missing := sorted(set(rules) - set(document)):
+    if missing := sorted(set(rules) - set(document) - set(absent)):
         raise ResultsError(f"{where}: lacks {', '.join(missing)}")
     if unknown := sorted(set(document) - set(rules)):
         raise ResultsError(f"{where}: has unknown fields {', '.join(unknown)}")
     for name, (types, optional) in rules.items():
+        if name in absent and name not in document:
+            continue
         value = document[name]
         if value is None and optional:
             continue
@@ -310,6 +321,16 @@ def _check_timing(document: object, where: str) -> None:
         raise ResultsError(f"{where}: p10_ms <= median_ms <= p90_ms must hold, got {times}")
 
 
+def _check_start(document: object, where: str) -> None:
+    start = _check(document, _START, where)
+    times = [start[name] for name in ("cold_ms", "new_ms", "prepare_ms")]
+    if start["error"] is not None:
+        if times != [None, None, None]:
+            raise ResultsError(f"{where}: has both an error and times")
+    elif start["cold_ms"] is None or start["prepare_ms"] is None:
+        raise ResultsError(f"{where}: has neither times nor an error")
+
+
 def _check_run(document: object, path: Path) -> None:
     where = str(path)
     # The schema number goes first: with another one, any further complaint would mislead.
@@ -325,7 +346,7 @@ def _check_run(document: object, path: Path) -> None:
         raise ResultsError(f"{where}: environment: date must be ISO 8601, got {environment['date']!r}") from error
     names: set[str] = set()
     for i, entry in enumerate(run["cases"]):
-        case = _check(entry, _CASE, f"{where}: cases[{i}]")
+        case = _check(entry, _CASE, f"{where}: cases[{i}]", absent=("starts",))
         at = f"{where}: cases[{i}] ({case['name']})"
         if case["name"] in names:
             raise ResultsError(f"{at}: name occurs twice")
@@ -337,3 +358,5 @@ def _check_run(document: object, path: Path) -> None:
         for group in ("backends", "peers"):
             for name, timing in case[group].items():
                 _check_timing(timing, f"{at}: {group}: {name}")
+        for name, start in case.get("starts", {}).items():
+            _check_start(start, f"{at}: starts: {name}")

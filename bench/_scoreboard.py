@@ -29,6 +29,9 @@ _LEGEND = """
   at the ceilings measured in the same run.
 - *extra memory*: peak device memory during a call beyond inputs and outputs, ours / best peer.
 """
+_STARTS = """What beginning costs, in milliseconds of wall time (`bench/_start.py`): the first call in a fresh process,
+compiling included; the first call afterwards with another schedule; what is done once a schedule, such as making a
+mask:"""
 
 
 class MissingMatplotlib(RuntimeError):
@@ -137,7 +140,23 @@ def _section(run: Run, plot: str | None) -> str:
     backends = _backends(run)
     if backends:
         lines += ["", "Our backends one by one:", "", *backends]
+    starts = _starts(run)
+    if starts:
+        lines += ["", _STARTS, "", *starts]
     return "\n".join(lines) + "\n"
+
+
+def _starts(run: Run) -> list[str]:
+    rows = []
+    for case in run.cases:
+        for name, start in case.starts.items():
+            times = [start.cold_ms, start.new_ms, start.prepare_ms]
+            cells = [start.error, "", ""] if start.error else ["–" if x is None else _milliseconds(x) for x in times]
+            rows.append([_cell(cell or "") for cell in (case.name, name, *cells)])
+    if not rows:
+        return []
+    head = ["case", "variant", "first call, fresh process", "first call, another schedule", "preparing"]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def _backends(run: Run) -> list[str]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Call", "Sampler", "Timing", "copy_rate", "input_sets", "matmul_rate", "measure", "sampler"]
+__all__ = ["Call", "Sampler", "Start", "Timing", "copy_rate", "input_sets", "matmul_rate", "measure", "sampler"]
 
 Call = Callable[[], object]
 
@@ -34,6 +34,8 @@ launches takes the host about this long where the GPU is done in a tenth of it."
 SAMPLE_S = 1e-3
 """How long a sample of repeated calls should last, in seconds."""
 MAX_REPEATS = 256
+SLOW_S = 0.1
+"""Of calls that take longer, one tells enough to choose how to sample, or to warm up."""
 WARM_UP_S = 0.2
 CPU_CACHE_BYTES = 64 << 20
 """The last-level cache that rotation has to outgrow on a CPU (a guess that is large enough for most)."""
@@ -58,6 +60,23 @@ class Timing:
     extra_memory_bytes: int | None
     samples: int
     method: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What beginning costs a variant, in milliseconds of wall time; `bench._start` says when the clock runs.
+
+    Attributes:
+        cold_ms: the first call in a fresh process; None if the variant failed.
+        new_ms: the first call with another schedule; None too if the case has no other.
+        prepare_ms: what is done once a schedule, warm.
+        error: None, or why there is no time.
+    """
+
+    cold_ms: float | None
+    new_ms: float | None
+    prepare_ms: float | None
     error: str | None = None
 
 
@@ -195,6 +214,9 @@ def _estimate(calls: Sequence[Call], device: torch.device) -> float:
 
 def _estimate_gpu(calls: Sequence[Call], device: torch.device) -> float:
     """GPU seconds per call, roughly; a host slower than the GPU can only make it too long."""
+    once = _Events(calls, 1, device).sample()
+    if once > SLOW_S:
+        return once
     events = _Events(calls, min(4, len(calls)), device)
     for _ in range(4):
         events.launch()
@@ -335,7 +357,8 @@ def measure(
 
 
 def _warm_up(samplers: Iterable[Sampler]) -> float:
-    """Run rounds for WARM_UP_S seconds, at least two; returns the wall seconds of the last one."""
+    """Run rounds for WARM_UP_S seconds, at least two unless one is slow; returns the wall seconds of the last one."""
+    samplers = list(samplers)
     begin = time.perf_counter()
     turns = 0
     while True:
@@ -344,7 +367,8 @@ def _warm_up(samplers: Iterable[Sampler]) -> float:
             one.sample()
         turns += 1
         now = time.perf_counter()
-        if turns >= 2 and now - begin > WARM_UP_S:
+        enough = turns >= 2 or now - started > len(samplers) * SLOW_S
+        if enough and now - begin > WARM_UP_S:
             return now - started
 
 

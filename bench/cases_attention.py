@@ -6,11 +6,16 @@ more backward (five). Least traffic: q, k, v and the output once; with the backw
 gradient and three outgoing ones; lse written, and read again. A packed sequence holds pictures of different shapes; its
 mask is made once, as a training step would.
 
-"SDPA, no mask" is no peer, for it computes something else: what dense attention takes for all L x L scores.
+"SDPA + mask" is what PyTorch chooses, and then each of its backends that take a mask. FlexAttention on FLASH, xformers
+and FlashAttention are there where they can be imported. What has no mask is no peer, for it computes something else:
+what dense attention takes for all L x L scores.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -18,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench._case import OURS, Case, Check, Variant, against, tensors
 from unifiedar.ops import block_attention, block_causal_attention, masks, registry
@@ -168,6 +174,7 @@ def _case(model: Model, use: str, small: bool) -> Case:
         check=check,
         backend=backend,
         on_matrix_units=True,
+        other=lambda: _case(replace(model, pictures=tuple(scales[:-1] for scales in model.pictures)), use, small),
     )
 
 
@@ -185,7 +192,37 @@ def _variants(model: Model, use: str, small: bool) -> Sequence[Variant]:
         found.append(variant("FlexAttention, Triton", "peer", lambda like: _flex(model, like)))
     found.append(variant("SDPA + mask", "peer", lambda like: _masked(model, like)))
     found.append(variant("SDPA, no mask", "yardstick", lambda like: F.scaled_dot_product_attention))
+    if small:
+        return found
+    for name, backend in _SDPA.items():
+        found.append(variant(f"SDPA + mask, {name}", "peer", functools.partial(_masked, model, backend=backend)))
+    if _found("flash_attn.cute"):
+        found.append(variant("FlexAttention, FLASH", "peer", lambda like: _flex(model, like, "FLASH")))
+    if _found("xformers.ops"):
+        found.append(variant("xformers + mask", "peer", lambda like: _xformers(model, like)))
+    dense = _on(SDPBackend.CUDNN_ATTENTION, F.scaled_dot_product_attention)
+    found.append(variant("cuDNN, no mask", "yardstick", lambda like: dense))
+    for module in filter(_found, _FLASH):
+        found.append(variant(f"{module}, no mask", "yardstick", functools.partial(_flash, module)))
     return found
+
+
+_SDPA = {
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
+"""Modules of FlashAttention 4, 3 and 2."""
+
+
+@functools.cache
+def _found(module: str) -> bool:
+    """Whether it is installed; it is imported by who uses it, as a part of what the first call costs."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # a package built for another torch may fail in any way
+        return False
 
 
 def _backends(model: Model) -> list[str]:
@@ -235,15 +272,55 @@ def _levels(model: Model, device: torch.device) -> tuple[torch.Tensor, torch.Ten
     return torch.arange(len(counts), device=device).repeat_interleave(counts), level
 
 
-def _masked(model: Model, like: torch.Tensor) -> Formula:
-    """As VAR trains: an additive mask of 0 and -inf."""
+def _bias(model: Model, like: torch.Tensor) -> torch.Tensor:
+    """(L, L) of 0 and -inf, rows of it at multiples of 8 elements."""
     picture, level = _levels(model, like.device)
-    bias = torch.zeros(len(level), len(level), dtype=like.dtype, device=like.device)
-    bias.masked_fill_((level > level[:, None]) | (picture != picture[:, None]), float("-inf"))
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None])
+    length = len(level)
+    bias = torch.zeros(length, length + -length % 8, dtype=like.dtype, device=like.device)[:, :length]
+    return bias.masked_fill_((level > level[:, None]) | (picture != picture[:, None]), float("-inf"))
 
 
-def _flex(model: Model, like: torch.Tensor) -> Formula:
+def _masked(model: Model, like: torch.Tensor, backend: SDPBackend | None = None) -> Formula:
+    """As VAR trains: an additive mask."""
+    bias = _bias(model, like)[None, None]
+
+    def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    return formula if backend is None else _on(backend, formula)
+
+
+def _on(backend: SDPBackend, formula: Formula) -> Formula:
+    """Of SDPA, by one of its backends."""
+
+    def served(*args: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return formula(*args)
+
+    return served
+
+
+def _xformers(model: Model, like: torch.Tensor) -> Formula:
+    attend = importlib.import_module("xformers.ops").memory_efficient_attention
+    bias = _bias(model, like).expand(*like.shape[:2], -1, -1)
+
+    def formula(*args: torch.Tensor) -> torch.Tensor:
+        return attend(*(x.transpose(1, 2) for x in args), attn_bias=bias).transpose(1, 2)
+
+    return formula
+
+
+def _flash(module: str, like: torch.Tensor) -> Formula:
+    attend = importlib.import_module(module).flash_attn_func
+
+    def formula(*args: torch.Tensor) -> torch.Tensor:
+        found = attend(*(x.transpose(1, 2) for x in args))
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return formula
+
+
+def _flex(model: Model, like: torch.Tensor, backend: Any = "TRITON") -> Formula:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     length = model.length
@@ -256,4 +333,5 @@ def _flex(model: Model, like: torch.Tensor) -> Formula:
 
     block_mask = create_block_mask(sees, None, None, length, length, device=str(like.device))
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+    options: Any = None if backend == "TRITON" else {"BACKEND": backend}
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, kernel_options=options)

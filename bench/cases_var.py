@@ -1,4 +1,5 @@
-"""Cases of VAR as a whole: drawing pictures of classes, and the layer norm with its gate, 2 depth times a scale in it.
+"""Cases of VAR as a whole: drawing pictures of classes; and two things in it, the layer norm with its gate, 2 depth
+times a scale, and a product with weights of 8 bits.
 
 Weights are random, as a training begins with them, so that codes are drawn almost evenly; times do not depend on it. A
 drawing returns codes and pictures, in float16 as VAR's demonstration has it. Checked are the codes, every scale given
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench._case import OURS, Case, Check, Variant, against
+from unifiedar.checkpoints import quantize_rows
 from unifiedar.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from unifiedar.nn.codes_multiscale import phi_of
-from unifiedar.ops import modulated_norm, registry, sample_codes
+from unifiedar.ops import linear_8bit, modulated_norm, registry, sample_codes
 
 __all__ = ["cases"]
 
@@ -38,12 +40,18 @@ CFG, TOP_K, TOP_P = 1.5, 900, 0.96
 def cases(device: torch.device) -> list[Case]:
     """d16 and d30 at a few batches; on the CPU two blocks, three scales and one picture, in float32."""
     if device.type != "cuda":
-        return [_generate("small", SMALL, SMALL_TOKENIZER, 1, True), _norm("small", 2, 9, 64, True)]
+        found = [_generate("small", SMALL, SMALL_TOKENIZER, 1, True), _norm("small", 2, 9, 64, True)]
+        return [*found, _linear("small", "fc1", 18, 256, 64, "fp8", True)]
     found = []
     for name, batches in (("d16", (1, 8, 64)), ("d30", (1, 8, 32)), ("d36", (1, 8))):
         config = VAR.configs[name]
         tokenizer = replace(TOKENIZER, scales=config.scales)
         found += [_generate(name, config, tokenizer, batch, False) for batch in batches]
+    for rows in (2, 32, 128, 512):  # the first scale, 4 x 4, 8 x 8 and 16 x 16 of one picture, guided
+        for layer, outputs, inputs in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
+            if layer in ("qkv", "fc2") or rows == 2:
+                found.append(_linear("d30", layer, rows, outputs * 1920, inputs * 1920, "fp8", False))
+        found.append(_linear("d30", "qkv", rows, 3 * 1920, 1920, "int8", False))
     found += [_norm("d16", 2, 256, 1024, False), _norm("d16", 128, 256, 1024, False)]
     return [*found, _norm("d30", 64, 256, 1920, False), _norm("d36", 16, 1024, 2304, False)]
 
@@ -69,6 +77,15 @@ def _models(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dty
     return plain, fast.cast_products(dtype)
 
 
+@functools.lru_cache(maxsize=2)
+def _eight_bits(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dtype: torch.dtype, form: str) -> VAR:
+    """The float32 model with its weights in 8 bits, and products in `dtype`."""
+    plain, fast = _models(config, tokenizer, device, dtype)
+    model = VAR(config, fast.vae).eval().requires_grad_(False).to(device)
+    model.load_state_dict(plain.state_dict())
+    return model.quantize_weights(form, backend="triton").cast_products(dtype)
+
+
 def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, small: bool) -> Case:
     dtype = torch.float32 if small else torch.float16
     lengths, rows = config.lengths, 2 * batch
@@ -87,9 +104,10 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
         labels = torch.randint(config.num_classes, (batch,), device=device, generator=generator)
         return {"labels": labels, "seed": seed}
 
-    def ours(graphs: bool) -> Callable[[dict[str, Any]], Callable[[], object]]:
+    def ours(graphs: bool, form: str = "") -> Callable[[dict[str, Any]], Callable[[], object]]:
         def bind(one: dict[str, Any]) -> Callable[[], object]:
-            model = _models(config, tokenizer, one["labels"].device, dtype)[1]
+            where = (config, tokenizer, one["labels"].device, dtype)
+            model = _eight_bits(*where, form) if form else _models(*where)[1]
 
             def call() -> object:
                 codes, pictures = model._draw(
@@ -128,6 +146,7 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
     variants = [Variant(OURS, "ours", ours(True))]
     if not small:
         variants.append(Variant(f"{OURS} without graphs", "backend", ours(False)))
+        variants += [Variant(f"{OURS}, {form} weights", "backend", ours(True, form)) for form in ("int8", "fp8")]
     variants.append(Variant("published", "peer", published))
     return Case(
         name=f"var-{name}/generate-b{batch}",
@@ -228,6 +247,57 @@ def _attention_published(attention: Any, x: Tensor, cache: list[Tensor]) -> Tens
     cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=True)] if cache else [k, v]
     out = F.scaled_dot_product_attention(q, cache[0], cache[1], scale=1.0)
     return attention.proj(out.transpose(1, 2).flatten(2))
+
+
+# ---- a product with weights of 8 bits --------------------------------------------------------------------------------
+
+
+def _linear(name: str, layer: str, rows: int, outputs: int, inputs: int, form: str, small: bool) -> Case:
+    """Weights of 8 bits against the same product with weights of 16: twice the bytes, and rounded no further."""
+    dtype = torch.float32 if small else torch.bfloat16
+
+    def make(seed: int, device: torch.device) -> dict[str, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, weight, bias = (
+            torch.randn(size, device=device, generator=generator)
+            for size in ((rows, inputs), (outputs, inputs), outputs)
+        )
+        entries, scale = quantize_rows(weight / math.sqrt(inputs), form)
+        wide = (entries.float() * scale[:, None]).to(dtype)
+        return {"x": x.to(dtype), "weight": entries, "scale": scale, "bias": bias.to(dtype), "wide": wide}
+
+    def ours(backend: str) -> Callable[[dict[str, Tensor]], Callable[[], object]]:
+        keys = ("x", "weight", "scale", "bias")
+        return lambda one: lambda: linear_8bit(*(one[key] for key in keys), backend=backend)
+
+    def dense(one: dict[str, Tensor]) -> Callable[[], object]:
+        return lambda: F.linear(one["x"], one["wide"], one["bias"])
+
+    def check(one: dict[str, Tensor]) -> Check:
+        x, scale, bias = (one[key].double() for key in ("x", "scale", "bias"))
+        oracle = x @ (one["weight"].float().double() * scale[:, None]).T + bias
+        eager = linear_8bit(one["x"], one["weight"], one["scale"], one["bias"], backend="eager")
+        return against([oracle], [eager], peer_tolerance=2e-2)
+
+    def backend(one: dict[str, Tensor]) -> str:
+        return registry["linear_8bit"].choose("auto", one["x"], one["weight"], one["scale"], one["bias"]).name
+
+    variants = [Variant(OURS, "ours", ours("auto"))]
+    if not small:
+        variants += [Variant(f"{OURS} {name}", "backend", ours(name)) for name in ("triton", "eager")]
+    variants.append(Variant("F.linear, 16 bits", "peer", dense))
+    return Case(
+        name=f"var-{name}/{layer}-{form}-m{rows}",
+        shape={"M": rows, "N": outputs, "K": inputs},
+        dtype=dtype,
+        bytes=outputs * inputs + 4 * outputs + dtype.itemsize * (rows * (inputs + outputs) + outputs),
+        flops=2 * rows * outputs * inputs,
+        make=make,
+        variants=variants,
+        check=check,
+        backend=backend,
+        on_matrix_units=True,
+    )
 
 
 # ---- the norm --------------------------------------------------------------------------------------------------------

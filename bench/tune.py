@@ -1,7 +1,7 @@
-"""`python -m bench tune FAMILY`: tries tiles in place of those that the kernels' table gives, and prints the times.
+"""`python -m bench tune FAMILY`: tries tiles in place of those that the kernels' tables give, and prints the times.
 
-The tables in `kernels/` stay pure functions of shape and capability: nothing is tuned while a program runs. Who changes
-one (another GPU, another Triton) sees here what it would gain: the tile in use stands first in every comparison.
+They stay pure functions of shape and capability: nothing is tuned while a program runs. Who changes one (another GPU,
+another Triton) sees here what it would gain: the tile in use stands first in every comparison.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ __all__ = ["KNOBS", "Knob", "tune"]
 
 @dataclass(frozen=True)
 class Knob:
-    """A function of a kernel module that chooses a tile, and tiles to try in its place.
+    """A function that chooses a tile, and tiles to try in its place.
 
     Args:
-        module: "unifiedar.kernels.<...>".
+        module: that has the function.
         function: its name there; whatever its arguments, it returns a tile.
         cases: end of the names of the cases that it decides.
         tiles: fields of the tiles to try, in the order of the tile's class.
         cached: names in the module whose caches hold what depends on the tile.
+        backend: whose tiles they are.
     """
 
     module: str
@@ -36,9 +37,11 @@ class Knob:
     cases: str
     tiles: tuple[tuple[int, ...], ...]
     cached: tuple[str, ...] = ()
+    backend: str = "triton"
 
 
 _ATTENTION = "unifiedar.kernels.attention"
+_LINEAR = "unifiedar.kernels.linear"
 KNOBS: dict[str, tuple[Knob, ...]] = {
     "codes": (
         Knob(
@@ -65,12 +68,44 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
             "finish_tile",
             "/quantize",
             # codes, channels, registers
-            ((4, 64, 128), (8, 64, 128), (8, 32, 96), (16, 32, 128), (8, 128, 168), (16, 64, 168), (32, 32, 168)),
+            (
+                (4, 64, 64),
+                (4, 64, 72),
+                (4, 64, 80),
+                (4, 64, 128),
+                (8, 64, 128),
+                (8, 32, 96),
+                (16, 32, 128),
+                (8, 128, 168),
+                (16, 64, 168),
+                (32, 32, 168),
+            ),
             ("plan",),
         ),
     ),
-    # held, passed, warps, stages
+    # rows, outputs, inputs, warps, stages, parts of K; for few rows, and for many
+    "var": (
+        Knob(_LINEAR, "tile", "-m2", ((16, 64, 128, 4, 6, 3), (16, 64, 256, 4, 3, 3), (16, 128, 128, 8, 4, 6))),
+        Knob(_LINEAR, "tile", "-m32", ((32, 64, 128, 4, 6, 2), (32, 64, 256, 4, 3, 2), (32, 128, 128, 8, 4, 4))),
+        Knob(_LINEAR, "tile", "-m128", ((128, 64, 128, 4, 3, 1), (64, 128, 128, 8, 3, 1), (128, 64, 64, 4, 4, 2))),
+        Knob(_LINEAR, "tile", "-m512", ((256, 64, 64, 4, 3, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1))),
+    ),
     "attention": (
+        Knob(
+            "unifiedar.ops.attention",
+            "_forward_plan",
+            "/forward",
+            # tile (-1: the one chosen; 1: 128 x 144, of heads up to 64), heads interleaved, whether with a counter
+            (
+                *((-1, group, 1) for group in (4, 8, 16, 32, 64, 128)),
+                (-1, 16, 0),
+                (-1, 96, 0),
+                (1, 16, 1),
+                (1, 48, 1),
+            ),
+            backend="cuda",
+        ),
+        # held, passed, warps, stages
         Knob(
             _ATTENTION,
             "forward_tile",
@@ -101,7 +136,7 @@ def tune(
     budget_s: float = 0.5,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Time the Triton backend with every tile, right results only.
+    """Time a backend with every tile, right results only.
 
     Args:
         knobs: what to turn, one at a time.
@@ -112,13 +147,14 @@ def tune(
     """
     for knob in knobs:
         for case in cases:
-            if case.name.endswith(knob.cases):
+            served = any(variant.name == f"{OURS} {knob.backend}" for variant in case.variants)
+            if served and case.name.endswith(knob.cases):
                 _compare(knob, case, device, budget_s, report)
 
 
 def _compare(knob: Knob, case: Case, device: torch.device, budget_s: float, report: Callable[[str], None]) -> None:
     module = importlib.import_module(knob.module)
-    name = f"{OURS} triton"
+    name = f"{OURS} {knob.backend}"
     prepared = prepare(case, device, only=name)
     used = getattr(module, knob.function)
     tiles = {"as it is": used} | {str(tile): _always(used, tile) for tile in knob.tiles}

@@ -9,14 +9,20 @@
 //
 // Tiles are counted from the last query: there the scales are long, their lengths multiples of 64 as often as not, and
 // the tile that begins before the first query is the one that sees least. It is read with zeros in front.
+//
+// With a table (kTable) every row has ranges of its own, [begin, end), and images may be packed one after another: their
+// tiles are counted from the last query of each, and what is before its first one is read from the image before, and
+// not written. A tile runs through the first range of all its rows, then the second, and so on; steps begin where the
+// first of the rows does.
 namespace unifiedar {
 namespace {
 
 constexpr int kTurnsName = 1;  // of the named barriers: by these, one a warpgroup, they take turns
 constexpr int kGroupName = 4;  // by these each waits for its own warps
 
-template <typename Element, int kChannels, int kGroupCount, int kKeyCount, int kStageCount>
+template <typename Element, int kChannels, int kGroupCount, int kKeyCount, int kStageCount, bool kHasTable = false>
 struct Tile {
+  static constexpr bool kTable = kHasTable;
   using T = Element;
   static constexpr int kWidth = kChannels;    // channels of the products: 64, 96 or 128
   static constexpr int kGroups = kGroupCount;  // warpgroups that calculate
@@ -28,7 +34,10 @@ struct Tile {
   static constexpr uint32_t kHeldBox = kHeldRows * 128, kHeldBytes = kBoxes * kHeldBox;
   static constexpr uint32_t kKeysBox = kKeys * 128, kKeysBytes = kBoxes * kKeysBox;
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
-  static constexpr int kFewRegisters = kGroups == 2 ? 24 : 32, kManyRegisters = kGroups == 2 ? 240 : 160;
+  // With a table the warp that copies needs more.
+  static constexpr int kFewRegisters = kGroups == 2 ? (kTable ? 40 : 24) : (kTable ? 56 : 32);
+  static constexpr int kManyRegisters = kGroups == 2 ? (kTable ? 232 : 240) : (kTable ? 152 : 160);
+  static_assert(kFewRegisters + kGroups * kManyRegisters <= (kGroups + 1) * (65536 / kThreads / 8 * 8));
   // Shared memory: queries (later their results) of two tiles a warpgroup, keys, values, barriers.
   static constexpr uint32_t kKeysAt = 2 * kGroups * kHeldBytes;
   static constexpr uint32_t kValuesAt = kKeysAt + kStages * kKeysBytes;
@@ -36,34 +45,135 @@ struct Tile {
   static constexpr uint32_t kHeldFull = kBarriersAt, kHeldEmpty = kHeldFull + 8 * 2 * kGroups;
   static constexpr uint32_t kKeysFull = kHeldEmpty + 8 * 2 * kGroups, kKeysEmpty = kKeysFull + 8 * kStages;
   static constexpr uint32_t kValuesFull = kKeysEmpty + 8 * kStages, kValuesEmpty = kValuesFull + 8 * kStages;
-  static constexpr uint32_t kBytes = kValuesEmpty + 8 * kStages + 1024;  // to begin at a multiple of 1,024
+  static constexpr uint32_t kNumberFull = kValuesEmpty + 8 * kStages, kNumberEmpty = kNumberFull + 8 * kNumbers;
+  static constexpr uint32_t kNumberAt = kNumberEmpty + 8 * kNumbers;
+  static constexpr uint32_t kBytes = kNumberAt + 4 * kNumbers + 1024;  // to begin at a multiple of 1,024
   static_assert(kBytes <= 227 * 1024 && kKeys % 16 == 0 && kKeys <= 256);
 };
 
 struct KernelArgs {
   CUtensorMap q, k, v, out;
   const void* lengths;
+  const int *sees, *offsets;
   void* out_data;
   int64_t out_batch, out_head, out_row;  // strides, in elements
   float* lse;
-  int queries, keys, width, heads, share, rows, group, scales, prefix;
-  int tiles;     // of a head
+  unsigned* taken;  // tiles, but for the first of each block; or null
+  int queries, keys, width, heads, share, rows, group, scales, prefix, images, ranges;
+  int tiles;     // of a head; with offsets the slots for them
   float factor;  // softmax_scale in base 2
   bool wide_lengths;
 };
 
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
-// First query of a tile, which may be before 0.
-template <typename Shape>
-__device__ __forceinline__ int begin_of(const KernelArgs& args, const Place& place) {
-  return args.queries - (place.rank + 1) * Shape::kRows;
+// Rows of a tile.
+struct Held {
+  int begin;  // first query, which may be before `low`
+  int low;    // first query there is: of the image
+};
+
+// Steps through the keys, those of one range.
+struct Span {
+  int from;   // first key of the first step
+  int steps;  // of the tile; 0 if it has no rows
+};
+
+// A warpgroup's part of them.
+struct Part {
+  int steps;        // up to the last key that one of its rows sees
+  int open, whole;  // from step `open` to `whole` every row sees every key
+};
+
+// Of a row of the image, or in place of one that is not there. Queries are the last positions.
+__device__ __forceinline__ int position_of(const KernelArgs& args, const Held& rows, int row) {
+  return min(max(row, rows.low), args.queries - 1) + args.keys - args.queries;
 }
 
-// Steps through the keys of a tile: up to the end of its last row, which is a query.
+// What a position sees: [begin, end) of a range; from afar to 0 if that is empty.
+struct Range {
+  int begin, end;
+};
+__device__ __forceinline__ Range range_of(const KernelArgs& args, int range, int position) {
+  const int* const at = args.sees + (int64_t(2) * range * args.keys + position);
+  const int begin = at[0], end = at[args.keys];
+  return begin < end ? Range{begin, end} : Range{INT_MAX, 0};
+}
+
+// Images and slots: those of an image begin at first / kRows + image, which leaves room for all its tiles without
+// counting those of others; a slot that is left over has a tile in front of the image.
 template <typename Shape>
-__device__ __forceinline__ int steps_of(const KernelArgs& args, int begin_of_scale, int last_row) {
-  return (end_of(begin_of_scale, last_row + args.keys - args.queries, args.keys) + Shape::kKeys - 1) / Shape::kKeys;
+__device__ __forceinline__ Held rows_of(const KernelArgs& args, const Place& place) {
+  if (!Shape::kTable || args.offsets == nullptr) return {args.queries - (place.rank + 1) * Shape::kRows, 0};
+  const auto first_of = [&](int image) {
+    return image < args.images ? min(args.offsets[image], args.queries) : args.queries;
+  };
+  int image = 0;
+  for (int at = 0; at < args.images; at += 32) {
+    const int other = at + threadIdx.x % 32;
+    const bool begun = other < args.images && first_of(other) / Shape::kRows + other <= place.rank;
+    image = max(image, __reduce_max_sync(kWarp, begun ? other : 0));
+  }
+  const int low = of_warp(first_of(image)), high = of_warp(first_of(image + 1));
+  return {high - (place.rank - low / Shape::kRows - image + 1) * Shape::kRows, low};
+}
+
+// What the rows of a tile see, and of them those of warpgroup `group`.
+template <typename Shape>
+__device__ __forceinline__ Span span_of(const KernelArgs& args, int begin_of_scale, const Held& rows, int range,
+                                        int group, Part* part) {
+  constexpr int kKeys = Shape::kKeys;
+  Span span{};
+  if constexpr (Shape::kTable) {
+    int begin = INT_MAX, end = 0, own_latest = 0, own_first_end = INT_MAX, own_end = 0;
+#pragma unroll 2
+    for (int i = 0; i < Shape::kRows / 32; ++i) {
+      const Range seen = range_of(args, range, position_of(args, rows, rows.begin + i * 32 + threadIdx.x % 32));
+      begin = min(begin, seen.begin);
+      end = max(end, seen.end);
+      if (i / 2 == group) {
+        own_latest = max(own_latest, seen.end > 0 ? seen.begin : 0);
+        own_first_end = min(own_first_end, seen.end);
+        own_end = max(own_end, seen.end);
+      }
+    }
+    span.from = __reduce_min_sync(kWarp, begin);
+    // No way around all this for a tile without rows: ptxas would take the products for divergent ones.
+    span.steps = max(__reduce_max_sync(kWarp, end) - span.from + kKeys - 1, 0) / kKeys;
+    if (rows.begin + Shape::kRows <= rows.low) span.steps = 0;
+    if (part != nullptr) {
+      part->steps = max(__reduce_max_sync(kWarp, own_end) - span.from + kKeys - 1, 0) / kKeys;
+      part->open = (__reduce_max_sync(kWarp, own_latest) - span.from + kKeys - 1) / kKeys;
+      part->whole = (__reduce_min_sync(kWarp, own_first_end) - span.from) / kKeys;
+    }
+  } else {
+    const auto end_at = [&](int row) { return end_of(begin_of_scale, position_of(args, rows, row), args.keys); };
+    span.steps = (end_at(rows.begin + Shape::kRows - 1) + kKeys - 1) / kKeys;
+    if (part != nullptr) {
+      const int first = rows.begin + group * kHeldRows;
+      part->steps = (end_at(first + kHeldRows - 1) + kKeys - 1) / kKeys;
+      part->open = 0;
+      part->whole = end_at(first) / kKeys;
+    }
+  }
+  return span;
+}
+
+// Columns, counted from the first step's first key, that a thread's two rows see: ends, and with a table begins.
+template <typename Shape>
+__device__ __forceinline__ void columns_of(const KernelArgs& args, int begin_of_scale, const Held& rows, int range,
+                                           int from, int row, int (&begin)[2], int (&end)[2]) {
+  const int position[2] = {position_of(args, rows, row), position_of(args, rows, row + 8)};
+  if constexpr (Shape::kTable) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Range seen = range_of(args, range, position[h]);
+      begin[h] = seen.begin - from;
+      end[h] = seen.end - from;
+    }
+  } else {
+    ends_of(begin_of_scale, args.scales, position, args.keys, end);
+  }
 }
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
@@ -79,21 +189,20 @@ __device__ __forceinline__ void load_keys(const CUtensorMap& map, uint32_t to, u
 
 // The first warp's work; its first lane copies.
 template <typename Shape>
-__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory) {
+__device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   constexpr int kGroups = Shape::kGroups;
   const bool leads = threadIdx.x == 0;
-  const int begin_of_scale = scale_begin(args);
+  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
   Stage<Shape::kStages> keys, values;
   uint32_t held[kGroups] = {};  // tiles that each warpgroup had
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
-    const int begin = begin_of<Shape>(args, place);
-    const int steps = steps_of<Shape>(args, begin_of_scale, begin + Shape::kRows - 1);
+  for (int turn = 0; place_of(args, tell_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
+    const Held rows = rows_of<Shape>(args, place);
     const int key_head = place.head / args.share;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const int first = begin + group * kHeldRows;
-      if (first <= -kHeldRows) continue;
+      const int first = rows.begin + group * kHeldRows;
+      if (first + kHeldRows <= rows.low) continue;
       const uint32_t slot = (held[group] & 1) * kGroups + group, parity = held[group] >> 1 & 1;
       ++held[group];
       barrier_wait(memory + Shape::kHeldEmpty + 8 * slot, parity ^ 1);
@@ -107,25 +216,30 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
       }
       __syncwarp();
     }
-    // In the order of use: the values of a step after the keys of the next.
 #pragma unroll 1
-    for (int step = 0; step <= steps; ++step) {
-      if (step < steps) {
-        barrier_wait(memory + Shape::kKeysEmpty + 8 * keys.at, keys.parity ^ 1);
-        if (leads)
-          load_keys<Shape>(args.k, memory + Shape::kKeysAt + keys.at * Shape::kKeysBytes,
-                           memory + Shape::kKeysFull + 8 * keys.at, step * Shape::kKeys, key_head, place.batch);
-        __syncwarp();
-        keys.next();
-      }
-      if (step > 0) {
-        barrier_wait(memory + Shape::kValuesEmpty + 8 * values.at, values.parity ^ 1);
-        if (leads)
-          load_keys<Shape>(args.v, memory + Shape::kValuesAt + values.at * Shape::kKeysBytes,
-                           memory + Shape::kValuesFull + 8 * values.at, (step - 1) * Shape::kKeys, key_head,
-                           place.batch);
-        __syncwarp();
-        values.next();
+    for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      const Span span = span_of<Shape>(args, begin_of_scale, rows, range, 0, nullptr);
+      // In the order of use: the values of a step after the keys of the next.
+#pragma unroll 1
+      for (int step = 0; step <= span.steps; ++step) {
+        if (step < span.steps) {
+          barrier_wait(memory + Shape::kKeysEmpty + 8 * keys.at, keys.parity ^ 1);
+          if (leads)
+            load_keys<Shape>(args.k, memory + Shape::kKeysAt + keys.at * Shape::kKeysBytes,
+                             memory + Shape::kKeysFull + 8 * keys.at, span.from + step * Shape::kKeys, key_head,
+                             place.batch);
+          __syncwarp();
+          keys.next();
+        }
+        if (step > 0) {
+          barrier_wait(memory + Shape::kValuesEmpty + 8 * values.at, values.parity ^ 1);
+          if (leads)
+            load_keys<Shape>(args.v, memory + Shape::kValuesAt + values.at * Shape::kKeysBytes,
+                             memory + Shape::kValuesFull + 8 * values.at, span.from + (step - 1) * Shape::kKeys,
+                             key_head, place.batch);
+          __syncwarp();
+          values.next();
+        }
       }
     }
   }
@@ -139,16 +253,17 @@ struct Rows {
 };
 
 // Makes weights of scores, 2^(factor score - top); `fade` is what earlier sums are to be multiplied with. With kMasked,
-// columns (counted from the lane's first) from `limit` on are not seen.
-template <bool kMasked, int kCount>
+// columns (counted from the lane's first) from `limit` on are not seen, nor with kTable those before `start`.
+template <bool kMasked, bool kTable, int kCount>
 __device__ __forceinline__ void weigh(float (&score)[kCount], Rows& rows, float (&fade)[2], float factor,
-                                      const int (&limit)[2]) {
+                                      const int (&start)[2], const int (&limit)[2]) {
   if constexpr (kMasked) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
       // The product is formed first: 0 times -inf is no number.
-      score[i] = column < limit[h] ? score[i] * factor : -INFINITY;
+      const bool seen = column < limit[h] && (!kTable || column >= start[h]);
+      score[i] = seen ? score[i] * factor : -INFINITY;
     }
   }
   float top[2] = {score[0], score[2]};
@@ -158,8 +273,11 @@ __device__ __forceinline__ void weigh(float (&score)[kCount], Rows& rows, float 
   for (int h = 0; h < 2; ++h) {
     top[h] = quad_max(top[h]);
     top[h] = fmaxf(rows.top[h], kMasked ? top[h] : top[h] * factor);
-    fade[h] = exp2_of(rows.top[h] - top[h]);
+    const float before = rows.top[h];
     rows.top[h] = top[h];
+    // A row of a table may have seen no key so far: any number does then, but infinity less infinity is none.
+    if constexpr (kMasked && kTable) top[h] = top[h] == -INFINITY ? 0.0f : top[h];
+    fade[h] = exp2_of(before - top[h]);
     rows.weight[h] *= fade[h];
   }
 #pragma unroll
@@ -198,10 +316,9 @@ template <typename Shape>
 __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, char* shared) {
   using T = typename Shape::T;
   constexpr int kGroups = Shape::kGroups, kKeys = Shape::kKeys, kWidth = Shape::kWidth;
-  const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int group = int(of_warp(threadIdx.x / 128)) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4, own_column = lane % 4 * 2;
-  const int begin_of_scale = scale_begin(args);
-  const int offset = args.keys - args.queries;
+  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
 
   const auto wait_turn = [&] { named_sync(kTurnsName + group, 256); };
   const auto end_turn = [&] { named_arrive(kTurnsName + (group + 1 == kGroups ? 0 : group + 1), 256); };
@@ -229,97 +346,124 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   if (group == kGroups - 1) named_arrive(kTurnsName, 256);  // the first turn is the first group's
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; find_place(args, turn, &place); ++turn) {
-    const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
-    const int all_steps = steps_of<Shape>(args, begin_of_scale, begin + Shape::kRows - 1);
-    int steps = 0;
-    if (first > -kHeldRows) {
-      steps = steps_of<Shape>(args, begin_of_scale, first + kHeldRows - 1);
-      int end[2];
-      end[0] = end[1] = end_of(begin_of_scale, max(first, 0) + offset, args.keys);
-      const int whole = end[0] / kKeys;  // steps that every row sees all of
-      if (whole < steps) {
-        // Rows differ, or all end within a step.
-        const int position[2] = {max(first + own_row, 0) + offset, max(first + own_row + 8, 0) + offset};
-        ends_of(begin_of_scale, args.scales, position, args.keys, end);
-      }
-      end[0] -= own_column;
-      end[1] -= own_column;
-
-      const uint32_t slot = (held & 1) * kGroups + group, held_parity = held >> 1 & 1;
-      const uint64_t q = describe_rows(memory + slot * Shape::kHeldBytes);
-      float score[kKeys / 2], sum[kWidth / 2], fade[2];
-      uint32_t weight[kKeys / 4];
-      Rows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-
-      barrier_wait(memory + Shape::kHeldFull + 8 * slot, held_parity);
-      barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
-      settle(score);
-      products_begin();
-      score_products<Shape>(score, q, keys_at(stage.at));
-      products_wait<0>();
-      settle(score);
-      done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
-      free_held();
-      ++held;
-      if (whole > 0)
-        weigh<false>(score, rows, fade, args.factor, end);
-      else
-        weigh<true>(score, rows, fade, args.factor, end);
-      pack<T>(score, weight);
+  for (int turn = 0; place_of(args, hear_tile<Shape>(memory, shared, turn), &place); ++turn) {
+    const Held tile = rows_of<Shape>(args, place);
+    const int first = tile.begin + group * kHeldRows;
+    const bool works = first + kHeldRows > tile.low;
+    const uint32_t slot = (held & 1) * kGroups + group;
+    const uint64_t q = describe_rows(memory + slot * Shape::kHeldBytes);
+    float sum[kWidth / 2];
+    Rows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    if (works) {
+      barrier_wait(memory + Shape::kHeldFull + 8 * slot, held >> 1 & 1);
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) sum[i] = 0.0f;
+    }
+#pragma unroll 1
+    for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      Part part;
+      const Span span = span_of<Shape>(args, begin_of_scale, tile, range, group, &part);
+      const int steps = works ? part.steps : 0;
+      if (steps > 0) {
+        int begin[2] = {}, end[2] = {};
+        if (part.open > 0 || part.whole < steps) {
+          columns_of<Shape>(args, begin_of_scale, tile, range, span.from, first + own_row, begin, end);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            begin[h] -= own_column;
+            end[h] -= own_column;
+          }
+        }
+        float score[kKeys / 2], fade[2];
+        uint32_t weight[kKeys / 4];
 
-      const auto advance = [&](int step, auto masked) {
-        const Stage<Shape::kStages> before = stage;
-        stage.next();
         barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
-        wait_turn();
         settle(score);
-        settle(sum);
         products_begin();
         score_products<Shape>(score, q, keys_at(stage.at));
-        barrier_wait(memory + Shape::kValuesFull + 8 * before.at, before.parity);
-        value_products<Shape>(sum, weight, values_at(before.at));
-        end_turn();
-        products_wait<1>();
+        products_wait<0>();
         settle(score);
         done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
-        const int limit[2] = {end[0] - step * kKeys, end[1] - step * kKeys};
-        weigh<decltype(masked)::value>(score, rows, fade, args.factor, limit);
-        // The exponentials are to run under the products, but ptxas would put them after the wait. It leaves the order
-        // of a look at a barrier and the wait alone, and this address (of one barrier or the next: weights are not
-        // negative) needs the exponentials.
-        const uint32_t signs = __float_as_uint(rows.weight[0]) | __float_as_uint(rows.weight[1]);
-        barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+        free_held();
+        if (part.open == 0 && part.whole > 0)
+          weigh<false, Shape::kTable>(score, rows, fade, args.factor, begin, end);
+        else
+          weigh<true, Shape::kTable>(score, rows, fade, args.factor, begin, end);
+        pack<T>(score, weight);
+        if constexpr (Shape::kTable) {  // else it is the first
+#pragma unroll
+          for (int i = 0; i < kWidth / 2; ++i) sum[i] *= fade[i / 2 % 2];
+        }
+
+        const auto advance = [&](int step, auto masked) {
+          const Stage<Shape::kStages> before = stage;
+          stage.next();
+          barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
+          wait_turn();
+          settle(score);
+          settle(sum);
+          products_begin();
+          score_products<Shape>(score, q, keys_at(stage.at));
+          barrier_wait(memory + Shape::kValuesFull + 8 * before.at, before.parity);
+          value_products<Shape>(sum, weight, values_at(before.at));
+          end_turn();
+          products_wait<1>();
+          settle(score);
+          done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
+          const int start[2] = {begin[0] - step * kKeys, begin[1] - step * kKeys};
+          const int limit[2] = {end[0] - step * kKeys, end[1] - step * kKeys};
+          weigh<decltype(masked)::value, Shape::kTable>(score, rows, fade, args.factor, start, limit);
+          // The exponentials are to run under the products, but ptxas would put them after the wait. It leaves the order
+          // of a look at a barrier and the wait alone, and this address (of one barrier or the next: weights are not
+          // negative) needs the exponentials.
+          const uint32_t signs = __float_as_uint(rows.weight[0]) | __float_as_uint(rows.weight[1]);
+          barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8);
+          products_wait<0>();
+          settle(sum);
+          done_with(memory + Shape::kValuesEmpty + 8 * before.at);
+          pack<T>(score, weight);
+#pragma unroll
+          for (int i = 0; i < kWidth / 2; ++i) sum[i] *= fade[i / 2 % 2];
+        };
+        int step = 1;
+        if constexpr (Shape::kTable) {
+#pragma unroll 1
+          for (; step < min(part.open, steps); ++step) advance(step, std::true_type{});
+        }
+#pragma unroll 1
+        for (; step < part.whole; ++step) advance(step, std::false_type{});
+#pragma unroll 1
+        for (; step < steps; ++step) advance(step, std::true_type{});
+
+        barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
+        settle(sum);
+        products_begin();
+        value_products<Shape>(sum, weight, values_at(stage.at));
         products_wait<0>();
         settle(sum);
-        done_with(memory + Shape::kValuesEmpty + 8 * before.at);
-        pack<T>(score, weight);
-#pragma unroll
-        for (int i = 0; i < kWidth / 2; ++i) sum[i] *= fade[i / 2 % 2];
-      };
-      int step = 1;
+        done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
+        stage.next();
+      }
 #pragma unroll 1
-      for (; step < whole; ++step) advance(step, std::false_type{});
-#pragma unroll 1
-      for (; step < steps; ++step) advance(step, std::true_type{});
-
-      barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
-      settle(sum);
-      products_begin();
-      value_products<Shape>(sum, weight, values_at(stage.at));
-      products_wait<0>();
-      settle(sum);
-      done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
-      stage.next();
-
+      for (int step = steps; step < span.steps; ++step) {
+        barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
+        done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
+        if (step > 0) {
+          wait_turn();
+          end_turn();
+        }
+        barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
+        done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
+        stage.next();
+      }
+    }
+    if (works) {
       // Results, through the place of the queries, where no warp of the group reads any more.
       const int64_t at = (int64_t(place.batch) * args.heads + place.head) * args.queries + first + own_row;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         rows.weight[h] = quad_sum(rows.weight[h]);
-        if (lane % 4 == 0 && first + own_row + 8 * h >= 0)
+        if (lane % 4 == 0 && first + own_row + 8 * h >= tile.low)
           args.lse[at + 8 * h] = (rows.top[h] + __log2f(rows.weight[h])) * kLn2;
         rows.weight[h] = 1.0f / rows.weight[h];
       }
@@ -328,7 +472,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
       for (int i = 0; i < kWidth / 2; ++i) sum[i] *= rows.weight[i / 2 % 2];
       pack<T>(sum, word);
       named_sync(kGroupName + group, 128);
-      if (first >= 0) {
+      if (first >= tile.low) {
         write_boxes(word, shared + slot * Shape::kHeldBytes);
         shared_written();
         named_sync(kGroupName + group, 128);
@@ -341,21 +485,10 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
         }
       } else {
         T* const to = static_cast<T*>(args.out_data) + place.batch * args.out_batch + place.head * args.out_head;
-        write_rows(word, to, args.out_row, first, args.width);
+        write_rows(word, to + tile.low * args.out_row, args.out_row, first - tile.low, args.width);
       }
       leaving = true;
-    }
-#pragma unroll 1
-    for (int step = steps; step < all_steps; ++step) {
-      barrier_wait(memory + Shape::kKeysFull + 8 * stage.at, stage.parity);
-      done_with(memory + Shape::kKeysEmpty + 8 * stage.at);
-      if (step > 0) {
-        wait_turn();
-        end_turn();
-      }
-      barrier_wait(memory + Shape::kValuesFull + 8 * stage.at, stage.parity);
-      done_with(memory + Shape::kValuesEmpty + 8 * stage.at);
-      stage.next();
+      ++held;
     }
   }
   if (thread == 0) store_wait();
@@ -377,6 +510,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(memory + Shape::kHeldFull + 8 * i, 1);
       barrier_init(memory + Shape::kHeldEmpty + 8 * i, 1);
     }
+    for (int i = 0; i < kNumbers; ++i) {
+      barrier_init(memory + Shape::kNumberFull + 8 * i, 1);
+      barrier_init(memory + Shape::kNumberEmpty + 8 * i, 4 * Shape::kGroups);
+    }
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(memory + Shape::kKeysFull + 8 * i, 1);
       barrier_init(memory + Shape::kKeysEmpty + 8 * i, 4 * Shape::kGroups);
@@ -392,7 +529,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
-    if (threadIdx.x < 32) copy_all<Shape>(args, memory);
+    if (threadIdx.x < 32) copy_all<Shape>(args, memory, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kManyRegisters));
     attend<Shape>(args, memory, shared);
@@ -429,10 +566,22 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
   kernel_args.group = args.group;
   kernel_args.scales = args.scales;
   kernel_args.prefix = args.prefix;
-  kernel_args.tiles = (args.queries + Shape::kRows - 1) / Shape::kRows;
+  kernel_args.sees = args.sees;
+  kernel_args.offsets = args.offsets;
+  kernel_args.images = args.images;
+  kernel_args.ranges = args.ranges;
+  const int64_t slots = args.offsets != nullptr ? int64_t(args.queries / Shape::kRows) + args.images
+                                                : (args.queries + Shape::kRows - 1) / Shape::kRows;
+  if (slots > INT32_MAX) return cudaErrorNotSupported;
+  kernel_args.tiles = int(slots);
   kernel_args.factor = args.softmax_scale * kLog2E;
   const int64_t tiles = int64_t(kernel_args.tiles) * kernel_args.rows;
   if (tiles > INT32_MAX || int64_t(args.group) * kernel_args.tiles > INT32_MAX) return cudaErrorNotSupported;
+  if (tiles > processors && args.taken != nullptr) {
+    kernel_args.taken = args.taken;
+    error = cudaMemsetAsync(args.taken, 0, sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+  }
   const auto kernel = attention_forward_sm90_kernel<Shape>;
   error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Shape::kBytes);
@@ -444,21 +593,24 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
 template <typename T>
 cudaError_t launch_forward(const AttentionArgs& args, DType dtype, AttentionTile tile, int processors,
                            cudaStream_t stream) {
-  if (args.width > 96) {
-    if (tile != AttentionTile::kChosen && tile != AttentionTile::kRows128Keys128) return cudaErrorNotSupported;
-    return launch_tile<Tile<T, 128, 2, 128, 2>>(args, dtype, processors, stream);
-  }
+  const bool by_table = args.sees != nullptr;
   if (args.width > 64) {
     if (tile != AttentionTile::kChosen && tile != AttentionTile::kRows128Keys128) return cudaErrorNotSupported;
-    return launch_tile<Tile<T, 96, 2, 128, 2>>(args, dtype, processors, stream);
+    if (args.width > 96)
+      return by_table ? launch_tile<Tile<T, 128, 2, 128, 2, true>>(args, dtype, processors, stream)
+                      : launch_tile<Tile<T, 128, 2, 128, 2>>(args, dtype, processors, stream);
+    return by_table ? launch_tile<Tile<T, 96, 2, 128, 2, true>>(args, dtype, processors, stream)
+                    : launch_tile<Tile<T, 96, 2, 128, 2>>(args, dtype, processors, stream);
   }
   if (tile == AttentionTile::kChosen)
-    tile = args.keys < 1024 ? AttentionTile::kRows128Keys144 : AttentionTile::kRows192Keys112;
+    tile = args.queries <= 256 && args.keys < 1024 ? AttentionTile::kRows128Keys144 : AttentionTile::kRows192Keys112;
   switch (tile) {
     case AttentionTile::kRows192Keys112:
-      return launch_tile<Tile<T, 64, 3, 112, 4>>(args, dtype, processors, stream);
+      return by_table ? launch_tile<Tile<T, 64, 3, 112, 4, true>>(args, dtype, processors, stream)
+                      : launch_tile<Tile<T, 64, 3, 112, 4>>(args, dtype, processors, stream);
     case AttentionTile::kRows128Keys144:
-      return launch_tile<Tile<T, 64, 2, 144, 4>>(args, dtype, processors, stream);
+      return by_table ? launch_tile<Tile<T, 64, 2, 144, 4, true>>(args, dtype, processors, stream)
+                      : launch_tile<Tile<T, 64, 2, 144, 4>>(args, dtype, processors, stream);
     default:
       return cudaErrorNotSupported;
   }

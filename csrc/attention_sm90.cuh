@@ -62,12 +62,37 @@ __device__ __forceinline__ bool place_of(const Args& args, int64_t number, Place
   return true;
 }
 
-// The block's tile of a turn; false when there is none. The blocks take tiles in turns, every other turn in reverse,
-// which evens out what each has to do.
-template <typename Args>
-__device__ __forceinline__ bool find_place(const Args& args, int turn, Place* place) {
-  const int blocks = gridDim.x, block = blockIdx.x;
-  return place_of(args, int64_t(turn) * blocks + (turn % 2 ? blocks - 1 - block : block), place);
+constexpr int kNumbers = 2;  // tiles a block may have taken and not all its warps have seen
+
+// Number of the block's next tile, which the warps that calculate find in shared memory: the first lane of the warp that
+// copies tells it all others. With a counter, `taken`, a block takes a tile when it has asked for all copies of the one
+// before, for how long tiles take is not known, and blocks are to end together; without, they take them in turns. Which
+// block has a tile changes no bit of it.
+template <typename Shape, typename Args>
+__device__ __forceinline__ unsigned tell_tile(const Args& args, uint32_t memory, char* shared, int turn) {
+  unsigned number = 0;
+  if (threadIdx.x == 0) {
+    const unsigned blocks = gridDim.x, block = blockIdx.x, slot = turn % kNumbers;
+    if (turn == 0 || args.taken == nullptr)
+      number = turn * blocks + (turn % 2 ? blocks - 1 - block : block);
+    else
+      number = blocks + atomicAdd(args.taken, 1u);
+    barrier_wait(memory + Shape::kNumberEmpty + 8 * slot, turn / kNumbers % 2 ^ 1);
+    reinterpret_cast<volatile unsigned*>(shared + Shape::kNumberAt)[slot] = number;
+    barrier_arrive(memory + Shape::kNumberFull + 8 * slot);
+  }
+  return __shfl_sync(kWarp, number, 0);
+}
+
+// What it told.
+template <typename Shape>
+__device__ __forceinline__ unsigned hear_tile(uint32_t memory, const char* shared, int turn) {
+  const int slot = turn % kNumbers;
+  barrier_wait(memory + Shape::kNumberFull + 8 * slot, turn / kNumbers % 2);
+  const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[slot];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * slot);
+  return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
 }
 
 // First token of the scale of this lane's number; of scales that are not there, a place that no token has.

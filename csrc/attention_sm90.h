@@ -23,8 +23,13 @@ struct AttentionArgs {
   HeadsView k, v;       // [batch, heads / share, keys, width]
   HeadsView out;        // like q; written
   float* lse;           // [batch, heads, queries], contiguous; written
+  unsigned* taken;      // one number of workspace, by which blocks take tiles as they become free; null: in turns
   const void* lengths;  // [scales] of int32, or int64 if `wide_lengths`: tokens of each scale, after the prefix
   bool wide_lengths;
+  // In their place, or null: [ranges, 2, keys], begins and ends of the disjoint ranges of what each token sees, itself
+  // among it; [images], the first token of each, ascending from 0, with as many queries as keys, or null for one.
+  const int *sees, *offsets;
+  int ranges, images;
   int batch, heads, share, queries, keys, width, scales, prefix;
   int group;            // heads whose tiles are interleaved, so that long tiles of all go first
   float softmax_scale;

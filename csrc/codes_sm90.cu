@@ -8,10 +8,12 @@
 #include "device/entries.cuh"
 
 // One launch instead of eleven: at the sizes of a training step the sums take 5 to 20 us, and the launches of a sort,
-// each waiting for the one before, took 40. A cluster owns a range of codebook rows and reads all codes, each of its blocks an eighth of
-// them (all clusters together 16 times 8 bytes a code, from L2). The blocks count, exchange their counts through shared
-// memory and put the entries of the range in order: that is all the sorting there is. Then they sum the range's rows,
-// each block rows of an eighth of the cost. Blocks wait for others of their cluster only, twice.
+// each waiting for the one before, took 40. A cluster owns a range of codebook rows and reads all codes, each of its
+// blocks an eighth of them (all clusters together 16 times 8 bytes a code, from L2). A block lists the range's entries
+// among its own and counts them; then the blocks look at each other's counts and lists through shared memory, and each
+// takes rows of an eighth of the cost: it gathers their entries in whatever order, puts each row's in order by counting
+// which come before, and sums them. Blocks wait for others of their cluster only, and once, unless a row has so many
+// entries that the whole cluster orders and sums it.
 namespace unifiedar {
 namespace {
 
@@ -19,44 +21,65 @@ constexpr int kThreads = 640;  // 96 registers each, one block a multiprocessor
 constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kBlocks = 8;      // of a cluster: as many as every such GPU takes
 constexpr int kScan = 8;             // codes that a thread has in flight
-constexpr int kCounted = 2;          // neighbouring codebook rows whose counts a thread adds up at a time
+constexpr int kGathered = 4;         // listed entries that a thread has in flight
+constexpr int kCounted = 4;          // neighbouring codebook rows whose counts a thread adds up at a time
 constexpr int kSegments = 2;         // codebook rows whose gradient a thread works on at a time
 constexpr int kShort = 8;            // entries of a row that shares a warp with others
 constexpr int kMedium = 64;          // of one summed in packs of 16 bytes; longer ones in packs of 4, by more warps
-constexpr int kEntryBits = 15;       // of a listed entry's number in its block; the row in the cluster is above
-constexpr uint32_t kNone = ~0u;      // the key of an entry to be left out
+constexpr int kEntryBits = 18;       // of a listed entry's number; the row in the cluster is above
+constexpr uint32_t kNone = ~0u;      // the key of an entry to be left out, or no listed entry
 constexpr uint32_t kWarp = ~0u;      // all lanes
-constexpr int kMostEntries = 1 << 18;  // beyond, reading the codes once a cluster costs more than the sort's launches
+constexpr int kMostEntries = 1 << kEntryBits;  // beyond, reading the codes once a cluster costs more than sorting
+constexpr uint32_t kMostRows = kNone >> kEntryBits;  // of a cluster
+constexpr uint32_t kLine = 128;      // bytes of a line of the L2 cache
+constexpr uint32_t kAhead = 16 << 20;  // bytes of the gradient that are fetched while the entries are put in order
+
+static_assert(kMostEntries / kBlocks < 1 << 16, "a block counts in 16 bits");
 
 struct ClusterArgs : Entries<uint32_t> {
   const int64_t* codes;
   uint32_t* order;  // `words`, to be written: [entries], by codebook row; those to be left out are absent
+  uint32_t* items;  // [entries]: for blocks whose rows have more entries than there is room for
   float* partial;   // [chunks, 2, channels]
   void* out;
   float* counts;
-  uint32_t entries, tables, num_codes, rows, span;
+  uint32_t entries, tables, num_codes, rows, span, room;
+  uint32_t lines, fetched;  // of the gradient, to be fetched ahead: in all, and by each block
   int chunk_log2;
   int width;  // lanes of a warp that share a row: a power of two
   bool shared;
 };
 
-// A block's shared memory.
+// A block's shared memory. Words that other blocks of the cluster read come first.
 struct Memory {
-  uint32_t* counts;  // [rows]: entries of each row among the block's own; the cluster's other blocks read it
-  uint32_t* below;   // [1]: entries among the block's own that chose rows before the cluster's; read by the others too
-  uint32_t* next;    // [rows]: place in the order of the block's next entry of a row
-  uint32_t* begins;  // [rows + 1]: where each row's entries begin in the order; equal in all blocks of the cluster
-  uint32_t* sums;    // [2, kWarps]
+  uint32_t* counts;  // [count_words]: entries of each row among the block's own, 16 bits each
+  uint32_t* below;   // [1]: entries among the block's own that chose rows before the cluster's
+  uint32_t* listed;  // [1]: length of the list
   uint32_t* list;    // [span]: the block's own entries of the cluster's rows, in their order
+  uint32_t* limits;  // [2]: the block's rows
+  uint32_t* sums;    // [2, kWarps]
+  uint32_t* begins;  // [rows + 1]: where each row's entries begin in the order; equal in all blocks of the cluster
+  uint32_t* next;    // [rows]: place in the order of the next entry of one of the block's rows that is gathered
+  uint32_t* items;   // [room]: the entries of the block's rows, by row, as they are gathered
+  uint32_t* words;   // [room]: their words, in order
 
-  __device__ __forceinline__ Memory(uint32_t* base, uint32_t rows)
-      : counts(base),
-        below(counts + rows),
-        next(below + 1),
-        begins(next + rows),
-        sums(begins + rows + 1),
-        list(sums + 2 * kWarps) {}
-  static size_t bytes(size_t rows, size_t span) { return 4 * (3 * rows + 2 + 2 * kWarps + span); }
+  __device__ __forceinline__ explicit Memory(const ClusterArgs& args)
+      : counts(shared_memory()),
+        below(counts + count_words(args.rows)),
+        listed(below + 1),
+        list(listed + 1),
+        limits(list + args.span),
+        sums(limits + 2),
+        begins(sums + 2 * kWarps),
+        next(begins + args.rows + 1),
+        items(next + args.rows),
+        words(items + args.room) {}
+  __host__ __device__ static constexpr size_t count_words(size_t rows) {
+    return (rows + kCounted - 1) / kCounted * (kCounted / 2);
+  }
+  static size_t bytes(size_t rows, size_t span, size_t room) {
+    return 4 * (count_words(rows) + 2 * rows + 5 + 2 * kWarps + span + 2 * room);
+  }
 };
 
 // What a block of a cluster works on.
@@ -68,69 +91,142 @@ struct Place {
   uint32_t earlier;   // the lanes before this one
 };
 
-// Calls use(entry, key) for every entry of the block, with whole warps: each has a run of neighbouring entries and takes
-// them 32 at a time, in order. The key is kNone beyond the end.
-template <typename Use>
-__device__ __forceinline__ void for_own_entries(const ClusterArgs& args, const Place& place, Use use) {
-  const uint32_t share = (args.span + kThreads - 1) / kThreads * 32;
-  const uint32_t first = min(place.rank * args.span, args.entries), last = min(first + args.span, args.entries);
-  const uint32_t begin = min(first + place.warp * share, last), end = min(begin + share, last);
-  for (uint32_t at = begin; at < end; at += kScan * 32) {
-    uint64_t code[kScan];
+// A line into the L2 cache.
+__device__ __forceinline__ void fetch_line(const char* line) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#endif
+}
+
+// The block's share of the gradient, of which every row is read soon, into the L2 cache.
+__device__ __forceinline__ void fetch_gradient(const ClusterArgs& args, const Place& place) {
+  const uint32_t first = blockIdx.x * args.fetched, last = min(first + args.fetched, args.lines);
+  for (uint32_t line = first + place.thread; line < last; line += kThreads)
+    fetch_line(static_cast<const char*>(args.grad) + line * kLine);
+}
+
+// kScan * 32 neighbouring codes; -1 from `end` on.
+__device__ __forceinline__ void load_codes(const ClusterArgs& args, const Place& place, uint32_t begin, uint32_t end,
+                                           uint64_t (&code)[kScan]) {
 #pragma unroll
-    for (int s = 0; s < kScan; ++s) {
-      const uint32_t entry = at + s * 32 + place.lane;
-      code[s] = entry < end ? __ldg(args.codes + entry) : -1;
-    }
+  for (int s = 0; s < kScan; ++s) {
+    const uint32_t entry = begin + s * 32 + place.lane;
+    code[s] = entry < end ? __ldg(args.codes + entry) : -1;
+  }
+}
+
+// The keys of those entries.
+__device__ __forceinline__ void find_keys(const ClusterArgs& args, const Place& place, uint32_t begin,
+                                          const uint64_t (&code)[kScan], uint32_t (&key)[kScan]) {
 #pragma unroll
-    for (int s = 0; s < kScan; ++s) {
-      const uint32_t entry = at + s * 32 + place.lane;
-      uint32_t key = code[s] < args.num_codes ? uint32_t(code[s]) : kNone;
-      if (!args.shared && key != kNone) key += entry % args.depth * args.num_codes;
-      use(entry, key);
-    }
+  for (int s = 0; s < kScan; ++s) {
+    key[s] = code[s] < args.num_codes ? uint32_t(code[s]) : kNone;
+    if (!args.shared && key[s] != kNone) key[s] += (begin + s * 32 + place.lane) % args.depth * args.num_codes;
   }
 }
 
 __device__ __forceinline__ bool is_mine(uint32_t key, const Place& place) { return key - place.low < place.rows; }
 
-// counts, below and list; returns how many entries are listed. Before the first wait for the cluster, which empties the
-// nearest cache: the second look at the codes finds them there.
+// counts, below and list; returns how many entries are listed. Each warp has a run of neighbouring entries. Up to
+// kScan * 32 of them stay in registers between counting and listing; longer runs are read twice, from the nearest cache.
 __device__ __forceinline__ uint32_t list_entries(const ClusterArgs& args, const Memory& memory, const Place& place) {
-  for (uint32_t row = place.thread; row < place.rows; row += kThreads) memory.counts[row] = 0;
-  if (place.thread == 0) *memory.below = 0;
+  constexpr uint32_t kStep = kScan * 32;
+  const uint32_t share = (args.span + kThreads - 1) / kThreads * 32;
+  const uint32_t first = min(place.rank * args.span, args.entries), last = min(first + args.span, args.entries);
+  const uint32_t begin = min(first + place.warp * share, last), end = min(begin + share, last);
+  uint64_t code[kScan];
+  uint32_t key[kScan];
+  load_codes(args, place, begin, end, code);
+  fetch_gradient(args, place);
+  for (uint32_t i = place.thread; i < Memory::count_words(place.rows); i += kThreads) memory.counts[i] = 0;
   __syncthreads();
   uint32_t found = 0, below = 0;
-  for_own_entries(args, place, [&](uint32_t, uint32_t key) {
-    const bool mine = is_mine(key, place);
-    found += __popc(__ballot_sync(kWarp, mine));
-    below += key < place.low;
-    if (mine) atomicAdd(memory.counts + (key - place.low), 1u);
-  });
+  for (uint32_t at = begin; at < end; at += kStep) {
+    if (at != begin) load_codes(args, place, at, end, code);
+    find_keys(args, place, at, code, key);
+#pragma unroll
+    for (int s = 0; s < kScan; ++s) {
+      const bool mine = is_mine(key[s], place);
+      const uint32_t row = key[s] - place.low;
+      found += __popc(__ballot_sync(kWarp, mine));
+      below += key[s] < place.low;
+      if (mine) atomicAdd(memory.counts + row / 2, 1u << row % 2 * 16);
+    }
+  }
   below = __reduce_add_sync(kWarp, below);
   if (place.lane == 0) {
     memory.sums[place.warp] = found;
-    atomicAdd(memory.below, below);
+    memory.sums[kWarps + place.warp] = below;
   }
   __syncthreads();
-  const uint32_t all = place.lane < kWarps ? memory.sums[place.lane] : 0;
-  uint32_t at = __reduce_add_sync(kWarp, place.lane < place.warp ? all : 0);
-  for_own_entries(args, place, [&](uint32_t entry, uint32_t key) {
-    const bool mine = is_mine(key, place);
-    const uint32_t peers = __ballot_sync(kWarp, mine);
-    if (mine)
-      memory.list[at + __popc(peers & place.earlier)] =
-          (key - place.low) << kEntryBits | (entry - place.rank * args.span);
-    at += __popc(peers);
-  });
-  return __reduce_add_sync(kWarp, all);
+  const uint32_t of_warp = place.lane < kWarps ? memory.sums[place.lane] : 0;
+  const uint32_t listed = __reduce_add_sync(kWarp, of_warp);
+  uint32_t to = __reduce_add_sync(kWarp, place.lane < place.warp ? of_warp : 0);
+  if (place.warp == 0) {
+    below = __reduce_add_sync(kWarp, place.lane < kWarps ? memory.sums[kWarps + place.lane] : 0);
+    if (place.lane == 0) {
+      *memory.below = below;
+      *memory.listed = listed;
+    }
+  }
+  for (uint32_t at = begin; at < end; at += kStep) {
+    if (share > kStep) {
+      load_codes(args, place, at, end, code);
+      find_keys(args, place, at, code, key);
+    }
+#pragma unroll
+    for (int s = 0; s < kScan; ++s) {
+      const bool mine = is_mine(key[s], place);
+      const uint32_t peers = __ballot_sync(kWarp, mine);
+      if (mine)
+        memory.list[to + __popc(peers & place.earlier)] =
+            (key[s] - place.low) << kEntryBits | (at + s * 32 + place.lane);
+      to += __popc(peers);
+    }
+  }
+  return listed;
+}
+
+// The lists of the cluster's blocks, one behind the other, and how many entries chose rows before the cluster's.
+struct Lists {
+  uint32_t begins[kBlocks + 1];
+  uint32_t below;
+};
+
+__device__ __forceinline__ Lists find_lists(const Memory& memory, const Place& place) {
+  const uint32_t listed = place.lane < kBlocks ? *shared_of(memory.listed, place.lane) : 0;
+  const uint32_t below = place.lane < kBlocks ? *shared_of(memory.below, place.lane) : 0;
+  Lists lists;
+  lists.below = __reduce_add_sync(kWarp, below);
+  lists.begins[0] = 0;
+#pragma unroll
+  for (uint32_t b = 0; b < kBlocks; ++b) lists.begins[b + 1] = lists.begins[b] + __shfl_sync(kWarp, listed, b);
+  return lists;
+}
+
+// The thread's of kThreads * kGathered neighbouring entries of the lists; kNone behind their end.
+__device__ __forceinline__ void load_items(const Memory& memory, const Place& place, const Lists& lists, uint32_t begin,
+                                           uint32_t (&item)[kGathered]) {
+#pragma unroll
+  for (int s = 0; s < kGathered; ++s) {
+    const uint32_t at = begin + s * kThreads + place.thread;
+    uint32_t block = 0, before = 0;
+#pragma unroll
+    for (uint32_t b = 1; b < kBlocks; ++b) {
+      if (at < lists.begins[b]) continue;
+      block = b;
+      before = lists.begins[b];
+    }
+    item[s] = at < lists.begins[kBlocks] ? shared_of(memory.list, block)[at - before] : kNone;
+  }
 }
 
 // Chunks that a row's entries lie in, less one.
 __device__ __forceinline__ uint32_t cuts(const ClusterArgs& args, uint32_t begin, uint32_t end) {
   return begin < end ? ((end - 1) >> args.chunk_log2) - (begin >> args.chunk_log2) : 0;
 }
-// Rows in more than two chunks are summed in parts by the whole cluster, other cut rows by one block, part by part.
+// Rows in more than two chunks are put in order and summed in parts by the whole cluster, other rows by one block, cut
+// ones part by part.
 __device__ __forceinline__ bool is_huge(const ClusterArgs& args, uint32_t begin, uint32_t end) {
   return cuts(args, begin, end) > 1;
 }
@@ -139,28 +235,28 @@ __device__ __forceinline__ bool is_long(const ClusterArgs& args, uint32_t begin,
 }
 
 // begins and next, from the counts of all blocks; returns whether a row of the cluster is huge.
-__device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memory& memory, const Place& place) {
-  uint32_t carry = 0;
+__device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memory& memory, const Place& place,
+                                            uint32_t below) {
+  uint32_t carry = below;
   bool huge = false;
   uint32_t* sums = memory.sums;
   for (uint32_t base = 0; base < place.rows; base += kThreads * kCounted) {
     const uint32_t row = base + place.thread * kCounted;
-    uint32_t total[kCounted] = {}, before[kCounted] = {}, below = 0;
+    uint32_t count[kCounted] = {}, own = 0;
+    if (row < place.rows) {
 #pragma unroll
-    for (uint32_t b = 0; b < kBlocks; ++b) {
-      const uint32_t* const counts = shared_of(memory.counts, b);
-#pragma unroll
-      for (int s = 0; s < kCounted; ++s) {
-        const uint32_t count = row + s < place.rows ? counts[row + s] : 0;
-        total[s] += count;
-        if (b < place.rank) before[s] += count;
+      for (uint32_t b = 0; b < kBlocks; ++b) {
+        // Each block begins with its own, so that not all read the same one's at a time.
+        const uint32_t* const counts = shared_of(memory.counts, (place.rank + b) % kBlocks);
+        const uint2 packed = *reinterpret_cast<const uint2*>(counts + row / 2);
+        count[0] += packed.x & 0xffff;
+        count[1] += packed.x >> 16;
+        count[2] += packed.y & 0xffff;
+        count[3] += packed.y >> 16;
       }
-      if (base == 0) below += *shared_of(memory.below, b);
     }
-    carry += below;
-    uint32_t own = 0;
 #pragma unroll
-    for (int s = 0; s < kCounted; ++s) own += total[s];
+    for (int s = 0; s < kCounted; ++s) own += count[s];
     uint32_t through = own;  // of the warp's rows up to this thread's
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -177,40 +273,13 @@ __device__ __forceinline__ bool find_begins(const ClusterArgs& args, const Memor
 #pragma unroll
     for (int s = 0; s < kCounted; ++s) {
       if (row + s >= place.rows) break;
-      memory.begins[row + s] = begin;
-      memory.next[row + s] = begin + before[s];
-      huge |= is_huge(args, begin, begin + total[s]);
-      begin += total[s];
+      memory.begins[row + s] = memory.next[row + s] = begin;
+      huge |= is_huge(args, begin, begin + count[s]);
+      begin += count[s];
       if (row + s == place.rows - 1) memory.begins[place.rows] = begin;
     }
   }
   return __syncthreads_or(huge);
-}
-
-// Writes the block's entries where they belong in the order, a block of them at a time. Which entries of a warp are of
-// one row all warps find out together (it takes hundreds of clocks); then they take places one after another, so that
-// entries of a row keep their order.
-template <bool kCumulative>
-__device__ __forceinline__ void order_entries(const ClusterArgs& args, const Memory& memory, const Place& place,
-                                              uint32_t listed) {
-  for (uint32_t base = 0; base < listed; base += kThreads) {
-    const bool present = base + place.thread < listed;
-    const uint32_t item = present ? memory.list[base + place.thread] : kNone, row = item >> kEntryBits;
-    const uint32_t peers = __match_any_sync(kWarp, row), warps = min((listed - base + 31) / 32, uint32_t(kWarps));
-    uint32_t to = 0;
-    for (uint32_t turn = 0; turn < warps; ++turn) {
-      if (turn == place.warp) {
-        if (present) to = memory.next[row] + __popc(peers & place.earlier);
-        __syncwarp();
-        if (present && (peers & place.earlier) == 0) memory.next[row] = to + __popc(peers);
-      }
-      __syncthreads();
-    }
-    if (present) {
-      const uint32_t entry = place.rank * args.span + (item & ((1u << kEntryBits) - 1));
-      args.order[to] = kCumulative ? entry : entry / args.depth;
-    }
-  }
 }
 
 // A block's rows: [first, last) of the cluster's.
@@ -218,22 +287,110 @@ struct Rows {
   uint32_t first, last;
 };
 
-// The rows with the block's share of the cluster's cost, an entry or a row a unit.
+// The rows with the block's share of the cluster's cost, an entry or a row a unit: from the first one before which lies
+// the share of the blocks before.
 __device__ __forceinline__ Rows own_rows(const Memory& memory, const Place& place) {
-  const uint32_t cost = memory.begins[place.rows] - memory.begins[0] + place.rows;
-  uint32_t low[2] = {}, high[2] = {place.rows, place.rows};  // both searches at once, for their latency
-  while (low[0] < high[0] || low[1] < high[1]) {
+  const uint32_t from = memory.begins[0], cost = memory.begins[place.rows] - from + place.rows;
+  const uint32_t shares[2] = {cost * place.rank / kBlocks, cost * (place.rank + 1) / kBlocks};
+  for (uint32_t row = place.thread; row <= place.rows; row += kThreads) {
+    const uint32_t before = memory.begins[row] - from + row;
+    const uint32_t less = row == 0 ? 0 : memory.begins[row - 1] - from + row - 1;
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      if (low[s] == high[s]) continue;
-      const uint32_t middle = (low[s] + high[s]) / 2;
-      if (memory.begins[middle] - memory.begins[0] + middle < cost * (place.rank + s) / kBlocks)
-        low[s] = middle + 1;
-      else
-        high[s] = middle;
+    for (int s = 0; s < 2; ++s)
+      if (shares[s] <= before && (row == 0 || less < shares[s])) memory.limits[s] = row;
+  }
+  __syncthreads();
+  return {memory.limits[0], memory.limits[1]};
+}
+
+template <bool kCumulative>
+__device__ __forceinline__ uint32_t word_of(const ClusterArgs& args, uint32_t item) {
+  const uint32_t entry = item & ((1u << kEntryBits) - 1);
+  return kCumulative ? entry : entry / args.depth;
+}
+
+// Writes the block's own entries of huge rows where they belong in the order.
+template <bool kCumulative>
+__device__ __forceinline__ void order_huge(const ClusterArgs& args, const Memory& memory, const Place& place,
+                                           uint32_t listed) {
+  const uint32_t share = (listed + kThreads - 1) / kThreads * 32;
+  const uint32_t first = min(place.warp * share, listed), last = min(first + share, listed);
+  uint32_t* sums = memory.sums;
+  for (uint32_t base = 0; base < place.rows; base += 32) {
+    const uint32_t own = min(base + place.lane, place.rows - 1);
+    const bool mine = base + place.lane < place.rows && is_huge(args, memory.begins[own], memory.begins[own + 1]);
+    for (uint32_t left = __ballot_sync(kWarp, mine); left != 0; left &= left - 1) {
+      const uint32_t row = base + __ffs(left) - 1;
+      uint32_t found = 0;
+      for (uint32_t at = first; at < last; at += 32) {
+        const uint32_t item = at + place.lane < last ? memory.list[at + place.lane] : kNone;
+        found += __popc(__ballot_sync(kWarp, item >> kEntryBits == row));
+      }
+      if (place.lane == 0) sums[place.warp] = found;
+      uint32_t before = place.lane < place.rank ? shared_of(memory.counts, place.lane)[row / 2] : 0;
+      before = __reduce_add_sync(kWarp, before >> row % 2 * 16 & 0xffff);
+      __syncthreads();
+      uint32_t to = memory.begins[row] + before;
+      to += __reduce_add_sync(kWarp, place.lane < place.warp ? sums[place.lane] : 0);
+      sums = sums == memory.sums ? memory.sums + kWarps : memory.sums;
+      for (uint32_t at = first; at < last; at += 32) {
+        const uint32_t item = at + place.lane < last ? memory.list[at + place.lane] : kNone;
+        const uint32_t peers = __ballot_sync(kWarp, item >> kEntryBits == row);
+        if (item >> kEntryBits == row) args.order[to + __popc(peers & place.earlier)] = word_of<kCumulative>(args, item);
+        to += __popc(peers);
+      }
     }
   }
-  return {low[0], low[1]};
+}
+
+// The words that a block reads, where among the order's they begin, and whether a row among them is long.
+struct Words : Entries<uint32_t> {
+  uint32_t base;
+  bool any_long;
+};
+
+// Gathers the entries of the block's rows, but for huge ones, and puts each row's in order; `item` holds the first that
+// the thread looks at. A row has at most two chunks of entries, so that counting which of them come before one takes less
+// than summing them. They stay in shared memory, unless an uneven choice leaves the block more than it has room for.
+template <bool kCumulative>
+__device__ __forceinline__ Words sort_entries(const ClusterArgs& args, const Memory& memory, const Place& place,
+                                              const Rows& rows, const Lists& lists, uint32_t (&item)[kGathered],
+                                              bool huge) {
+  const uint32_t base = memory.begins[rows.first], count = memory.begins[rows.last] - base;
+  const bool fits = count <= args.room;
+  uint32_t* const items = fits ? memory.items : args.items + base;
+  uint32_t* const words = fits ? memory.words : args.order + base;
+  if (huge) {
+    for (uint32_t i = place.thread; i < count; i += kThreads) items[i] = kNone;
+    __syncthreads();
+  }
+  for (uint32_t begin = 0;;) {
+#pragma unroll
+    for (int s = 0; s < kGathered; ++s) {
+      const uint32_t row = item[s] >> kEntryBits;  // kNone's is no row
+      if (row - rows.first >= rows.last - rows.first) continue;
+      if (huge && is_huge(args, memory.begins[row], memory.begins[row + 1])) continue;
+      items[atomicAdd(memory.next + row, 1u) - base] = item[s];
+    }
+    begin += kThreads * kGathered;
+    if (begin >= lists.begins[kBlocks]) break;
+    load_items(memory, place, lists, begin, item);
+  }
+  __syncthreads();
+  bool any_long = huge;
+  for (uint32_t i = place.thread; i < count; i += kThreads) {
+    const uint32_t own = items[i], row = own >> kEntryBits;
+    if (own == kNone) continue;
+    const uint32_t begin = memory.begins[row], end = memory.begins[row + 1];
+    any_long |= is_long(args, begin, end);
+    uint32_t to = begin - base;
+#pragma unroll 4
+    for (uint32_t other = begin - base; other < end - base; ++other) to += items[other] < own;
+    words[to] = word_of<kCumulative>(args, own);
+  }
+  Words found{args, base, __syncthreads_or(any_long) != 0};
+  found.words = words;
+  return found;
 }
 
 // The row whose entries `at` is among.
@@ -247,25 +404,6 @@ __device__ __forceinline__ uint32_t row_of_entry(const Memory& memory, uint32_t 
       high = middle;
   }
   return low;
-}
-
-// The words that a block reads, and where among the order's they begin.
-struct Words : Entries<uint32_t> {
-  uint32_t base;
-};
-
-// Copies the words of the block's rows to its shared memory, where each wait for one is a tenth as long, if they fit.
-// Only an uneven choice leaves a block more than it has listed room for.
-__device__ __forceinline__ Words own_words(const ClusterArgs& args, const Memory& memory, const Place& place,
-                                           const Rows& rows) {
-  Words words{args, 0};
-  const uint32_t base = memory.begins[rows.first], count = memory.begins[rows.last] - base;
-  if (count > args.span) return words;
-  for (uint32_t i = place.thread; i < count; i += kThreads) memory.list[i] = args.words[base + i];
-  __syncthreads();
-  words.words = memory.list;
-  words.base = base;
-  return words;
 }
 
 // add_entries for one long segment and a whole warp, whose lanes may lie beyond the channels: the more entries in
@@ -440,27 +578,36 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_
   place.warp = threadIdx.x / 32;
   place.lane = threadIdx.x % 32;
   place.earlier = (1u << place.lane) - 1;
-  const Memory memory(shared_memory(), args.rows);
+  const Memory memory(args);
 
   const uint32_t listed = list_entries(args, memory, place);
-  cluster_sync();
-  const bool huge = find_begins(args, memory, place);
-  order_entries<kCumulative>(args, memory, place, listed);
+  cluster_arrive();
+  cluster_wait();
+  const Lists lists = find_lists(memory, place);
+  uint32_t item[kGathered];
+  load_items(memory, place, lists, 0, item);  // on their way while the counts are added up
+  const bool huge = find_begins(args, memory, place, lists.below);
   const Rows rows = own_rows(memory, place);
-  // From here on nobody looks at another block's shared memory, so that a block may end before the others.
-  cluster_sync();
+  if (huge) order_huge<kCumulative>(args, memory, place, listed);
+  const Words words = sort_entries<kCumulative>(args, memory, place, rows, lists, item, huge);
+  // From here on nobody looks at another block's shared memory; a block may end when no other does any more.
   if (huge) {
+    cluster_sync();
     sum_parts<T, kNarrow, kCumulative>(args, memory, place);
     cluster_sync();
+  } else {
+    cluster_arrive();
   }
   if (args.counts != nullptr) {
     for (uint32_t row = rows.first + place.thread; row < rows.last; row += kThreads)
       args.counts[place.low + row] = memory.begins[row + 1] - memory.begins[row];
   }
-  const Words words = own_words(args, memory, place, rows);
-  sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, rows, kMedium, ~0u);
-  sum_long_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows, 0, kMedium);
+  if (words.any_long) {
+    sum_long_rows<T, Out, kNarrow, kCumulative>(args, words, memory, place, rows, kMedium, ~0u);
+    sum_long_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows, 0, kMedium);
+  }
   sum_short_rows<T, Out, kVec, kCumulative>(args, words, memory, place, rows);
+  if (!huge) cluster_wait();
 }
 
 template <typename T, typename Out, int kVec, bool kCumulative>
@@ -489,6 +636,9 @@ template <typename T, typename Out>
 cudaError_t launch_clusters(ClusterArgs args, const ClusterPlan& plan, bool packed, bool cumulative,
                             cudaStream_t stream) {
   constexpr int kVec = kPackOf<T>;
+  const int64_t bytes = int64_t(cumulative ? args.entries : args.entries / args.depth) * args.channels * sizeof(T);
+  args.lines = uint32_t((std::min<int64_t>(bytes, kAhead) + kLine - 1) / kLine);
+  args.fetched = (args.lines + plan.clusters * kBlocks - 1) / (plan.clusters * kBlocks);
   const int packs = packed ? args.channels / kVec : args.channels;
   args.width = 1;
   while (args.width < 32 && args.width < packs) args.width *= 2;
@@ -559,13 +709,16 @@ cudaError_t plan_cluster(const LookupBackwardArgs& args, ClusterPlan* plan) {
     return error;
   const int64_t rows = (tables + clusters - 1) / clusters;
   plan->span = (args.entries + kBlocks - 1) / kBlocks;
-  plan->shared_bytes = Memory::bytes(rows, plan->span);
-  if (int64_t(plan->shared_bytes) > shared) return cudaSuccess;
+  // Four times what even choices leave a block.
+  plan->room = std::min<uint32_t>(args.entries, plan->span / 4 + 256);
+  plan->shared_bytes = Memory::bytes(rows, plan->span, plan->room);
+  if (rows > int64_t(kMostRows) || int64_t(plan->shared_bytes) > shared) return cudaSuccess;
   plan->rows = uint32_t(rows);
   plan->clusters = clusters;
   const auto aligned_up = [](size_t size) { return (size + 255) / 256 * 256; };
   const int64_t chunks = ((args.entries - 1) >> chunk_log2_of(args.entries)) + 1;
-  plan->partial_at = aligned_up(args.entries * sizeof(uint32_t));
+  plan->items_at = aligned_up(args.entries * sizeof(uint32_t));
+  plan->partial_at = 2 * plan->items_at;
   plan->workspace_bytes = plan->partial_at + aligned_up(chunks * 2 * args.channels * sizeof(float));
   return cudaSuccess;
 }
@@ -580,6 +733,7 @@ cudaError_t launch_cluster_backward(const LookupBackwardArgs& args, const Cluste
   cluster.depth = args.depth;
   cluster.channels = args.channels;
   cluster.codes = args.codes;
+  cluster.items = reinterpret_cast<uint32_t*>(workspace + plan.items_at);
   cluster.partial = reinterpret_cast<float*>(workspace + plan.partial_at);
   cluster.out = args.out;
   cluster.counts = args.counts;
@@ -588,6 +742,7 @@ cudaError_t launch_cluster_backward(const LookupBackwardArgs& args, const Cluste
   cluster.num_codes = args.num_codes;
   cluster.rows = plan.rows;
   cluster.span = plan.span;
+  cluster.room = plan.room;
   cluster.chunk_log2 = chunk_log2_of(args.entries);
   cluster.shared = args.shared;
   switch (dtype) {

@@ -29,7 +29,9 @@ struct ClusterPlan {
   uint32_t rows = 0;        // neighbouring codebook rows of one cluster
   uint32_t span = 0;        // entries that one block of a cluster reads
   size_t shared_bytes = 0;  // of a block
-  size_t partial_at = 0;    // where in the workspace the parts are
+  uint32_t room = 0;        // entries that one block keeps in shared memory
+  size_t items_at = 0;      // where in the workspace gathered entries are,
+  size_t partial_at = 0;    // and where the parts
   size_t workspace_bytes = 0;
 };
 cudaError_t plan_cluster(const LookupBackwardArgs& args, ClusterPlan* plan);

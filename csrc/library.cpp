@@ -156,7 +156,7 @@ HeadsView heads_view(const Tensor& tensor) {
 // What forward and backward have in common.
 template <typename Args>
 void attention_sizes(Args& args, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                     const Tensor& lengths, int64_t prefix, double softmax_scale) {
+                     double softmax_scale) {
   args.q = heads_view(q);
   args.k = heads_view(k);
   args.v = heads_view(v);
@@ -166,23 +166,28 @@ void attention_sizes(Args& args, const Tensor& q, const Tensor& k, const Tensor&
   args.queries = int_of(q.size(2));
   args.width = int_of(q.size(3));
   args.keys = int_of(k.size(2));
-  args.prefix = int_of(prefix);
-  args.scales = int_of(lengths.numel());
-  args.wide_lengths = lengths.scalar_type() == ScalarType::Long;
   args.softmax_scale = static_cast<float>(softmax_scale);
   const int64_t key_heads = k.size(1);
   bool matches = q.numel() > 0 && k.numel() > 0 && args.heads % key_heads == 0 && args.queries <= args.keys &&
                  lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
                  lse.numel() == int64_t(args.batch) * args.heads * args.queries && args.width % 8 == 0 &&
-                 args.width <= 128 && lengths.is_contiguous() && args.scales >= 1 && args.scales <= 32 &&
-                 (args.wide_lengths || lengths.scalar_type() == ScalarType::Int) &&
-                 k.size(0) == args.batch && k.size(3) == args.width;
+                 args.width <= 128 && k.size(0) == args.batch && k.size(3) == args.width;
   for (int i = 0; i < 4; ++i) matches = matches && v.size(i) == k.size(i) && out.size(i) == q.size(i);
   for (const Tensor* other : {&k, &v, &out}) matches = matches && other->scalar_type() == q.scalar_type();
   STD_TORCH_CHECK(matches, "block_causal_attention_cuda: sizes or dtypes do not match, or are not such as it takes");
   args.share = args.heads / int_of(key_heads);
-  args.lengths = lengths.data_ptr();
   args.lse = static_cast<float*>(lse.data_ptr());
+}
+
+template <typename Args>
+void attention_schedule(Args& args, const Tensor& lengths, int64_t prefix) {
+  args.prefix = int_of(prefix);
+  args.scales = int_of(lengths.numel());
+  args.wide_lengths = lengths.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(lengths.is_contiguous() && args.scales >= 1 && args.scales <= 32 &&
+                      (args.wide_lengths || lengths.scalar_type() == ScalarType::Int),
+                  "block_causal_attention_cuda: needs 1 to 32 lengths, contiguous, int32 or int64");
+  args.lengths = lengths.data_ptr();
 }
 
 int group_of(int64_t group) {
@@ -190,13 +195,45 @@ int group_of(int64_t group) {
   return int_of(group);
 }
 
-void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, Tensor out,
-                            Tensor lse, int64_t prefix, double softmax_scale, int64_t group, int64_t tile) {
-  AttentionArgs args{};
-  attention_sizes(args, q, k, v, out, lse, lengths, prefix, softmax_scale);
+// The forward's launch: `args` has all but the group of heads, the counter of tiles and the tile.
+void attend(AttentionArgs& args, const Tensor& q, const std::optional<Tensor>& taken, int64_t group, int64_t tile) {
+  if (taken.has_value()) {
+    STD_TORCH_CHECK(taken->scalar_type() == ScalarType::Int && taken->numel() == 1,
+                    "block_causal_attention_cuda: needs one int32 to count tiles");
+    args.taken = static_cast<unsigned*>(taken->data_ptr());
+  }
   args.group = group_of(group);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   STD_CUDA_CHECK(launch_attention_forward(args, dtype_of(q), static_cast<AttentionTile>(tile), current_stream(q)));
+}
+
+void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, Tensor out,
+                            Tensor lse, const std::optional<Tensor>& taken, int64_t prefix, double softmax_scale,
+                            int64_t group, int64_t tile) {
+  AttentionArgs args{};
+  attention_sizes(args, q, k, v, out, lse, softmax_scale);
+  attention_schedule(args, lengths, prefix);
+  attend(args, q, taken, group, tile);
+}
+
+void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees,
+                     const std::optional<Tensor>& offsets, Tensor out, Tensor lse, const std::optional<Tensor>& taken,
+                     double softmax_scale, int64_t group, int64_t tile) {
+  AttentionArgs args{};
+  attention_sizes(args, q, k, v, out, lse, softmax_scale);
+  STD_TORCH_CHECK(sees.dim() == 3 && sees.size(0) > 0 && sees.size(1) == 2 && sees.size(2) == args.keys &&
+                      sees.is_contiguous() && sees.scalar_type() == ScalarType::Int,
+                  "block_attention_cuda: needs sees [ranges, 2, keys], int32, contiguous");
+  args.sees = static_cast<const int*>(sees.data_ptr());
+  args.ranges = int_of(sees.size(0));
+  if (offsets.has_value()) {
+    STD_TORCH_CHECK(offsets->is_contiguous() && offsets->scalar_type() == ScalarType::Int && offsets->numel() > 0 &&
+                        args.queries == args.keys,
+                    "block_attention_cuda: needs offsets of images in int32, contiguous, and as many queries as keys");
+    args.offsets = static_cast<const int*>(offsets->data_ptr());
+    args.images = int_of(offsets->numel());
+  }
+  attend(args, q, taken, group, tile);
 }
 
 void block_causal_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q,
@@ -205,7 +242,8 @@ void block_causal_attention_backward(const Tensor& grad, const std::optional<Ten
                                      Tensor grad_v, int64_t prefix, double softmax_scale, int64_t query_group,
                                      int64_t key_group) {
   AttentionBackwardArgs args{};
-  attention_sizes(args, q, k, v, out, lse, lengths, prefix, softmax_scale);
+  attention_sizes(args, q, k, v, out, lse, softmax_scale);
+  attention_schedule(args, lengths, prefix);
   args.grad = heads_view(grad);
   args.grad_q = heads_view(grad_q);
   args.grad_k = heads_view(grad_k);
@@ -343,6 +381,7 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("depth_decode_cuda", TORCH_BOX(&unifiedar::depth_decode));
   m.impl("depth_decode_plan_cuda", TORCH_BOX(&unifiedar::depth_decode_plan));
   m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
+  m.impl("block_attention_cuda", TORCH_BOX(&unifiedar::block_attention));
   m.impl("block_causal_attention_backward_cuda", TORCH_BOX(&unifiedar::block_causal_attention_backward));
   m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));
 }

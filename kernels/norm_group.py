@@ -3,6 +3,10 @@
 Three launches. `group_norm_parts_kernel` finds mean and squared distances to it of every channel in a run of pixels;
 `group_norm_moments_kernel` puts the runs and the channels of a group together; `group_norm_apply_kernel` uses them.
 So x is read twice and written once, and no atomics are needed. Everything in between is float32.
+
+A convolution's bias costs nothing here: it moves means alone (`shift` of the moments). Where the norm is of a sum,
+`add_maps_kernel` makes the sum and its parts in one pass, also of a map that stands in four phases, as a convolution
+of an upsampled map leaves it whose weights `phase_weights_kernel` summed.
 """
 
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["COMPILE_CASES", "chunks", "group_norm"]
+__all__ = ["COMPILE_CASES", "add_maps", "chunks", "group_norm", "phase_weights"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,12 @@ def apply_tile(channels: int) -> Tile:
     return Tile(tile.pixels // 2, tile.channels, tile.warps)
 
 
+def add_tile(channels: int) -> Tile:
+    """Half as high again: two maps come in, and sums of distances stay."""
+    tile = apply_tile(channels)
+    return Tile(tile.pixels // 2, tile.channels, tile.warps)
+
+
 def _run(pixels: int, channels: int) -> int:
     """Pixels of a run: so many that a picture has 500 to 1,000 programs, if it has so many tiles.
 
@@ -53,6 +63,19 @@ def chunks(pixels: int, channels: int) -> int:
 
 
 @triton.jit
+def _save_parts(parts, which, channel, channels, inside, near, total, squares, count):
+    """Mean and squared distances to it, of sums and squared sums of distances to `near`, over the axis of pixels.
+
+    `near` is the mean of the run's first tile, one of T, so that at most a share of T / (T + 1) of the squares cancels.
+    """
+    step = tl.div_rn(tl.sum(total, axis=0), count)  # of a constant, exactly zero
+    apart = tl.maximum(tl.sum(squares, axis=0) - count * step * step, 0.0)
+    at = parts + which * 2 * channels + channel
+    tl.store(at, near + step, mask=inside)
+    tl.store(at + channels, apart, mask=inside)
+
+
+@triton.jit
 def group_norm_parts_kernel(
     x,  # [batch, pixels, channels]
     parts,  # [batch, chunks, 2, channels] float32: mean, sum of squared distances to it
@@ -63,46 +86,139 @@ def group_norm_parts_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (batch * chunks, blocks of channels). Tiles are joined as Chan et al. (1979) join samples."""
-    which = tl.program_id(0).to(tl.int64)
-    low = (which % chunks) * run
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Grid: (batch * chunks * blocks of channels,), neighbours in memory at the same time."""
+    across = tl.cdiv(channels, BLOCK_C)
+    which = (tl.program_id(0) // across).to(tl.int64)
+    low = ((tl.program_id(0) // across) % chunks) * run
+    channel = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     left = tl.minimum(pixels - low, run)
+    pixel = tl.arange(0, BLOCK_P)
     start = x + ((which // chunks) * pixels + low) * channels
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
-    seen = 0.0
-    for begin in range(0, run, BLOCK_P):
-        pixel = begin + tl.arange(0, BLOCK_P)
-        present = (pixel < left)[:, None] & inside[None, :]
-        at = start + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    at = start + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    present = (pixel < left)[:, None] & inside[None, :]
+    tile = tl.load(at, mask=present, other=0.0).to(tl.float32)
+    near = tl.div_rn(tl.sum(tile, axis=0), tl.minimum(left, BLOCK_P).to(tl.float32))
+    total = tl.where(present, tile - near[None, :], 0.0)
+    squares = total * total
+    for begin in range(BLOCK_P, left, BLOCK_P):
+        at += BLOCK_P * channels
+        present = (begin + pixel < left)[:, None] & inside[None, :]
         tile = tl.load(at, mask=present, other=0.0).to(tl.float32)
-        count = tl.minimum(tl.maximum(left - begin, 0), BLOCK_P).to(tl.float32)
-        own = tl.div_rn(tl.sum(tile, axis=0), tl.maximum(count, 1.0))  # of a constant, exactly the constant
-        apart = tl.where(present, tile - own[None, :], 0.0)
-        # A tile beyond the last pixel counts nothing: its factors are zero.
-        total = seen + count
-        step = own - mean
-        mean += step * (count / total)
-        squares += tl.sum(apart * apart, axis=0) + step * step * (seen * (count / total))
-        seen = total
-    at = parts + which * 2 * channels + channel
-    tl.store(at, mean, mask=inside)
-    tl.store(at + channels, squares, mask=inside)
+        apart = tl.where(present, tile - near[None, :], 0.0)
+        total += apart
+        squares += apart * apart
+    _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
+
+
+@triton.jit
+def _add_tile(
+    x, residual, shift, out, picture, pixel, channel, present, pixels, channels, width,
+    RESIDUAL: tl.constexpr, PHASES: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of x + shift + residual, with x as it is or in phases; returns it as stored, in float32."""
+    at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
+    if PHASES:
+        row, column = pixel // width, pixel % width
+        high, wide = pixels // width // 2 + 1, width // 2 + 1
+        place = (picture * high + row // 2 + row % 2) * wide + column // 2 + column % 2
+        source = (place * 4 + (row % 2) * 2 + column % 2)[:, None] * channels + channel[None, :]
+    else:
+        source = at
+    tile = tl.load(x + source, mask=present, other=0.0).to(tl.float32) + shift[None, :]
+    if RESIDUAL:
+        tile += tl.load(residual + at, mask=present, other=0.0).to(tl.float32)
+    rounded = tile.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=present)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def add_maps_kernel(
+    x,  # [batch, pixels, channels], or with PHASES [batch, height / 2 + 1, width / 2 + 1, 4, channels]
+    residual,  # [batch, pixels, channels], read if RESIDUAL
+    shift,  # [channels]
+    out,  # [batch, pixels, channels]
+    parts,  # as above, written if PARTS: of what `out` holds, rounded
+    pixels,
+    channels,
+    chunks,
+    run,  # pixels of a run, a multiple of BLOCK_P
+    width,  # pixels of a row, for PHASES
+    RESIDUAL: tl.constexpr,
+    PHASES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (batch * chunks * blocks of channels,)."""
+    across = tl.cdiv(channels, BLOCK_C)
+    which = (tl.program_id(0) // across).to(tl.int64)
+    picture = which // chunks
+    low = ((tl.program_id(0) // across) % chunks) * run
+    channel = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    moved = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
+    left = tl.minimum(pixels - low, run)
+    pixel = tl.arange(0, BLOCK_P)
+    present = (pixel < left)[:, None] & inside[None, :]
+    tile = _add_tile(
+        x, residual, moved, out, picture, low + pixel, channel, present, pixels, channels, width, RESIDUAL, PHASES
+    )
+    near = tl.div_rn(tl.sum(tl.where(present, tile, 0.0), axis=0), tl.minimum(left, BLOCK_P).to(tl.float32))
+    total = tl.where(present, tile - near[None, :], 0.0)
+    squares = total * total
+    for begin in range(BLOCK_P, left, BLOCK_P):
+        present = (begin + pixel < left)[:, None] & inside[None, :]
+        tile = _add_tile(
+            x, residual, moved, out, picture, low + begin + pixel, channel, present, pixels, channels, width,
+            RESIDUAL, PHASES,
+        )  # fmt: skip
+        apart = tl.where(present, tile - near[None, :], 0.0)
+        total += apart
+        squares += apart * apart
+    if PARTS:
+        _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
+
+
+@triton.jit
+def phase_weights_kernel(
+    weight,  # [outs, 3, 3, ins]
+    out,  # [2, 2, outs, 2, 2, ins]
+    outs,
+    ins,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (outs, blocks of ins). Sums in float32, rounded once."""
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < ins
+    row = tl.program_id(0).to(tl.int64)
+    for phase in tl.static_range(4):
+        for tap in tl.static_range(4):
+            total = tl.zeros([BLOCK], tl.float32)
+            for i in tl.static_range(3):
+                for j in tl.static_range(3):
+                    # The upsampled map repeats pixels: of phase 0, taps 1 and 2 see the same one, of phase 1, 0 and 1.
+                    if (i + 1 - phase // 2) // 2 == tap // 2 and (j + 1 - phase % 2) // 2 == tap % 2:
+                        at = weight + (row * 9 + (3 * i + j)) * ins + channel
+                        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            at = out + ((phase * outs + row) * 4 + tap) * ins + channel
+            tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def group_norm_moments_kernel(
     parts,  # as above
     weight,  # [channels]
-    moments,  # [batch, 2, channels] float32: mean of the channel's group, weight / sqrt(variance + eps)
+    shift,  # [channels], what is added to x before the norm; read if SHIFT
+    moments,  # [batch, 2, channels] float32: mean of the channel's group less shift, weight / sqrt(variance + eps)
     eps,
     pixels,
     channels,
     chunks,
     run,
     width,  # channels of a group
+    SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # runs at a time
     BLOCK_W: tl.constexpr,  # at least width
 ):
@@ -113,13 +229,16 @@ def group_norm_moments_kernel(
     inside = offset < width
     start = parts + picture * chunks * 2 * channels
     entries = 1.0 * pixels * width
+    moved = tl.zeros([BLOCK_W], tl.float32)
+    if SHIFT:
+        moved = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_W], tl.float32)
     for begin in range(0, chunks, BLOCK_N):
         chunk = begin + tl.arange(0, BLOCK_N)
         present = (chunk < chunks)[:, None] & inside[None, :]
         at = start + chunk.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
         share = tl.minimum(run, pixels - chunk * run).to(tl.float32)
-        means = tl.load(at, mask=present, other=0.0)
+        means = tl.load(at, mask=present, other=0.0) + moved[None, :]
         total += tl.sum(tl.where(present, means * share[:, None], 0.0), axis=0)
     mean = tl.div_rn(tl.sum(total, axis=0), entries)
     total = tl.zeros([BLOCK_W], tl.float32)
@@ -128,13 +247,13 @@ def group_norm_moments_kernel(
         present = (chunk < chunks)[:, None] & inside[None, :]
         at = start + chunk.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
         share = tl.minimum(run, pixels - chunk * run).to(tl.float32)
-        step = tl.load(at, mask=present, other=0.0) - mean
+        step = tl.load(at, mask=present, other=0.0) + moved[None, :] - mean
         squares = tl.load(at + channels, mask=present, other=0.0)
         total += tl.sum(tl.where(present, squares + step * step * share[:, None], 0.0), axis=0)
     variance = tl.sum(total, axis=0) / entries
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
     at = moments + picture * 2 * channels + channel
-    tl.store(at, tl.zeros([BLOCK_W], tl.float32) + mean, mask=inside)
+    tl.store(at, mean - moved, mask=inside)
     tl.store(at + channels, scale, mask=inside)
 
 
@@ -151,11 +270,12 @@ def group_norm_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (batch * blocks, blocks of channels)."""
-    which = tl.program_id(0).to(tl.int64)
+    """Grid: (batch * blocks * blocks of channels,)."""
+    across = tl.cdiv(channels, BLOCK_C)
+    which = (tl.program_id(0) // across).to(tl.int64)
     picture = which // blocks
     pixel = (which % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     at = moments + picture * 2 * channels + channel
     mean = tl.load(at, mask=inside, other=0.0)
@@ -176,36 +296,75 @@ def _group_block(chunks: int, width: int) -> tuple[int, int]:
     return min(triton.next_power_of_2(chunks), max(1, 2048 // block_w)), block_w
 
 
+def add_maps(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    residual: torch.Tensor | None,
+    phases: bool,
+    out: torch.Tensor,
+    parts: torch.Tensor | None,
+) -> None:
+    """Fills out (B, C, H, W), in channels-last layout, with x + shift + residual, and parts of it if there are any.
+
+    x and residual are as out, or x with `phases` (B, 4 C, H / 2 + 1, W / 2 + 1).
+    """
+    batch, channels, height, width = out.shape
+    pixels, tile = height * width, add_tile(channels)
+    run = 2 * tile.pixels if parts is None else _run(pixels, channels)
+    runs = triton.cdiv(pixels, run)
+    add_maps_kernel[(batch * runs * triton.cdiv(channels, tile.channels),)](
+        x, x if residual is None else residual, shift, out, shift if parts is None else parts,
+        pixels, channels, runs, run, width,
+        RESIDUAL=residual is not None, PHASES=phases, PARTS=parts is not None,
+        BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps,
+    )  # fmt: skip
+
+
 def group_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    shift: torch.Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
     parts: torch.Tensor,
     moments: torch.Tensor,
     out: torch.Tensor,
+    *,
+    parted: bool = False,
 ) -> None:
-    """Fills out from x, both (B, C, H, W) in channels-last layout; parts and moments are workspace, as above."""
+    """Fills out from x + shift, both maps (B, C, H, W) in channels-last layout.
+
+    parts and moments are workspace, as above; with `parted`, parts are those of x already.
+    """
     batch, channels, height, width = x.shape
     pixels, tile = height * width, tile_of(channels)
     runs, run = parts.shape[1], _run(pixels, channels)
     across = triton.cdiv(channels, tile.channels)
-    group_norm_parts_kernel[(batch * runs, across)](
-        x, parts, pixels, channels, runs, run, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps
-    )
+    if not parted:
+        group_norm_parts_kernel[(batch * runs * across,)](
+            x, parts, pixels, channels, runs, run, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps
+        )
     block_n, block_w = _group_block(runs, channels // groups)
     group_norm_moments_kernel[(batch, groups)](
-        parts, weight, moments, eps, pixels, channels, runs, run, channels // groups,
-        BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4,
+        parts, weight, weight if shift is None else shift, moments, eps,
+        pixels, channels, runs, run, channels // groups,
+        SHIFT=shift is not None, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4,
     )  # fmt: skip
     tile = apply_tile(channels)
     blocks = triton.cdiv(pixels, tile.pixels)
-    group_norm_apply_kernel[(batch * blocks, across)](
+    group_norm_apply_kernel[(batch * blocks * across,)](
         x, moments, bias, out, pixels, channels, blocks,
         SILU=silu, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps,
     )  # fmt: skip
+
+
+def phase_weights(weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills out (4 O, I, 2, 2) from weight (O, I, 3, 3), both in channels-last layout."""
+    outs, ins = weight.shape[:2]
+    block = min(1024, max(32, triton.next_power_of_2(ins)))
+    phase_weights_kernel[(outs, triton.cdiv(ins, block))](weight, out, outs, ins, BLOCK=block, num_warps=4)
 
 
 def _cases() -> list[tuple]:
@@ -224,16 +383,26 @@ def _cases() -> list[tuple]:
     for name, channels, side in (("bf16", 160, 256), ("fp16", 640, 16), ("fp32", 512, 8)):
         tile, runs = tile_of(channels), chunks(side * side, channels)
         types = {"x": f"*{name}", "out": f"*{name}", "weight": f"*{name}", "bias": f"*{name}"}
+        types |= dict.fromkeys(("residual", "shift"), f"*{name}")
         types |= {"parts": "*fp32", "moments": "*fp32", "eps": "fp32"}
         blocks = {"BLOCK_P": tile.pixels, "BLOCK_C": tile.channels}
         add(group_norm_parts_kernel, tile.warps, types, ("x", "parts", "channels"), **blocks)
         tile = apply_tile(channels)
         blocks = {"BLOCK_P": tile.pixels, "BLOCK_C": tile.channels}
-        packed = ("x", "moments", "bias", "out", "channels")
+        packed: tuple[str, ...] = ("x", "moments", "bias", "out", "channels")
         for silu in (True, False):
             add(group_norm_apply_kernel, tile.warps, types, packed, SILU=silu, **blocks)
+        tile = add_tile(channels)
+        blocks = {"BLOCK_P": tile.pixels, "BLOCK_C": tile.channels}
+        packed = ("x", "residual", "shift", "out", "parts", "channels")
+        for residual, phases, with_parts in ((True, False, True), (False, True, True), (True, False, False)):
+            flags = {"RESIDUAL": residual, "PHASES": phases, "PARTS": with_parts}
+            add(add_maps_kernel, tile.warps, types, packed, **flags, **blocks)
         block_n, block_w = _group_block(runs, channels // 32)
-        add(group_norm_moments_kernel, 4, types, (), BLOCK_N=block_n, BLOCK_W=block_w)
+        for shift in (True, False):
+            add(group_norm_moments_kernel, 4, types, (), SHIFT=shift, BLOCK_N=block_n, BLOCK_W=block_w)
+        block = max(32, triton.next_power_of_2(channels))
+        add(phase_weights_kernel, 4, types, (), BLOCK=block)
     return cases
 
 

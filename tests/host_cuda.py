@@ -87,7 +87,7 @@ extern "C" __attribute__((weak)) cudaError_t cudaOccupancyMaxActiveClusters(int*
 }
 
 struct Barrier {
-  unsigned arrived = 0;
+  unsigned arrived = 0, phase = 0;
   std::vector<unsigned> waiting;
 };
 struct Context {
@@ -101,6 +101,8 @@ struct Cluster {
   std::vector<Barrier> warps, blocks;
   Barrier all;
   std::vector<uint64_t> values;  // one a thread, for what warps and blocks exchange
+  std::vector<unsigned> phases;  // of `all`, one a thread: in which it arrived
+  std::vector<unsigned> lefts;   // threads of each block that have not ended
   std::vector<std::vector<uint32_t>> shared;
   unsigned threads = 0, running = 0, first_block = 0, left = 0, turn = 0;
   size_t shared_words = 0;
@@ -126,15 +128,20 @@ struct Cluster {
     host_seed = host_seed * 1664525 + 1013904223;
     return (host_seed >> 8) % count;
   }
-  void wait(Barrier& barrier, unsigned count) {
-    if (++barrier.arrived < count) {
-      barrier.waiting.push_back(running);
-      if (_setjmp(contexts[running].registers) == 0) _longjmp(scheduler, 1);
-      return;
-    }
+  bool arrive(Barrier& barrier, unsigned count) {  // whether all have
+    if (++barrier.arrived < count) return false;
     for (const unsigned thread : barrier.waiting) ready[thread / threads].push_back(thread);
     barrier.waiting.clear();
     barrier.arrived = 0;
+    ++barrier.phase;
+    return true;
+  }
+  void wait(Barrier& barrier) {
+    barrier.waiting.push_back(running);
+    if (_setjmp(contexts[running].registers) == 0) _longjmp(scheduler, 1);
+  }
+  void wait(Barrier& barrier, unsigned count) {
+    if (!arrive(barrier, count)) wait(barrier);
   }
   void resume(unsigned thread) {
     running = thread;
@@ -158,6 +165,8 @@ struct Cluster {
     contexts = std::vector<Context>(left);
     started.assign(left, 0);
     values.assign(left, 0);
+    phases.assign(left, 0);
+    lefts.assign(blocks_, threads);
     warps.assign(left / 32, {});
     blocks.assign(blocks_, {});
     shared_words = (bytes + 3) / 4;
@@ -188,6 +197,9 @@ inline Cluster* cluster = nullptr;
 inline void Cluster::enter() {
   cluster->kernel();
   --cluster->left;
+  const unsigned block = cluster->running / cluster->threads;
+  if (--cluster->lefts[block] == 0)  // nobody may look at the memory of a block that has ended
+    std::fill_n(cluster->shared[block].begin(), cluster->shared_words, 0xdeadbeef);
   _longjmp(cluster->scheduler, 1);
 }
 template <class T> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(T), T args) {
@@ -266,6 +278,13 @@ namespace unifiedar {
 inline uint32_t cluster_rank() { return cluster->running / cluster->threads; }
 inline uint32_t* shared_memory() { return cluster->shared[cluster_rank()].data(); }
 inline void cluster_sync() { cluster->wait(cluster->all, cluster->threads * cluster->blocks.size()); }
+inline void cluster_arrive() {
+  cluster->phases[cluster->running] = cluster->all.phase;
+  cluster->arrive(cluster->all, cluster->threads * cluster->blocks.size());
+}
+inline void cluster_wait() {
+  if (cluster->phases[cluster->running] == cluster->all.phase) cluster->wait(cluster->all);
+}
 inline const uint32_t* shared_of(uint32_t* mine, uint32_t rank) {
   return cluster->shared[rank].data() + (mine - shared_memory());
 }

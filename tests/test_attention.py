@@ -518,22 +518,26 @@ def test_what_the_kernels_do_not_take(monkeypatch):
 
 
 def test_lengths_are_copied_once():
-    _native._kept_integers.cache_clear()
-    for _ in range(3):
-        block_causal_attention(Q, K, K, [4, 6])
-        block_causal_attention(Q, K, K, (4, 6))
-    assert _native._kept_integers.cache_info().misses == 1
+    _native._kept_integers.clear()
+    block_causal_attention(Q, K, K, [4, 6])
+    (kept,) = _native._kept_integers.values()
+    assert kept.tolist() == [4, 6]
+    block_causal_attention(Q, K, K, (4, 6))
+    assert [one is kept for one in _native._kept_integers.values()] == [True]
 
 
 # ---- on a GPU only ---------------------------------------------------------------------------------------------------
 
 
-def run_cuda(q, k, v, lengths, prefix=0, group=None, tile=family.CHOSEN):
-    """(out, lse) of the CUDA version with heads in groups of `group`, and a tile, in guarded buffers."""
+def run_cuda(q, k, v, lengths, prefix=0, group=None, tile=family.CHOSEN, counted=True):
+    """(out, lse) of the CUDA version by a plan (a tile, heads in groups, tiles counted or not), in guarded buffers."""
     (out, out_ok), (lse, lse_ok) = guarded(q.shape, q.dtype, "cuda"), guarded(q.shape[:3], torch.float32, "cuda")
     schedule = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     rows = q.shape[0] * q.shape[1]
-    family._attention_cuda(q, k, v, schedule, out, lse, prefix, q.shape[3] ** -0.5, group or rows, tile)
+    taken = torch.full((1,), 77, dtype=torch.int32, device="cuda")
+    family._attention_cuda(
+        q, k, v, schedule, out, lse, taken if counted else None, prefix, q.shape[3] ** -0.5, group or rows, tile
+    )
     out_ok(), lse_ok()
     return out, lse
 
@@ -581,6 +585,22 @@ def test_every_tile(room, tile):
     want = run_cuda(*values[:3], VAR_256, tile=tile)
     for group in (1, 3, 19, 20):
         for one, other in zip(run_cuda(*values[:3], VAR_256, group=group, tile=tile), want, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 2), (128, 2)])
+def test_blocks_take_many_tiles(room, width, tile):
+    """By a counter who has which tile differs from launch to launch, and nothing else does."""
+    lengths = [5, 35, 60, 100]
+    q, k, v = tensors(room, 34, 16, 40, 20, 200, 200, width)[:3]
+    check_cuda(room, (q, k, v), lengths, tile=tile)
+    want = run_cuda(q, k, v, lengths, tile=tile, counted=False)
+    for one, other in zip(run_cuda(q[:1], k[:1], v[:1], lengths, tile=tile), want, strict=True):
+        assert torch.equal(one, other[:1])
+    for group in (None, 7, 16, *[None] * 50):
+        for one, other in zip(run_cuda(q, k, v, lengths, group=group, tile=tile), want, strict=True):
             assert torch.equal(one, other)
 
 

@@ -7,9 +7,11 @@ import torch
 from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_rooms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_attention import NAMES, everything, tensors
+from test_attention import NAMES, everything, run_cuda, served, tensors
 
 from unifiedar.ops import _native, block_attention, block_causal_attention, masks, registry
+from unifiedar.ops import attention_blocks as family
+from unifiedar.ops.attention import CHOSEN
 
 FORWARD, BACKWARD = registry["block_attention"], registry["block_attention_backward"]
 
@@ -18,9 +20,11 @@ def chosen(accept):
     return pytest.mark.parametrize("room", [case for case in kernel_rooms() if accept(*case.values[0])], indirect=True)
 
 
-rooms = chosen(lambda backend, device, dtype: backend != "cuda")
+rooms = chosen(served)
+kernel = chosen(lambda *room: room[0] != "eager" and served(*room))
 triton_rooms = chosen(lambda backend, device, dtype: backend == "triton")
-gpu_triton = chosen(lambda backend, device, dtype: backend == "triton" and device == "cuda")
+gpu_kernels = chosen(lambda *room: room[1] == "cuda" and room[0] != "eager" and served(*room))
+gpu_cuda = chosen(lambda *room: room[0] == "cuda" and served(*room))
 
 
 # ---- who sees whom, said again in sets -------------------------------------------------------------------------------
@@ -364,19 +368,20 @@ def test_causal_is_causal_attention(room, width):
     torch.testing.assert_close(got[0].double(), want[0], rtol=0, atol=tolerance)
 
 
-@triton_rooms
+@kernel
 def test_one_image_is_the_schedule(room):
-    """The table of a schedule, and the schedule itself: one range a row, begun at 0."""
+    """The table of a schedule, and the schedule itself: one range a row, begun at 0. (CUDA has no gradients here.)"""
     lengths = [1, 4, 9, 16, 100]
     *inputs, grad, grad_lse = tensors(room, 13, 2, 2, 1, 130, 130, 64)
     mask = masks.packed(lengths, device=room[1])
     got = everything(
-        lambda *args: block_attention(*args, mask, return_lse=True, backend="triton"), inputs, grad, grad_lse
+        lambda *args: block_attention(*args, mask, return_lse=True, backend=room[0]), inputs, grad, grad_lse
     )
     want = everything(
-        lambda *args: block_causal_attention(*args, lengths, return_lse=True, backend="triton"), inputs, grad, grad_lse
+        lambda *args: block_causal_attention(*args, lengths, return_lse=True, backend=room[0]), inputs, grad, grad_lse
     )
-    for one, other in zip(got, want, strict=True):
+    compared = 2 if room[0] == "cuda" else len(NAMES)
+    for one, other in zip(got[:compared], want[:compared], strict=True):
         assert torch.equal(one, other)
 
 
@@ -591,8 +596,58 @@ VAR_256 = [n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
 WIDE = [1, 4, 9, 24, 60, 160, 384, 600]
 
 
+def run_blocks_cuda(q, k, v, mask, group=None, tile=CHOSEN, counted=True):
+    """(out, lse) of the CUDA version by a plan (a tile, heads in groups, tiles counted or not), in guarded buffers."""
+    (out, out_ok), (lse, lse_ok) = guarded(q.shape, q.dtype, "cuda"), guarded(q.shape[:3], torch.float32, "cuda")
+    taken = torch.full((1,), 77, dtype=torch.int32, device="cuda") if counted else None
+    family._blocks_cuda(
+        q, k, v, mask.sees, mask.offsets, out, lse, taken, q.shape[3] ** -0.5, group or q.shape[0] * q.shape[1], tile
+    )
+    out_ok(), lse_ok()
+    return out, lse
+
+
+every_tile = pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 2), (128, 2), (40, 0), (104, 2)])
+
+
 @pytest.mark.gpu
-@gpu_triton
+@gpu_cuda
+@every_tile
+@kinds
+def test_every_mask_in_every_tile(room, kind, width, tile):
+    mask, rows, sees, stepped = kind
+    mask, seen = mask.to("cuda"), seen_by_sets(rows, sees, stepped).to("cuda")
+    q, k, v = tensors(room, 24, 1, 2, 1, len(seen), len(seen), width)[:3]
+    exact = oracle(q.double(), k.double(), v.double(), seen, width**-0.5)
+    eager = block_attention(q, k, v, mask, return_lse=True, backend="eager")
+    for triple in zip(run_blocks_cuda(q, k, v, mask, tile=tile), eager, exact, strict=True):
+        assert_as_good_as_eager(*triple)
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@every_tile
+def test_an_image_comes_out_of_a_tile_as_alone(room, width, tile):
+    """Bit for bit, however tiles are dealt out; one row more or less than a tile, empty images, forty of them."""
+    for rows in (*PACKS.values(), [[n // 3, n - n // 3] for n in (63, 64, 65, 127, 128, 129, 191, 192, 193, 680)]):
+        total = sum(map(sum, rows))
+        q, k, v = tensors(room, 25, 2, 4, 2, total, total, width)[:3]
+        mask = masks.packed(rows, device="cuda")
+        want = run_blocks_cuda(q, k, v, mask, tile=tile, counted=False)
+        for group in (None, 1, 3):
+            for one, other in zip(run_blocks_cuda(q, k, v, mask, group, tile), want, strict=True):
+                assert torch.equal(one, other)
+        begin = 0
+        for row in rows:
+            part = slice(begin, begin := begin + sum(row))
+            if sum(row):
+                alone = run_cuda(*(x[:, :, part].contiguous() for x in (q, k, v)), row, tile=tile)
+                for one, other in zip(want, alone, strict=True):
+                    assert torch.equal(one[:, :, part], other), row
+
+
+@pytest.mark.gpu
+@gpu_kernels
 @pytest.mark.parametrize("width", [64, 96, 128, 40])
 def test_real_sizes(room, width):
     if room[2] == torch.float32 and width == 96:
@@ -612,7 +667,7 @@ def test_real_sizes(room, width):
                 grad.to(values[0].dtype),
                 grad_lse,
             )
-            for backend, values in (("triton", inputs), ("eager", inputs), ("eager", [x.double() for x in inputs]))
+            for backend, values in ((room[0], inputs), ("eager", inputs), ("eager", [x.double() for x in inputs]))
         ]
         for name, *triple in zip(NAMES, *runs, strict=True):
             try:
@@ -622,7 +677,7 @@ def test_real_sizes(room, width):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 def test_no_races(room):
     """2,000 launches on the same inputs."""
     mask = masks.sliding([[20, 4, 9, 160, 300], [0, 1, 64, 64, 7]], 1, sinks=1, device="cuda")
@@ -630,7 +685,7 @@ def test_no_races(room):
 
     def run():
         return everything(
-            lambda *args: block_attention(*args, mask, return_lse=True, backend="triton"), inputs, grad, grad_lse
+            lambda *args: block_attention(*args, mask, return_lse=True, backend=room[0]), inputs, grad, grad_lse
         )
 
     want = run()
@@ -642,13 +697,13 @@ def test_no_races(room):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 def test_graph_makes_the_mask_of_lengths_that_change(room):
     lengths = torch.tensor([[20, 44, 100], [1, 4, 31]], device="cuda")
     q, k, v = tensors(room, 23, 1, 2, 1, 200, 200, 64)[:3]
 
     def run():
-        return block_attention(q, k, v, masks.packed(lengths, tokens=200), return_lse=True, backend="triton")
+        return block_attention(q, k, v, masks.packed(lengths, tokens=200), return_lse=True, backend=room[0])
 
     run()
     torch.cuda.synchronize()

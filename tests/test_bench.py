@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # At the end: an installed unifiedar goes before the checkout's.
 sys.path.append(str(ROOT))
 
-from bench import _results, _scoreboard, _time, certificate  # noqa: E402
+from bench import _results, _scoreboard, _start, _time, certificate  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench._case import Case, Variant, against, families, family_cases, prepare, run_family  # noqa: E402
 from bench._pytest import CLOCK, run  # noqa: E402
 from bench._results import CaseResult, Environment, ResultsError, Run  # noqa: E402
-from bench._time import Timing, measure  # noqa: E402
+from bench._time import Start, Timing, measure  # noqa: E402
 from bench.tune import KNOBS, tune  # noqa: E402
 from unifiedar.ops import Backend, _native, registry, residual_quantize  # noqa: E402
 
@@ -360,6 +363,30 @@ def test_run_family_times_ours_backends_and_peers(tmp_path):
     assert _results.read(_results.write(run, tmp_path)) == run
 
 
+def test_slow_cases_take_few_samples_and_say_what_a_time_means():
+    calls, lines = [], []
+
+    def slow(inputs):
+        return lambda: (time.sleep(0.03), calls.append(None), inputs[0] + 1)[2]
+
+    case = _case(variants=[Variant("unifiedar", "ours", slow)], rounds=(2, 3), rate=lambda ms: f"{ms:.0f} apples")
+    run = run_family("toy", [case], CPU, budget_s=0.01, report=lines.append)
+    assert run.cases[0].ours.samples == 2
+    (line,) = lines
+    assert re.search(r"\d ms, [3-9]\d apples  \(wall\)", line)
+
+
+def test_a_slow_round_warms_up_enough(monkeypatch):
+    monkeypatch.setattr(_time, "SLOW_S", 0.02)
+    monkeypatch.setattr(_time, "WARM_UP_S", 0.01)
+    turns = []
+    for pause, expected in ((0.05, 1), (0.006, 2)):
+        turns.clear()
+        one = SimpleNamespace(sample=lambda pause=pause: (time.sleep(pause), turns.append(None)))
+        assert _time._warm_up(iter([one])) >= pause
+        assert len(turns) == expected
+
+
 def test_an_interrupt_keeps_what_was_measured(monkeypatch):
     cases = [_case(), dataclasses.replace(_case(), name="second")]
 
@@ -408,6 +435,104 @@ def test_least_traffic_of_the_code_embedding():
     assert cases["vila-u-256/cumulative"].bytes == round(forward + 2 * n * c * (d - 1))
     assert cases["vila-u-256/backward"].bytes == round(forward + 2 * n * c + 2 * k * c)
     assert cases["vila-u-256-large/forward"].shape["N"] == 65536
+
+
+# ---- what beginning costs --------------------------------------------------------------------------------------------
+
+
+def test_beginning_is_timed_in_a_process_of_its_own():
+    start = _start.fresh("attention", "var-256-d16/forward", "SDPA + mask", "cpu", timeout_s=200)
+    assert start.error is None
+    assert start.cold_ms > start.prepare_ms > 0
+    assert start.new_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "timeout_s", "text"),
+    [("nobody", 200, "variant must be one of .*SDPA"), ("SDPA + mask", 0.01, "took more than 0.01 s")],
+)
+def test_beginning_says_what_went_wrong(variant, timeout_s, text):
+    start = _start.fresh("attention", "var-256-d16/forward", variant, "cpu", timeout_s=timeout_s)
+    assert (start.cold_ms, start.new_ms, start.prepare_ms) == (None, None, None)
+    assert re.search(text, start.error)
+
+
+def test_beginning_binds_and_calls():
+    """The first call, that of the other case, and binding alone."""
+    done = []
+
+    def variant(name, seconds):
+        def bind(inputs):
+            done.append(f"bind {name}")
+            time.sleep(seconds)
+            return lambda: done.append(f"call {name}") or time.sleep(0.02)
+
+        return Variant("unifiedar", "ours", bind)
+
+    other = dataclasses.replace(_case(), variants=(variant("other", 0.5),))
+    case = dataclasses.replace(_case(), variants=(variant("one", 0.01),), other=lambda: other)
+    start = _start.begin(case, "unifiedar", CPU)
+    assert done == ["bind one", "call one", "bind other", "call other"] + ["bind one"] * _start.REPEATS
+    assert 30 <= start.cold_ms < 500 <= start.new_ms
+    assert 10 <= start.prepare_ms < 500
+    alone = _start.begin(dataclasses.replace(case, other=None), "unifiedar", CPU)
+    assert alone.new_ms is None
+
+
+def test_run_family_asks_for_beginnings(tmp_path, matplotlib):
+    asked = []
+
+    def start(case, name):
+        asked.append((case, name))
+        return Start(1234.5, None, 0.25) if name == "unifiedar" else Start(None, None, None, "ImportError: no | such")
+
+    lines = []
+    run = run_family("toy", [_case()], CPU, budget_s=0.02, commit="c", start=start, report=lines.append)
+    names = [variant.name for variant in _case().variants]
+    assert asked == [("toy/add", name) for name in names]
+    assert any("cold 1234 ms, preparing 0.25 ms" in line for line in lines)
+    assert _results.read(_results.write(run, tmp_path / "results")).cases[0].starts == run.cases[0].starts
+    text = _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
+    assert "| toy/add | unifiedar | 1234.5 | – | 0.2500 |" in text
+    assert "ImportError: no \\| such" in text
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        ({"cold_ms": 1.0, "new_ms": None, "prepare_ms": None, "error": None}, "neither times nor an error"),
+        ({"cold_ms": 1.0, "new_ms": None, "prepare_ms": 1.0, "error": "no"}, "both an error and times"),
+        ({"cold_ms": 1.0, "new_ms": None, "prepare_ms": 1.0}, "lacks error"),
+    ],
+)
+def test_results_refuse_wrong_beginnings(tmp_path, start, text):
+    path = _results.write(Run("codes", environment(), [row()]), tmp_path)
+    document = json.loads(path.read_text())
+    document["cases"][0]["starts"] = {"ours": start}
+    path.write_text(json.dumps(document))
+    with pytest.raises(ResultsError, match=text):
+        _results.read(path)
+    del document["cases"][0]["starts"]
+    path.write_text(json.dumps(document))
+    assert _results.read(path).cases[0].starts == {}, "files from before have none"
+
+
+def test_peers_of_attention_agree_with_the_definition():
+    """Those that the CPU can run: every backend of SDPA takes the mask that the math one takes here."""
+    from torch.nn.attention import SDPBackend
+
+    from bench import cases_attention as cases
+
+    model = cases.Model("small", 2, 3, 32, ((1, 4, 9), (5, 16)))
+    q, k, v = (torch.randn(2, 3, 35, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    want = cases._ours(model, q, "eager")(q, k, v)
+    for backend in (None, SDPBackend.MATH):
+        torch.testing.assert_close(cases._masked(model, q, backend)(q, k, v), want)
+    assert cases._bias(model, q).stride(0) % 8 == 0
+    on_gpu = [variant.name for variant in cases._variants(model, "forward", False)]
+    assert {"SDPA + mask, efficient", "SDPA + mask, cuDNN", "SDPA + mask, math", "cuDNN, no mask"} < set(on_gpu)
+    assert len(set(on_gpu)) == len(on_gpu)
+    assert not cases._found("no.such.module")
 
 
 # ---- the scoreboard --------------------------------------------------------------------------------------------------
@@ -516,7 +641,7 @@ def test_command_lists_the_cases(capsys):
     assert main(["list", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     found = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert found == ["attention", "codes", "depth", "models", "norm", "sample", "var"]
+    assert found == ["attention", "codes", "depth", "models", "norm", "rqtransformer", "sample", "var"]
     assert "vila-u-384/cumulative" in out
     assert "F.embedding_bag" in out
 
@@ -636,13 +761,25 @@ def test_tune_tries_tiles_and_puts_the_table_back(monkeypatch):
     lines = []
     tune([knob], [other, case], torch.device("cpu"), budget_s=0.01, report=lines.append)
     assert codes_quantize.search_tile is used
-    assert codes_quantize.plan(40, 20, 8, True, 90).tile == used(8, 90)
+    assert codes_quantize.plan(40, 20, 8, False, True, 90).tile == used(8, 90)
     assert len(lines) == 3
     assert all(line.startswith("small/quantize") for line in lines)
     assert " ms" in lines[0]
     assert " ms" in lines[1]
     assert "Error" in lines[2]
     assert sum(line.endswith("*") for line in lines) == 1
+
+
+@pytest.mark.parametrize("knob", [pytest.param(one, id=one.function) for some in KNOBS.values() for one in some])
+def test_every_knob_turns_what_is_there(knob):
+    """Each of its tiles can be made by the class that its function's annotation names."""
+    if "kernels" in knob.module:
+        pytest.importorskip("triton")
+    module = importlib.import_module(knob.module)
+    tile = getattr(module, knob.function).__annotations__["return"]
+    assert len({repr(tile(*fields)) for fields in knob.tiles}) == len(knob.tiles)
+    for name in knob.cached:
+        getattr(module, name).cache_clear()
 
 
 def test_tune_refuses_what_it_does_not_know(capsys):

@@ -383,6 +383,25 @@ def test_adversaries(room, adversary, channels, metric):
 
 
 @triton_float32
+@pytest.mark.parametrize("channels", [136, 256])
+@pytest.mark.parametrize("adversary", ["near ties", "plain", "misleading"])
+def test_many_codes_at_a_time(room, kernels, monkeypatch, adversary, channels):
+    """The finish with the tile that Hopper takes for one table size, where every subtile is crowded and the last short:
+    each code twice, so the lower index of two has to win."""
+    backend, device, _ = room
+    wide = kernels.finish_tile(256, 2048, False, 90)
+    assert wide != kernels.finish_tile(256, 2048, True, 90)
+    assert wide != kernels.finish_tile(256, 2048, False, 80)
+    monkeypatch.setattr(kernels, "finish_tile", lambda *_: wide)
+    make = {**ADVERSARIES, "plain": times(1.0)}[adversary]
+    x, codebook = (part.to(device) for part in make(3, 70, channels, torch.Generator().manual_seed(31)))
+    codebook = codebook.repeat_interleave(2, 0)
+    got = residual_quantize(x, codebook, 2, backend=backend)
+    assert check(x, codebook, got) == 0
+    assert (got.codes % 2 == 0).all()
+
+
+@triton_float32
 def test_the_adversary_bites(room, kernels, monkeypatch):
     """Without the bound the search alone decides, and `misleading` makes it wrong: so the tests above can fail."""
     backend, device, _ = room
@@ -455,7 +474,7 @@ def test_every_score_lies_in_its_interval(room, kernels, adversary, channels):
     rows, num_codes = 7, 150
     make = {**ADVERSARIES, "plain": times(1.0)}[adversary]
     x, codebook = (part.to(device) for part in make(rows, num_codes, channels, torch.Generator().manual_seed(19)))
-    cut = kernels.plan(rows, num_codes, channels, True, _native.capability(x))
+    cut = kernels.plan(rows, num_codes, channels, False, True, _native.capability(x))
     whole = torch.full((cut.size + 512,), 7, dtype=torch.uint8, device=device)
     workspace = whole[256:-256]
     codes, check_codes = guarded((rows, 1), torch.int64, device)
@@ -502,7 +521,7 @@ def test_rows_in_chunks(room, kernels, monkeypatch, shared):
     x = normal(140, 8, seed=20, room=room)
     codebook = normal(*(() if shared else (2,)), 30, 8, seed=21, room=room)
     monkeypatch.setattr(kernels, "ROW_BYTES", 1)
-    plan = kernels.plan(140, 30, 8, x.dtype == torch.float32, _native.capability(x))
+    plan = kernels.plan(140, 30, 8, False, x.dtype == torch.float32, _native.capability(x))
     assert plan.rows == 128
     assert check(x, codebook, residual_quantize(x, codebook, 2, backend=backend)) == 0
 
@@ -513,7 +532,7 @@ def test_rows_in_chunks(room, kernels, monkeypatch, shared):
     [(8192, 16384, 1024), (5832, 16384, 1152), (2**20, 16384, 256), (8192, 2048, 256)],
 )
 def test_workspace_does_not_grow_with_rows_times_codes(kernels, rows, num_codes, channels, in_place):
-    plan = kernels.plan(rows, num_codes, channels, in_place, 90)
+    plan = kernels.plan(rows, num_codes, channels, False, in_place, 90)
     assert plan.size < (64e6 if channels <= 1024 else 68e6)
     assert plan.rows % 128 == 0 or plan.rows == rows
     ends = [begin + math.prod(shape) * dtype.itemsize for begin, dtype, shape in plan.places.values()]

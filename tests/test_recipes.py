@@ -35,9 +35,7 @@ def test_recipe(tmp_path, monkeypatch, recipe):
     calls = [line.split("\x1f")[:-1] for line in record.read_text().splitlines()]
     ours = [call[call.index("unifiedar") + 1 :] for call in calls if "unifiedar" in call]
     kinds = [call[:2] if call[0] in ("train", "data", "bench") else call[:1] for call in ours]
-    steps = [["train", first], ["train", second], ["train", "export"]]
-    if recipe != "var.sh":
-        steps.append(["bench", "quality"])
+    steps = [["train", first], ["train", second], ["train", "export"], ["bench", "quality"]]
     assert kinds[-len(steps) :] == steps
     assert ["data", "emoji"] in kinds
     monkeypatch.setattr(data.emoji, "build", _enough)

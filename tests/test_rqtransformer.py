@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from vilau_small import exponential, fingerprint, integers, uniform, weights
 
 import unifiedar.nn.depth
+from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import RQLogits, RQTransformer, RQTransformerConfig
 from unifiedar.nn import ResidualQuantizer
@@ -259,6 +261,101 @@ def test_codebooks():
         drawn = model.sample(partial, quantizer, noise=noise)
         assert torch.equal(drawn, model.sample(partial, quantizer.table, noise=noise))
     assert torch.equal(model(partial, table).codes, model(partial, torch.stack([table] * 3)).codes)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """A model draws as on a GPU, with sessions that last and steps of a row; a replay is a call. Counts captures."""
+    captured = []
+
+    def capture(steps):
+        captured.append(len(steps))
+        for step in steps:
+            step()
+        return [SimpleNamespace(replay=step) for step in steps]
+
+    session = RQTransformer._session
+    monkeypatch.setattr(engine, "_capture", capture)
+    monkeypatch.setattr(RQTransformer, "_session", lambda self, *args: session(self, *args[:-1], True))
+    return captured
+
+
+@pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 1)])
+@pytest.mark.parametrize("guided", [None, "number", "rows"])
+def test_steps_of_a_row_that_last(name, guided, start, request):
+    """Of a batch that comes again with other pictures, conditions and noise; settings capture anew."""
+    if name == "plain" and guided:
+        pytest.skip("guidance needs conditions")
+    model = built(CONFIGS[name])
+    partial, table, cond = inputs(name, 3)
+    options = {"start": start, "top_k": [0, 12, 20], "temperature": [0.9, 0.0, 1.1]}
+
+    def draw(seed):
+        given = {} if cond is None else {"cond": cond.roll(seed, 0)}
+        if guided:
+            strength = 2.0 if guided == "number" else torch.tensor([2.0, 0.5, 1.0]).roll(seed)
+            given |= {"guidance": strength, "unconditional": cond.roll(1 + seed, 0)}
+        torch.manual_seed(seed)
+        return model.sample(partial.roll(seed, 0), table, **options, **given)
+
+    with torch.no_grad():
+        want = [draw(seed) for seed in range(3)]
+        captured = request.getfixturevalue("replayed")
+        with torch.inference_mode():
+            assert torch.equal(draw(0), want[0])
+        assert all(torch.equal(draw(seed), one) for seed, one in enumerate(want))
+        assert captured == [-(-(6 - start[0] * 3 - start[1]) // 3)]
+        options["top_k"] = 5
+        draw(0)
+        assert len(captured) == 2
+        model.pos_emb_hw.mul_(2)  # read in place
+        draw(0)
+        assert len(captured) == 2
+        model.head.classifier_mlp.linear.bias.neg_()  # a graph may have a copy of the head
+        draw(0)
+        assert len(captured) == 3
+        assert len(copy.deepcopy(model)._sessions) == 0
+        model.forget_captures()
+        draw(0)
+        assert len(captured) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graphs(dtype):
+    """Replayed draws are those that are launched one by one."""
+    config = replace(CLASSES, dim=128, num_heads=2, code_dim=64, num_codes=256, grid=(4, 4))
+    model = RQTransformer(config).eval().to("cuda", dtype)
+    table = torch.randn(256, 64, device="cuda").to(dtype)
+    for seed in range(3):
+        cond = torch.randint(5, (4,), device="cuda")
+        options = {"cond": cond, "seed": seed, "top_k": 100, "guidance": 2.0, "unconditional": cond.flip(0)}
+        assert torch.equal(model.generate(table, **options, graphs=True), model.generate(table, **options))
+
+
+@torch.no_grad()
+def test_products_in_half_precision():
+    """States and norms of the body stay float32, as under autocast; what is cached is half as large."""
+    model, plain = built(CLASSES), built(CLASSES)
+    partial, table, cond = inputs("classes")
+    options = {"cond": cond, "noise": exponential("rq.cast", *partial.shape, 24)}
+    assert model.cast_products(torch.bfloat16) is model
+    assert (model.dtype, model.products) == (torch.float32, torch.bfloat16)
+    caches, make = [], Stack.cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "cache", lambda *args: caches.append(make(*args)) or caches[-1])
+        drawn = model.sample(partial, table, **options)
+    assert [one.dtype for one in caches] == [torch.bfloat16]
+    want = plain.sample(partial, table, **options)
+    assert (drawn[:, 0, 0] == want[:, 0, 0]).float().mean() > 0.6
+    prefix = plain._prefix(cond.view(2, 1))
+    exact = plain.double().body_transformer(prefix.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        error = (model.body_transformer(prefix) - exact).abs().max()
+        allowed = (built(CLASSES).body_transformer(prefix) - exact).abs().max()
+    assert error <= 1.01 * allowed
+    with pytest.raises(TypeError, match=r"cast_products: dtype must be .* got torch.int8"):
+        model.cast_products(torch.int8)
 
 
 def test_logits_that_are_nan_are_an_error_with_a_place():

@@ -12,7 +12,7 @@ import unifiedar.nn
 import unifiedar.ops
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("codes", "attention", "depth", "cache", "sample", "norm")
+FAMILIES = ("codes", "attention", "depth", "cache", "sample", "norm", "linear")
 
 # Rooms from the ground up: a file's room, and the rooms of ours that it may import besides its own. Leaves import
 # nothing of ours and may be imported by models.

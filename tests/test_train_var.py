@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from unifiedar.models.convolutional import DecoderConfig
 from unifiedar.train.batches import step_generator
 from unifiedar.train.loop import Loop, cosine, lin0
 from unifiedar.train.vae import pyramid, revive
-from unifiedar.train.var import UNDECAYED, scale_means
+from unifiedar.train.var import UNDECAYED, growth, scale_means
 
 CPU = torch.device("cpu")
 TOKENIZER = VQVAEConfig(DecoderConfig(32, (1, 1, 2), 1, 8, 16, (), fused_qkv=True), 24, scales=(1, 2, 3, 4))
@@ -183,6 +184,42 @@ sys.exit(train.main(sys.argv[1:]))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_shares_of_a_model_train_like_whole_ones(data, tmp_path, shared):
+    """Two ranks, with a share each and with the whole each: the same weights, average and moments. Stopped and resumed,
+    in the same way or the other, it is the same run."""
+    vae = new_tokenizer(tmp_path / "vae")
+    out = [tmp_path / name for name in ("whole", "shares", *(() if shared else ("resumed", "crossed", "back")))]
+    common = f"var --data {data} --vae {vae} --device cpu --precision fp32 --config tiny --batch 4 --steps 12 "
+    common += "--accumulate 2 --drop-path 0.3 --lr 0.05 --ema 0.9 --save-every 100 --sheet-every 100 --out "
+    commands = [f"0 {common}{out[0]}", f"0 {common}{out[1]} --shard"]
+    ways = (("--shard", "--shard"), ("--shard", ""), ("", "--shard"))
+    for folder, (first, second) in zip(out[2:], ways, strict=False):
+        commands += [f"3 {common}{folder} {first} --minutes 0", f"0 {common}{folder} {second} --resume"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    script = Path(__file__).with_name("sharded_ranks.py")
+    config = repr(replace(SIZES, shared_adaln=shared))
+    done = subprocess.run(
+        [*launch, str(script), config, " ; ".join(commands)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(one / "last.pt", weights_only=True) for one in out]
+    models = [checkpoints.load_tensors(one / "model") for one in out]
+    if not shared:
+        assert equal(models[1], models[2]), "resumed with shares, bit for bit"
+    assert models[0]["blocks.0.ffn.fc1.bias"].abs().max() > 1e-3, "which began at zero"
+    for state, model in zip(states[1:], models[1:], strict=True):
+        assert state["step"] == 12
+        for part in ("model", "averaged"):
+            for name, value in states[0][part].items():
+                assert torch.allclose(state[part][name].nan_to_num(), value.nan_to_num(), rtol=1e-4, atol=1e-5), name
+        for i, moments in states[0]["optimizer"]["state"].items():
+            for name, value in moments.items():
+                assert torch.allclose(state["optimizer"]["state"][i][name], value, rtol=1e-3, atol=1e-6), (i, name)
+        assert model.keys() == models[0].keys()
+        assert VAR.from_checkpoint(out[1] / "model").generate([0], seed=0).shape == (1, 3, 16, 16)
+
+
 # ---- pieces
 
 
@@ -198,6 +235,70 @@ def test_schedules():
     assert cosine(0, 4, 100) == 0.25
     assert cosine(4, 4, 100) == 1
     assert cosine(100, 4, 100) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "scales", "until", "first", "new"),
+    [(300, 6, 10, 0.8, 5, 1.0), (500, 10, 7, 0.5, 1, 20.0), (90, 30, 10, 0.2, 5, 7.0), (40, 4, 4, 1.0, 4, 3.0),
+     (50, 0, 6, 0.0, 3, 0.0), (700, 7, 10, 1.0, 5, 1000.0)],
+)  # fmt: skip
+def test_growth_is_the_published_schedule(steps, warmup, scales, until, first, new):
+    """Against its state machine: a stage is told by the index of its last scale, and -1 stands for all."""
+    last_stage, stage_steps, is_first, want = -1, 0, True, []
+    for step in range(steps):
+        if step <= warmup:
+            stage = first - 1
+        elif step >= steps * until:
+            stage = scales - 1
+        else:
+            progress = min(max((step - warmup) / (steps * until - warmup), 0), 1)
+            stage = first - 1 + round(progress * (scales - first))
+        if stage != last_stage:
+            is_first = is_first and last_stage == -1
+            last_stage, stage_steps = stage, 0
+        stage_steps += 1
+        factor = 1.0 if is_first or not new else max(min(stage_steps / new, 1), 0.01)
+        want.append((stage + 1, 1.0 if stage == scales - 1 else factor))
+    found = growth(steps, warmup, scales, until=until, first=first, scale_warmup=new)
+    assert found == want
+    assert [count for count, _ in found] == sorted(count for count, _ in found)
+
+
+def test_first_scales_alone():
+    """Their logits are those of the same tokens among all; other numbers of codes are refused."""
+    torch.manual_seed(0)
+    model = VAR(replace(SIZES, scales=(1, 2, 3), num_classes=3, num_codes=24, code_dim=8)).eval()
+    inputs = torch.randn(2, 13, 8)
+    whole = model(torch.tensor([0, 3]), inputs)
+    for codes in (0, 4):
+        part = model(torch.tensor([0, 3]), inputs[:, :codes])
+        assert torch.allclose(part, whole[:, : 1 + codes], atol=1e-6)
+    with pytest.raises(ValueError, match=r"must be \(B, 13, 8\), or .* one of \[0, 4\], got \(2, 5, 8\)"):
+        model(torch.tensor([0, 3]), inputs[:, :5])
+
+
+def test_progressive_training(data, tmp_path, monkeypatch):
+    vae, out = new_tokenizer(tmp_path / "vae"), tmp_path / "out"
+    options = ["--vae", vae, "--progressive", 1, "--first-scales", 2, "--steps", 100, "--scale-warmup", 10]
+    assert run("var", data, out, *options) == 0
+    first, last = (line for line in log(out) if "accuracy" in line)
+    assert {"scale_2_loss", "scale_3_loss"} & set(first) == {"scale_2_loss"}
+    assert {"scale_3_loss", "scale_3_accuracy"} <= set(last)
+    assert VAR.from_checkpoint(out / "model").generate([0], seed=0).shape == (1, 3, 16, 16)
+
+    seen = []
+    monkeypatch.setattr(Loop, "train", lambda self, losses, validate: seen.append(losses) or True)
+    assert run("var", data, tmp_path / "other", *options) == 0
+    losses = seen[0]
+    logits, codes = torch.randn(3, 14, 24), torch.randint(24, (3, 14))
+    each = -logits.double().log_softmax(2).gather(2, codes[..., None])[..., 0].mean(0)
+    found = losses.of(logits, codes, 0.25)
+    assert float(found["loss"]) == pytest.approx(float(each[:5].sum() + each[5:].sum() / 4) / 30, rel=1e-5)
+    assert float(found["scale_2_loss"]) == pytest.approx(float(each[5:].mean()), rel=1e-5)
+    assert "scale_3_loss" not in found
+    assert losses.growth[55:58] == [(3, 1.0)] * 3
+    new = [factor for count, factor in losses.growth if count == 3]
+    assert new[:11] == pytest.approx([*[i / 10 for i in range(1, 11)], 1])
 
 
 def test_recipe(data, tmp_path, monkeypatch):
@@ -336,6 +437,11 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         ("var", ["--end-rate", "nan"], "--end-rate must be from 0 to 1, got nan"),
         ("var", ["--vae", "/nowhere"], r"--vae: .*no such model"),
         ("var", ["--resume"], "no checkpoint"),
+        ("var", ["--shard"], "--shard needs several ranks"),
+        ("var", ["--progressive", 1.5], "--progressive must be from 0 to 1, got 1.5"),
+        ("var", ["--progressive", 0.5, "--first-scales", 9], "--first-scales must be from 1 to 4, got 9"),
+        ("var", ["--progressive", 0.5, "--scale-warmup", -1], "--scale-warmup must be at least 0"),
+        ("var", ["--first-scales", 2], "--first-scales goes with --progressive alone"),
     ],
 )
 def test_bad_options(data, tmp_path, stage, options, words):

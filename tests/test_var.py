@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autoencoder_small import VQ, pictures, vqvae
-from helpers import interpreter_skip
+from helpers import assert_as_good_as_eager, interpreter_skip
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from var_small import BOX, CONFIGS, DRAWS, EDITS, given_codes, var, var_weights
 from vilau_small import fingerprint
 
@@ -23,7 +24,7 @@ from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.engine import Pool, Steps
 from unifiedar.models import VAR, VQVAE, VARConfig
-from unifiedar.models.var import _Edit
+from unifiedar.models.var import _MLP, _Edit
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -220,14 +221,18 @@ def test_drawing_in_training_mode_changes_nothing():
 
 
 def test_the_last_scale_is_cached_once(model):
-    """Of the other scales every block has its own place; all in the products' dtype."""
+    """Of the other scales every block has its own place; the last one lies where blocks that are done have theirs."""
     config, width = model.config, model.config.dim
     session = model._session(2, True, False, False, False, model.vae.quantize.book(), None, 2)
-    for cache in session.caches:
-        assert cache.dtype == model.dtype
-        assert cache.numel() == 2 * 4 * (1 + 4) * width
-    assert session.last.numel() == 2 * 4 * (1 + 4 + 9) * width
-    assert len({cache.data_ptr() for cache in session.caches}) == config.depth
+    assert session.cache.dtype == model.dtype
+    assert session.cache.numel() == 2 * 4 * (config.depth * (1 + 4) + 9) * width
+    session.cache.zero_()
+    for i, cache in enumerate(session.caches):
+        assert cache.shape[3] == 1 + 4 + 9
+        cache[:, :, :, :5] = i + 1
+    for i, cache in enumerate(session.caches):
+        assert (cache[:, :, :, :5] == i + 1).all()  # of what the blocks before did in their own place, nothing is lost
+        cache[:, :, :, 5:] = -1
 
 
 def test_editing_keeps_what_is_masked(model):
@@ -545,6 +550,16 @@ def test_pool():
     assert len(pool) == 0
 
 
+class Capturing(TorchFunctionMode):
+    """Refuses what no graph captures: a tensor of numbers that the host has, and a number that the host reads."""
+
+    REFUSED = (torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor, Tensor.item, Tensor.tolist)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in self.REFUSED, f"{function.__name__} while capturing"
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def replayed(monkeypatch):
     """Draws as a GPU would, with sessions that last and are rounded up; a replay is a call."""
@@ -552,6 +567,9 @@ def replayed(monkeypatch):
     def capture(steps):
         for step in steps:
             step()
+        with Capturing():
+            for step in steps:
+                step()
         return [SimpleNamespace(replay=step) for step in steps]
 
     monkeypatch.setattr(engine, "_capture", capture)
@@ -586,6 +604,17 @@ def test_sessions_last_and_are_rounded_up(replayed, smooth):
     assert model.captures[-1][:3] == (2, False, False)
     model.forget_captures()
     assert not model.captures
+
+
+def test_what_is_captured_copies_nothing_from_the_host(replayed):
+    """With the decoder that a GPU has, too; its norms and sums by their definitions."""
+    model = var()
+    model.attach(vqvae().fast_decoder(torch.float32))
+    for smooth in (False, True):
+        _, raw = replayed(model, [1, 2], smooth=smooth)
+        assert raw.isfinite().all()
+    with Capturing(), pytest.raises(AssertionError, match="tensor while capturing"):
+        torch.tensor([1.0], device=raw.device)
 
 
 def test_sessions_of_edits_and_of_other_weights(replayed):
@@ -638,6 +667,22 @@ def test_graphs_draw_what_steps_draw(on_gpu, labels, smooth):
         for _ in range(2):
             got = on_gpu.generate(labels, **settings, more_smooth=smooth, graphs=True)
             assert same_pictures(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (2, 9), (6, 100)], ids=str)
+def test_gelu_in_the_product(dtype, rows):
+    """On a GPU without gradients it is one kernel, for one row as for many; as exact as two."""
+    torch.manual_seed(0)
+    mlp = _MLP(96, 384).to("cuda", dtype).requires_grad_(False)
+    x = 2 * torch.randn(*rows, 96, device="cuda", dtype=dtype)
+    exact = F.gelu(F.linear(x.double(), mlp.fc1.weight.double(), mlp.fc1.bias.double()), approximate="tanh")
+    with torch.no_grad():
+        got = mlp._hidden(x)
+    with torch.enable_grad():
+        eager = mlp._hidden(x)
+    assert_as_good_as_eager(got, eager, exact)
 
 
 @pytest.mark.gpu

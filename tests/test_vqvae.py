@@ -1,5 +1,6 @@
 """VAR's tokenizer: published keys, outputs of the published code on the same small weights, pictures, loading."""
 
+import copy
 import gzip
 import json
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from autoencoder_small import VQ, goldens, pictures, vqvae
+from autoencoder_small import RQ, VQ, goldens, pictures, vqvae
 from helpers import interpreter_skip
 from torch import Tensor
 from vilau_small import fingerprint
@@ -219,16 +220,52 @@ def test_fast_decoder_stays_channels_last(codes, monkeypatch):
     seen = []
     for one in norms:
         one.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    of_sum = GroupNorm.of_sum
+
+    def watched(norm, summands):
+        outputs = of_sum(norm, summands)
+        seen.append((summands.x, *outputs))
+        return outputs
+
+    monkeypatch.setattr(GroupNorm, "of_sum", watched)
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
     got = model.fhat_to_img(features)
     assert len(seen) == len(norms) == 2 * 6 + 3 + 1
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for pair in seen for x in pair)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for maps in seen for x in maps)
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
+WIDE = DecoderConfig(32, (1, 9), 1, 6, 8, (4,), fused_qkv=True)  # attention of more channels than flash kernels take
+
+
+@pytest.mark.parametrize("network", [VQ.network, RQ.network, WIDE], ids=["VAR", "RQ-VAE", "wide attention"])
+def test_fused_decoder_is_the_plain_one(network):
+    """In float64, where nothing but a mistake tells them apart; with random biases, a batch, and sides that differ."""
+    torch.manual_seed(0)
+    plain = Decoder(network).double().eval()
+    for one in plain.parameters():
+        one.data.uniform_(-0.1, 0.1)
+    fused = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    z = torch.randn(2, network.z_channels, 3, 4, dtype=torch.float64)
+    expected = plain(z)
+    with_gradients = fused(z)
+    assert with_gradients.requires_grad
+    torch.testing.assert_close(with_gradients, expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = fused(z)
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-9)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    upsamplings = len(network.ch_mult) - 1
+    assert counts["unifiedar::phase_weights"] == counts["unifiedar::add_maps"] == upsamplings
+    assert "aten::upsample_nearest2d" not in counts
+    assert ("aten::baddbmm" in counts) == (network is WIDE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fused.float()(z.float()).dtype == torch.bfloat16  # autocast's own rules
 
 
 @pytest.mark.gpu
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ["triton", "eager", "auto"])
 def test_fast_decoder_on_a_gpu(x, codes, backend, monkeypatch):
     exact = vqvae().double()
     exact = exact.fhat_to_img(exact.quantize.embed(codes))
@@ -237,6 +274,29 @@ def test_fast_decoder_on_a_gpu(x, codes, backend, monkeypatch):
     monkeypatch.setenv("UNIFIEDAR_BACKEND", backend)
     got = model.fhat_to_img(features).cpu().double()
     assert (got - exact).abs().mean() <= 4 * torch.finfo(torch.float16).eps
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = vqvae().to("cuda").fast_decoder(torch.float32)
+    got = model.fhat_to_img(features).cpu().double()
+    assert (got - exact).abs().max() <= 1 / 127.5  # a grey level
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_published_decoder_on_a_gpu(monkeypatch):
+    """At full size: no further from float32 than the published order of operations in float16, twice at most."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = VQVAE(PUBLISHED).eval()
+        features = torch.randn(2, 32, 16, 16)
+    exact = model.decoder(model.post_quant_conv(features))
+    half = copy.deepcopy(model).half()
+    plain = half.decoder(half.post_quant_conv(features.half()))
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+    fast = model.fast_decoder()._paint(features)
+    error, allowed = ((one.float() - exact).abs() for one in (fast, plain))
+    assert error.max() <= 2 * allowed.max() + 1e-5
+    assert error.mean() <= 1.25 * allowed.mean() + 1e-5
 
 
 # ---- loading

@@ -34,7 +34,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "assign", "load_tensors", "read_config", "resolve", "save", "shipped", "weights_folder"]
+__all__ = [
+    "CheckpointError", "assign", "load_tensors", "quantize_rows", "read_config", "resolve", "save", "shipped",
+    "weights_folder",
+]  # fmt: skip
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -431,16 +434,33 @@ def _stored_tensors(tensors: Mapping[str, Tensor], int8: Collection[str]) -> tup
             raise ValueError(f"save: int8 would store {name}.scale, a name that is taken")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"save: int8 takes finite tensors, got inf or nan in {name}")
-        stored[name], stored[f"{name}.scale"] = _quantize(tensor)
+        stored[name], stored[f"{name}.scale"] = quantize_rows(tensor)
     return stored, aliases
 
 
-def _quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of the same shape and float32 (rows,) scales."""
+def quantize_rows(tensor: Tensor, form: str = "int8") -> tuple[Tensor, Tensor]:
+    """A tensor in 8 bits with one scale a row, rounded to nearest: tensor is about entries * scale[:, None, ...].
+
+    Args:
+        tensor: (rows, ...), floating point and finite.
+        form: "int8", from -127 to 127, or "fp8", e4m3: 3 bits of mantissa, up to 448.
+
+    Returns:
+        Entries of the same shape, int8 or float8_e4m3fn, and scales (rows,) float32, such that the largest entry of a
+        row is the largest that the form has.
+
+    Raises:
+        ValueError: for another form.
+    """
+    largest = {"int8": 127.0, "fp8": 448.0}.get(form)
+    if largest is None:
+        raise ValueError(f"quantize_rows: form must be 'int8' or 'fp8', got {form!r}")
     rows = tensor.float().flatten(1)
     peak = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
-    scale = torch.where(peak > 0, peak / 127, 1.0)  # a row of zeros has no scale of its own
-    return (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8).view(tensor.shape), scale
+    scale = torch.where(peak > 0, peak / largest, 1.0)  # a row of zeros has no scale of its own
+    entries = (rows / scale[:, None]).clamp(-largest, largest)
+    entries = entries.round().to(torch.int8) if form == "int8" else entries.to(torch.float8_e4m3fn)
+    return entries.view(tensor.shape), scale
 
 
 def _plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Pool", "Steps", "circumstances"]
+__all__ = ["Pool", "Steps", "addresses", "circumstances"]
 
 Step = Callable[[], object]
 
@@ -109,6 +109,26 @@ class Pool:
 
     def __reduce__(self) -> tuple:
         return Pool, (self.limit,)
+
+
+def addresses(*modules: torch.nn.Module) -> list[int]:
+    """Where the parameters and buffers of modules are, in a fixed order: what a graph knows them by.
+
+    A walk of its own, as it is done at every call, before the GPU has anything to do: `Module.parameters` takes two
+    milliseconds for the seven hundred of a VAR and its tokenizer, this a tenth of that.
+    """
+    found = []
+    left = list(modules)
+    while left:
+        module = left.pop()
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    found.append(tensor.data_ptr())
+        for child in module._modules.values():
+            if child is not None:
+                left.append(child)
+    return found
 
 
 def circumstances() -> Hashable:

@@ -1,7 +1,8 @@
 """The figures of a model card, recomputed: `unifiedar bench quality --data FOLDER`.
 
 Held-out pictures are drawings of a known thing in a known style that training never saw together
-(`unifiedar.data.emoji.held_out`). Every figure is a share of pictures unless its name says otherwise.
+(`unifiedar.data.emoji.held_out`). Every figure is a share of pictures unless its name says otherwise. Of a VAR see
+`unifiedar.quality_drawn`.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unifiedar.checkpoints import CheckpointError
+from unifiedar.checkpoints import CheckpointError, read_config, resolve
 from unifiedar.devices import add_device_argument, usable_device
-from unifiedar.models import VILAU
+from unifiedar.models import VAR, VILAU
 from unifiedar.train.batches import Pictures, pad_ids
 
-__all__ = ["Measure", "main", "measure", "parse_answer"]
+__all__ = ["Measure", "decibels", "main", "measure", "parse_answer"]
 
 _ANSWER = re.compile(r"(?P<concept>.*), (?P<style>\S+) style")
 
@@ -31,6 +32,17 @@ def parse_answer(answer: str) -> tuple[str, str]:
     """Concept and style of a caption; a text of another form is a concept without a style."""
     match = _ANSWER.fullmatch(answer)
     return (match["concept"], match["style"]) if match else (answer, "")
+
+
+def decibels(images: Tensor, rebuilt: Tensor) -> dict[str, float]:
+    """Peak signal-to-noise ratio of pictures (N, 3, S, S) uint8, dB: mean over them, and that of the mean error."""
+    pairs = zip(images.split(64), rebuilt.split(64), strict=True)
+    error = torch.cat([(other.double() - one.double()).square().mean(dim=(1, 2, 3)) for one, other in pairs])
+    each = 10 * torch.log10(255.0**2 / error.clamp(min=1e-3))
+    return {
+        "psnr_db": float(each.mean()),
+        "psnr_of_mean_error_db": float(10 * torch.log10(255.0**2 / error.mean())),
+    }
 
 
 class Measure:
@@ -57,18 +69,11 @@ class Measure:
             self.progress(len(part))
 
     def rebuilt(self, images: Tensor) -> dict[str, float]:
-        """Peak signal-to-noise ratio after `reconstruct`, dB: mean over the pictures, and that of the mean error."""
-        errors = []
+        """`decibels` after `reconstruct`."""
+        rebuilt = []
         for part in self._parts(len(images)):
-            original = images[part.to(images.device)].cpu()
-            rebuilt, _ = self.model.reconstruct(original)
-            errors.append((rebuilt.double() - original.double()).square().mean(dim=(1, 2, 3)))
-        error = torch.cat(errors)
-        each = 10 * torch.log10(255.0**2 / error.clamp(min=1e-3))
-        return {
-            "psnr_db": float(each.mean()),
-            "psnr_of_mean_error_db": float(10 * torch.log10(255.0**2 / error.mean())),
-        }
+            rebuilt.append(self.model.reconstruct(images[part.to(images.device)].cpu())[0])
+        return decibels(images.cpu(), torch.cat(rebuilt))
 
     def codes_used(self, images: Tensor) -> float:
         """Share of the codebook's entries that the pictures use, at any depth."""
@@ -168,28 +173,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
     add_device_argument(parser)
     parser.add_argument("--out", type=Path, help="folder for quality.json and the sheets of drawn pictures")
+    only = parser.add_argument_group("a VAR (a folder with its tokenizer)")
+    only.add_argument("--judge", help="the model whose tower makes features, and which names drawings (default: emoji)")
+    only.add_argument("--exact", help="the folder it was made from: what 8 bits cost is told of that (default: itself)")
+    only.add_argument("--rounds", type=int, help="drawings of the class of each held-out picture (default: 8)")
+    only.add_argument("--guidance", type=float, help="strength, 1 being none (default: 2.5, published as cfg 1.5)")
+    only.add_argument("--top-k", type=int, help="codes to draw from (default: 900)")
+    only.add_argument("--top-p", type=float, help="share of probability to draw from (default: 0.96)")
     args = parser.parse_args(argv)
-    if min(args.sample, args.batch) < 1:
-        parser.error("--sample and --batch must be at least 1")
+    if min(args.sample, args.batch, 1 if args.rounds is None else args.rounds) < 1:
+        parser.error("--sample, --batch and --rounds must be at least 1")
     started = time.monotonic()
     try:
         device = torch.device(usable_device(args.device))
-        model = VILAU.from_checkpoint(args.model, device=device)
-        train, held_out = Pictures.load(args.data, args.styles, device, model.image_size)
-        if not len(held_out):
-            raise ValueError(f"{args.data}: none of its pictures is held out, so there is nothing to test on")
+        found = resolve(args.model)
+        draws = found.is_dir() and read_config(found).get("model") == "var"
+        figures, sheets = (_of_var if draws else _of_vilau)(args, found, device)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"unifiedar bench quality: {error}", file=sys.stderr)
         return 1
-    figures, pictures = measure(
-        model, train, held_out, sample=args.sample, batch=args.batch, progress=sys.stderr.isatty()
-    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result = {
         "model": str(args.model),
         "styles": args.styles,
-        "training_pictures": len(train),
-        "concepts": len(train.concept_names),
+        **figures.pop("data"),
         "device": name,
         "torch": torch.__version__,
         "seconds": round(time.monotonic() - started, 1),
@@ -201,8 +208,73 @@ def main(argv: Sequence[str]) -> int:
 
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
-        for guidance in ("1", "3"):
-            halves = [pictures[f"drawn_{part}_guidance_{guidance}"] for part in ("seen", "held_out")]
-            rows = [x[torch.linspace(0, len(x) - 1, min(32, len(x))).long()] for x in halves]
-            contact_sheet(torch.cat(rows), 8).save(args.out / f"drawn-guidance-{guidance}.png")
+        for sheet, (pictures, texts) in sheets.items():
+            contact_sheet(pictures, 8, texts).save(args.out / f"{sheet}.png")
     return 0
+
+
+# What a kind of model is measured by: its figures, those of the data among them, and sheets: pictures and their texts.
+_Result = tuple[dict[str, Any], dict[str, tuple[Tensor, list[str] | None]]]
+
+
+def _load(args: argparse.Namespace, device: torch.device, size: int) -> tuple[Pictures, Pictures, dict[str, int]]:
+    train, held_out = Pictures.load(args.data, args.styles, device, size)
+    if not len(held_out):
+        raise ValueError(f"{args.data}: none of its pictures is held out, so there is nothing to test on")
+    return train, held_out, {"training_pictures": len(train), "concepts": len(train.concept_names)}
+
+
+def _of_vilau(args: argparse.Namespace, found: Path, device: torch.device) -> _Result:
+    for name in ("judge", "exact", "rounds", "guidance", "top_k", "top_p"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: only a VAR is measured with it, and {found} is none")
+    model = VILAU.from_checkpoint(found, device=device)
+    train, held_out, data = _load(args, device, model.image_size)
+    figures, pictures = measure(
+        model, train, held_out, sample=args.sample, batch=args.batch, progress=sys.stderr.isatty()
+    )
+    sheets: dict[str, tuple[Tensor, list[str] | None]] = {}
+    for guidance in ("1", "3"):
+        halves = [pictures[f"drawn_{part}_guidance_{guidance}"] for part in ("seen", "held_out")]
+        rows = [x[torch.linspace(0, len(x) - 1, min(32, len(x))).long()] for x in halves]
+        sheets[f"drawn-guidance-{guidance}"] = (torch.cat(rows), None)
+    return {"data": data, **figures}, sheets
+
+
+def _of_var(args: argparse.Namespace, found: Path, device: torch.device) -> _Result:
+    from unifiedar import quality_drawn
+
+    if args.guidance is not None and not args.guidance >= 1:
+        raise ValueError(f"--guidance: must be at least 1, which is none, got {args.guidance:g}")
+    model = VAR.from_checkpoint(found, device=device)
+    if model.vae is None:
+        raise ValueError(f"{found}: has no tokenizer in it, without which it draws nothing; `save_whole` writes both")
+    name = args.judge or "emoji"
+    judge = VILAU.from_checkpoint(name, device=device)
+    train, held_out, data = _load(args, device, judge.image_size)
+    settings = quality_drawn.sampling(
+        model,
+        cfg=1.5 if args.guidance is None else args.guidance - 1,
+        top_k=args.top_k,
+        top_p=0.96 if args.top_p is None else args.top_p,
+    )
+    with tqdm(unit="picture", disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
+        figures, sheet = quality_drawn.measure_drawn(
+            model,
+            judge,
+            train,
+            held_out,
+            exact=None if args.exact is None else VAR.from_checkpoint(args.exact, device=device),
+            rounds=args.rounds or 8,
+            batch=args.batch,
+            settings=settings,
+            progress=bar.update,
+        )
+    vision = judge.config.vision
+    about = {
+        "kind": "var",
+        "sizes": quality_drawn.sizes(model, found),
+        "features": {"network": name, "of": "unit vectors of the vision tower", "width": vision.hidden_size},
+        "sampling": settings,
+    }
+    return {"data": data | {"held_out_pictures": len(held_out)}, **about, **figures}, {"drawn": sheet}

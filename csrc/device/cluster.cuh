@@ -32,6 +32,27 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// The same in two halves, for shared memory alone: who has waited sees what others wrote there before they arrived.
+// Waiting until writes are visible in the whole GPU, as above, is left out where the toolkit can say so.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n\tbarrier.cluster.arrive.relaxed;" ::: "memory");
+#else
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
 // Where another block of the cluster has what this one has at `mine`, in shared memory.
 __device__ __forceinline__ const uint32_t* shared_of(uint32_t* mine, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900

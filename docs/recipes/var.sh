@@ -3,7 +3,8 @@
 #   bash docs/recipes/var.sh PACKAGES OUT [GPUS]
 # PACKAGES, OUT and GPUS as in emoji.sh. OUT: gets data/, vae/, var/ and model/ (8 bits, what ships), which
 #   unifiedar generate "red apple" --model OUT/model -o apple.png
-# draws with. 15 minutes on one H100, 12 on four: a prediction, as the launches of a step take longer than its arithmetic.
+# draws with, and quality/, of which `python -m bench card OUT` writes the model card. 15 minutes on one H100, 12 on
+# four: a prediction, as the launches of a step take longer than its arithmetic.
 # VAE_STEPS and VAR_STEPS, in the environment, shorten a trial. A run that was killed goes on where it was.
 set -euo pipefail
 packages=$1 out=$2 gpus=${3:-1}
@@ -26,3 +27,4 @@ stage() { # stage NAME OPTIONS...: 1,024 pictures a step, shared by the GPUs
 stage vae --steps "${VAE_STEPS:-6000}" --lr 1.5e-3 --augmentation 0.3
 stage var --steps "${VAR_STEPS:-6000}" --lr 5e-4 --vae "$out/vae/model"
 python3 -m unifiedar train export --model "$out/var/model" --out "$out/model"
+python3 -m unifiedar bench quality --data "$out/data" --model "$out/model" --exact "$out/var/model" --out "$out/quality"

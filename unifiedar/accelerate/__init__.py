@@ -2,13 +2,14 @@
 
 What can be swapped is one table, `ADAPTERS`. An adapter knows one class of a published code base by its name, the
 module it is defined in and the attributes it needs; the code base itself is never imported. Weights are shared, never
-copied (but VAR's under autocast, once); state_dict, parameters and their names stay as they are. Before a module is
-swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers differently is
-left alone, with the reason in the report.
+copied (but VAR's and RQ-Transformer's under autocast, once); state_dict, parameters and their names stay as they are.
+Before a module is swapped its own methods are run and compared with ours, on its own weights or on a copy: what answers
+differently is left alone, with the reason in the report.
 
-One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_vector_quantize_pytorch`, `_infinity`, `_var` and `_var_model` (VAR's
-tokenizer and its transformer); `_attention` for the self-attention that Infinity and VAR have in common; `_swap` holds
-what they all share. `flash_attn_func` is no adapter but a function that Infinity looks for.
+One file a code base: `_rqvae` (RQ-VAE, VILA-U), `_rqtransformer`, `_vilau` (VILA-U's depth head), `_infinity`,
+`_vector_quantize_pytorch`, `_var` and `_var_model` (VAR's tokenizer and its transformer). `_depth` is for what the two
+depth transformers have in common, `_attention` for the self-attention of Infinity and VAR, `_swap` for what all share.
+`flash_attn_func` is no adapter but a function that Infinity looks for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from torch import nn
 from unifiedar.accelerate import (
     _attention,
     _infinity,
+    _rqtransformer,
     _rqvae,
     _swap,
     _var,
     _var_model,
     _vector_quantize_pytorch,
+    _vilau,
 )
 from unifiedar.accelerate._flash_attention import flash_attn_func
 from unifiedar.accelerate._swap import Adapter, Swap
@@ -33,6 +36,8 @@ __all__ = ["ADAPTERS", "Adapter", "Entry", "Report", "Swap", "accelerate", "flas
 
 ADAPTERS: tuple[Adapter, ...] = (
     *_rqvae.ADAPTERS,
+    *_rqtransformer.ADAPTERS,
+    *_vilau.ADAPTERS,
     *_vector_quantize_pytorch.ADAPTERS,
     *_infinity.ADAPTERS,
     *_var.ADAPTERS,
@@ -93,7 +98,8 @@ def accelerate(module: nn.Module, *, verbose: bool = True) -> Report:
 
     Every submodule is looked at once. Weights are shared and keep their names; outputs equal the reference's within
     twice its own rounding error. Codes are the nearest to float32's residual; a reference that searches or subtracts in
-    half precision, as under autocast, may round to others. Calling it again swaps only what is new.
+    half precision, as under autocast, may round to others. What is drawn is what the reference draws from the same
+    state of the random generator, but for near ties. Calling it again swaps only what is new.
 
     Args:
         module: a model with its weights loaded, or any part of one.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,11 @@ __all__ = [
     "FLOATS",
     "Adapter",
     "Swap",
+    "Twin",
+    "Twins",
     "class_of",
     "facts",
+    "hooked",
     "is_ours",
     "original",
     "overridden",
@@ -178,6 +182,98 @@ def side_by_side(tables: Sequence[Tensor]) -> Tensor:
     if not packed(tables):
         pack(tables)
     return first.detach().as_strided((len(tables), *first.shape), (first.numel(), *first.stride()))
+
+
+# ---- models of ours with a module's weights --------------------------------------------------------------------------
+
+
+def _share(model: nn.Module, module: nn.Module) -> None:
+    """Give a model of ours, made on the meta device, the parameters and buffers that a module has under its keys."""
+    theirs = module.state_dict(keep_vars=True)
+    if len(theirs) != len(model.state_dict()):
+        raise LookupError("the module has other keys")
+    wanted = {id(one): theirs[key] for key, one in model.state_dict(keep_vars=True).items()}
+    for part in model.modules():
+        for held in (part._parameters, part._buffers):
+            held.update({name: wanted[id(one)] for name, one in held.items() if one is not None})
+
+
+class Twin:
+    """A model of ours with the tensors of a module and, when asked for, a copy with those of the products cast.
+
+    Args:
+        module: whose tensors they are; it is not kept.
+        blank: makes the model on the meta device, with the module's keys.
+    """
+
+    def __init__(self, module: nn.Module, blank: Callable[[], Any]):
+        self.sources = _tensors(module)
+        self.model = blank()
+        _share(self.model, module)
+        self.cast: Any = None
+        self._blank = blank
+        self._cast_of: Any = None
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether it still has the module's own tensors; `.to` keeps parameters, but not buffers."""
+        now = _tensors(module)
+        return len(now) == len(self.sources) and all(a is b for a, b in zip(now, self.sources, strict=True))
+
+    def in_dtype(self, dtype: torch.dtype) -> Any:
+        """The model whose products are of a dtype: itself, or the copy, which `cast_products` of the model makes."""
+        if dtype == self.model.dtype:
+            return self.model
+        now = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in self.sources]
+        if self.cast is None or (dtype, now) != self._cast_of:
+            self.cast = None  # one copy at a time
+            made = self._blank()
+            for mine, theirs in zip(made.modules(), self.model.modules(), strict=True):
+                for name, one in theirs._parameters.items():
+                    # A parameter of its own, for a cast changes parameters in place.
+                    mine._parameters[name] = None if one is None else nn.Parameter(one.detach(), False)
+                mine._buffers.update(theirs._buffers)
+            self.cast, self._cast_of = made.cast_products(dtype).eval(), (dtype, now)
+        return self.cast
+
+
+class Twins(weakref.WeakKeyDictionary):
+    """The twins of modules, each as long as its module lives; `make` is told the module."""
+
+    def __init__(self, make: Callable[[Any], Twin]):
+        super().__init__()
+        self._make = make
+
+    def of(self, module: nn.Module) -> Twin | None:
+        """The twin of a module, made anew where tensors of the module were replaced; None if ours has no such parts."""
+        found = self.get(module)
+        if found is None or not found.fits(module):
+            self.pop(module, None)
+            try:
+                found = self[module] = self._make(module)
+            except (AttributeError, LookupError, TypeError, ValueError):  # of what it was when it was swapped, no more
+                return None
+        return found
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """A module and all in it. `modules()` takes four times as long, and this is asked at every call."""
+    parts = [module]
+    for part in parts:
+        parts += [one for one in part._modules.values() if one is not None]
+    return parts
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    held = [one for part in _parts(module) for kind in (part._parameters, part._buffers) for one in kind.values()]
+    return [one for one in held if one is not None]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether parts of a module have hooks, which ours would not call."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in _parts(module)[1:]
+    )
 
 
 # ---- what an adapter asks of a module --------------------------------------------------------------------------------

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unifiedar.accelerate._swap import Adapter, Swap, class_of, original, overridden, rehearse
+from unifiedar.accelerate._swap import Adapter, Swap, Twin, Twins, class_of, hooked, original, overridden, rehearse
 from unifiedar.models import VAR, VARConfig
 from unifiedar.nn import ScaleBook
 
@@ -36,49 +35,12 @@ _NEEDED = (
 # ---- our model on the module's parameters ----------------------------------------------------------------------------
 
 
-class _Twin:
-    """Ours with the parameters of a module, and a copy with those of the products cast."""
-
-    def __init__(self, module: Any):
-        self.sources = _sources(module)
-        self.model = _share(module)
-        self.cast: VAR | None = None
-        self.cast_of: list[tuple[int, int]] = []
-
-    def fits(self, module: Any) -> bool:
-        """Whether it still has the module's own tensors; `.to` keeps parameters, but not buffers."""
-        now = _sources(module)
-        return len(now) == len(self.sources) and all(a is b for a, b in zip(now, self.sources, strict=True))
-
-    def in_dtype(self, dtype: torch.dtype) -> VAR:
-        """For generations: itself, or the copy."""
-        if dtype == torch.float32:
-            return self.model
-        now = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in self.sources]
-        if self.cast is None or self.cast.dtype != dtype or now != self.cast_of:
-            self.cast = None  # one copy at a time
-            made = _on_meta(self.model.config)
-            for mine, theirs in zip(made.modules(), self.model.modules(), strict=True):
-                for name, one in theirs._parameters.items():
-                    # A parameter of its own, for a cast changes parameters in place.
-                    mine._parameters[name] = None if one is None else nn.Parameter(one.detach(), False)
-                mine._buffers.update(theirs._buffers)
-            self.cast, self.cast_of = made.cast_products(dtype).eval(), now
-        return self.cast
+def _twin(module: Any) -> Twin:
+    config = _config(module)
+    return Twin(module, lambda: _on_meta(config))
 
 
-_TWINS: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary()
-
-
-def _sources(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _twin(module: Any) -> _Twin:
-    found = _TWINS.get(module)
-    if found is None or not found.fits(module):
-        found = _TWINS[module] = _Twin(module)
-    return found
+_TWINS = Twins(_twin)
 
 
 def _config(module: Any) -> VARConfig:
@@ -103,19 +65,6 @@ def _config(module: Any) -> VARConfig:
 def _on_meta(config: VARConfig) -> VAR:
     with torch.device("meta"):
         return VAR(config)
-
-
-def _share(module: Any) -> VAR:
-    """Ours, with the very parameters and buffers of the module under the same names."""
-    model = _on_meta(_config(module))
-    theirs = dict(module.named_modules())
-    for name, mine in model.named_modules():
-        for kind in ("_parameters", "_buffers"):
-            held = getattr(mine, kind)
-            for key, one in held.items():
-                if one is not None:
-                    held[key] = getattr(theirs[name], key)
-    return model
 
 
 # ---- what can be swapped ---------------------------------------------------------------------------------------------
@@ -154,7 +103,7 @@ def _parts_why_not(module: Any) -> str | None:
             return f"its block {i} is left out at another rate than one in proportion to its place"
     if not all(isinstance(side, int) for side in module.patch_nums):
         return f"its patch_nums are {module.patch_nums}, not integers"
-    tensors = _sources(module)
+    tensors = [*module.parameters(), *module.buffers()]
     if any(type(one.data) is not Tensor for one in tensors):
         return "its weights are not plain tensors"
     if any(one.is_meta for one in tensors):
@@ -190,24 +139,21 @@ def _undo(module: nn.Module) -> None:
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 
-def _unusual(module: Any) -> bool:
-    """What only the published method can do: other dtypes, partial training, hooks on parts that ours does not call."""
-    if module.prog_si >= 0 or any(one.dtype != torch.float32 for one in module.parameters()):
-        return True
-    return any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in module.modules()
-        if part is not module
-    )
+def _usual(module: Any) -> Twin | None:
+    """Ours; None for what only the published method can do: other dtypes, partial training, hooks, parts replaced."""
+    if module.prog_si >= 0 or any(one.dtype != torch.float32 for one in module.parameters()) or hooked(module):
+        return None
+    return _TWINS.of(module)
 
 
 def forward(self: Any, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
     """VAR.forward: labels (B,) and inputs (B, L - l_0, Cvae) to logits (B, L, V)."""
     x = x_BLCv_wo_first_l
-    if _unusual(self) or not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    twin = _usual(self)
+    if twin is None or not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return original(self, "forward")(label_B, x)
     taken = torch.rand(x.shape[0], device=label_B.device) < self.cond_drop_rate
-    model = _twin(self).model.train(self.training)
+    model = twin.model.train(self.training)
     return model(torch.where(taken, self.num_classes, label_B), x)
 
 
@@ -227,7 +173,8 @@ def autoregressive_infer_cfg(
     usual = numbers and 0 <= cfg < math.inf and 0 <= top_k <= self.V and 0 <= top_p <= 1 and B >= 1
     if isinstance(label_B, Tensor):
         usual = usual and label_B.shape == (B,) and label_B.dtype == torch.int64
-    if not usual or _unusual(self):
+    twin = _usual(self) if usual else None
+    if twin is None:
         return original(self, "autoregressive_infer_cfg")(
             B, label_B, g_seed=g_seed, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth
         )
@@ -243,7 +190,7 @@ def autoregressive_infer_cfg(
     convolutions = [one for one in quantizer.quant_resi.modules() if isinstance(one, nn.Conv2d)]
     ratio: Any = convolutions[0].resi_ratio if convolutions else 0.0
     book = ScaleBook(quantizer.embedding.weight.detach(), quantizer.quant_resi, ratio, tuple(self.patch_nums))
-    total = _twin(self).in_dtype(dtype).eval().draw_features(
+    total = twin.in_dtype(dtype).eval().draw_features(
         label_B, book, cfg=cfg, top_k=top_k, top_p=top_p, seed=generator, more_smooth=more_smooth
     )  # fmt: skip
     return self.vae_proxy[0].fhat_to_img(total).add_(1).mul_(0.5)

@@ -5,6 +5,8 @@ the sum of its codes' embeddings; its state before a position goes to a depth tr
 one. The model works on codes alone: the embeddings are those of the RQ-VAE's codebook, which is passed in.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar import checkpoints
+from unifiedar import checkpoints, engine
 from unifiedar.nn import DepthTransformer, ResidualQuantizer
 from unifiedar.nn.depth import Classifier, Stack, require_sound
 
@@ -167,6 +169,7 @@ class RQTransformer(nn.Module):
             config.dropout,
         )
         self.cond_classifier = Classifier(dim, config.num_conditions) if config.condition_length > 1 else None
+        self._sessions = engine.Pool(4)
         nn.init.normal_(self.pos_emb_cond, std=0.02)
         nn.init.normal_(self.pos_emb_hw, std=0.02)
         self.register_state_dict_post_hook(_to_published)
@@ -182,6 +185,34 @@ class RQTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.pos_emb_hw.dtype
+
+    @property
+    def products(self) -> torch.dtype:
+        """Of the weights of matrix products, see `cast_products`."""
+        return self.head.classifier_mlp.linear.weight.dtype
+
+    def cast_products(self, dtype: torch.dtype) -> "RQTransformer":
+        """Put the head, and the body's weights of matrix products, in a dtype, in place; the body's states stay.
+
+        What autocast does at every use, done once. Keys and values are cached in it. For drawing: `forward` wants one
+        dtype for all.
+
+        Args:
+            dtype: float32, bfloat16 or float16.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            TypeError: for another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"cast_products: dtype must be float32, bfloat16 or float16, got {dtype}")
+        for part in self.body_transformer.modules():
+            if isinstance(part, nn.Linear):
+                part.to(dtype)
+        self.head.to(dtype)
+        return self
 
     # ---- loading and saving
 
@@ -250,8 +281,8 @@ class RQTransformer(nn.Module):
         if codes.ndim != 4 or codes.shape[1:] != shape:
             raise ValueError(f"{function}: codes must be (B, {', '.join(map(str, shape))}), got {tuple(codes.shape)}")
 
-    def _prefix(self, function: str, argument: str, cond: Tensor | None, batch: int, *, values: bool) -> Tensor:
-        """What the body reads first, (B, Tc, dim); `values` looks into cond, which waits for a GPU."""
+    def _condition(self, function: str, argument: str, cond: Tensor | None, batch: int, *, values: bool) -> Tensor:
+        """The condition as (B, Tc); `values` looks into it, which waits for a GPU."""
         length, count = self.config.condition_length, self.config.num_conditions
         if cond is None:
             if count > 1:
@@ -268,6 +299,10 @@ class RQTransformer(nn.Module):
             low, high = (int(value) for value in cond.aminmax())
             if low < 0 or high >= count:
                 raise ValueError(f"{function}: {argument} must be from 0 to {count - 1}, got {low} to {high}")
+        return cond
+
+    def _prefix(self, cond: Tensor) -> Tensor:
+        """What the body reads first: a condition (B, Tc) to (B, Tc, dim)."""
         return self.cond_emb(cond) + self.pos_emb_cond
 
     def _positions(self, sums: Tensor, begin: int) -> Tensor:
@@ -300,7 +335,7 @@ class RQTransformer(nn.Module):
         table = self._table("forward", codebook)
         batch, height, width, depth = codes.shape
         looks = self.device.type == "cpu" and not torch.compiler.is_compiling()
-        prefix = self._prefix("forward", "cond", cond, batch, values=looks)
+        prefix = self._prefix(self._condition("forward", "cond", cond, batch, values=looks))
         sums = self.head.running_sums(codes.flatten(1, 2), table)
         x = torch.cat([prefix, self._positions(sums[:, :-1, -1], 0)], dim=1)
         hidden = self.body_transformer(x)
@@ -363,6 +398,7 @@ class RQTransformer(nn.Module):
         top_p: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         progress: Callable[[int], object] | None = None,
+        graphs: bool = False,
     ) -> Tensor:
         """Draw the codes of whole pictures.
 
@@ -370,7 +406,7 @@ class RQTransformer(nn.Module):
             codebook: whose rows the codes name.
             count: N, pictures; if None one for each row of cond, or one.
             cond: (N,) int64 classes, (N, Tc) int64 text tokens, or None for an unconditional model.
-            guidance, unconditional, temperature: as `sample`.
+            guidance, unconditional, temperature, graphs: as `sample`.
             top_k, top_p: as `sample`; what is None is taken from `config`.
             seed: of picture i is seed + i, or seed[i] of a sequence. The noise is drawn on the CPU for each picture by
                 itself, so that a picture does not depend on the others of its batch.
@@ -407,6 +443,7 @@ class RQTransformer(nn.Module):
             unconditional,
             noise,
             progress,
+            graphs,
             temperature=temperature,
             top_k=config.top_k if top_k is None else top_k,
             top_p=config.top_p if top_p is None else top_p,
@@ -428,6 +465,7 @@ class RQTransformer(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
+        graphs: bool = False,
     ) -> Tensor:
         """Keep the codes of a picture before a position, in reading order, and draw those from there on.
 
@@ -445,6 +483,8 @@ class RQTransformer(nn.Module):
                 depth, as the published code draws its own.
             generator: on the model's device; torch's default one if None.
             progress: called with the number of positions finished since the last call.
+            graphs: whether to capture a CUDA graph of each row of positions at the first call of a batch and its
+                settings, and to replay it at later ones. What four such calls need is kept (`forget_captures` lets go).
 
         Returns:
             (N, H, W, D) int64 on the model's device.
@@ -476,13 +516,17 @@ class RQTransformer(nn.Module):
             start,
             guidance,
             unconditional,
-            lambda position: None if flat is None else flat[:, position],
+            generator if flat is None else lambda position: flat[:, position],
             progress,
+            graphs,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            generator=generator,
         )
+
+    def forget_captures(self) -> None:
+        """Let go of captured graphs and their memory; the next call captures anew."""
+        self._sessions.clear()
 
     def _draw(
         self,
@@ -493,11 +537,12 @@ class RQTransformer(nn.Module):
         start: tuple[int, int],
         guidance: float | Tensor | None,
         unconditional: Tensor | None,
-        noise: Callable[[int], Tensor | None],
+        noise: Callable[[int], Tensor] | torch.Generator | None,
         progress: Callable[[int], object] | None,
+        graphs: bool,
         **settings: Any,
     ) -> Tensor:
-        """`sample`, with the noise (N, D, K) of each position asked for; settings are those of the head's decode."""
+        """`sample`, with the noise (N, D, K) of each position asked for, or drawn; settings are those of the head."""
         config, (height, width) = self.config, self.config.grid
         table = self._table(function, codebook)
         if len(start) != 2 or not all(isinstance(s, int) for s in start):
@@ -510,35 +555,137 @@ class RQTransformer(nn.Module):
             raise ValueError(f"{function}: {other} must be given with {given}, got None")
         if guided and config.num_conditions == 1:
             raise ValueError(f"{function}: guidance must be None for an unconditional model, got {guidance}")
-        count, begin, end = len(partial), start[0] * width + start[1], height * width
-        x = self._prefix(function, "cond", cond, count, values=True)
+        count, begin = len(partial), start[0] * width + start[1]
+        condition = self._condition(function, "cond", cond, count, values=True)
         if guided:
-            x = torch.cat([x, self._prefix(function, "unconditional", unconditional, count, values=True)])
-        codes = partial.to(self.device).flatten(1, 2).clone()
+            away = self._condition(function, "unconditional", unconditional, count, values=True)
+            condition = torch.cat([condition, away])
         if not count:
-            return codes.view(partial.shape)
+            return partial.to(self.device).clone()
+        kept = {name: tuple(one) if isinstance(one, Sequence) else one for name, one in settings.items()}
+        # Tensors that last must not be inference tensors, which nobody could fill outside of that mode.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(self.pos_emb_hw):
+            session = self._session(table, count, begin, guidance, kept, graphs and self.device.type == "cuda")
+            session.codes.copy_(partial.flatten(1, 2))
+            session.cond.copy_(condition)
+            for i, (first, last) in enumerate(session.spans):
+                for position in range(first, last):
+                    session.fill(position, noise)
+                session.steps.run(i)
+                if progress is not None:
+                    progress(last - first)
+            require_sound(function, list(session.unsound), begin)
+            return session.codes.view(partial.shape).clone()  # the next call writes to the same memory
 
-        def read(sums: Tensor, position: int) -> Tensor:
-            places = self._positions(sums, position)
-            return torch.cat([places, places]) if guided else places
+    def _session(
+        self,
+        table: Tensor,
+        count: int,
+        begin: int,
+        guidance: float | Tensor | None,
+        settings: dict[str, Any],
+        graphs: bool,
+    ) -> "_Session":
+        at_once = self.config.grid[1] if graphs else 1
+        if not graphs:
+            return _Session(self, table, count, begin, guidance, settings, at_once, graphs=False)
+        # A graph knows weights by their addresses, which `.to` and the like change, and the head's by a packed copy.
+        head = [0 if one.is_inference() else one._version for one in self.head.parameters()]
+        places = (table.data_ptr(), table.shape, table.stride(), *engine.addresses(self), *head)
+        # Strengths that are a tensor are copied into the session's own; a number is part of the graph.
+        strength = (guidance.shape, guidance.dtype, guidance.device) if isinstance(guidance, Tensor) else guidance
+        key = (count, begin, strength, tuple(settings.items()), places, table.dtype, engine.circumstances())
+        session = self._sessions.get(
+            key, lambda: _Session(self, table, count, begin, guidance, settings, at_once, graphs=True)
+        )
+        if isinstance(guidance, Tensor):
+            session.guidance.copy_(guidance)
+        return session
 
-        cache = self.body_transformer.cache(x, config.condition_length + end - 1)
+
+class _Session:
+    """What drawing so many pictures from a position on needs, at fixed places, and its steps, `at_once` positions each.
+
+    A caller fills in `cond` and `codes`, and before each step `fill`s the noise of its positions. Afterwards `codes`
+    are drawn, and `unsound` says of each position what `DepthCodes` does.
+    """
+
+    def __init__(
+        self,
+        model: RQTransformer,
+        table: Tensor,
+        count: int,
+        begin: int,
+        guidance: float | Tensor | None,
+        settings: dict[str, Any],
+        at_once: int,
+        *,
+        graphs: bool,
+    ):
+        config, device = model.config, model.device
+        self.model, self.table, self.begin, self.settings = model, table, begin, settings
+        end = config.grid[0] * config.grid[1]
+        self.twice = 1 if guidance is None else 2
+        self.guidance: Any = guidance.clone() if isinstance(guidance, Tensor) else guidance
+        rows = self.twice * count
+        self.cond = torch.zeros(rows, config.condition_length, dtype=torch.int64, device=device)
+        self.codes = torch.zeros(count, end, config.depth, dtype=torch.int64, device=device)
+        self.unsound = torch.full((end - begin, count), -1, dtype=torch.int32, device=device)
+        dtype = torch.float64 if model.products == torch.float64 else torch.float32
+        self._noise = torch.ones(at_once, config.depth, count, config.num_codes, dtype=dtype, device=device)
+        like = torch.empty(rows, 0, config.dim, dtype=model.products, device=device)
+        self.cache = model.body_transformer.cache(like, config.condition_length + end - 1)
+        self.total = table.new_empty(0)
+        self.spans = [(first, min(first + at_once, end)) for first in range(begin, end, at_once)]
+        self.steps = engine.Steps([functools.partial(self._step, *span) for span in self.spans], graphs=graphs)
+
+    def fill(self, position: int, noise: Callable[[int], Tensor] | torch.Generator | None) -> None:
+        """Put the noise of a position in its place: what is given, or samples drawn depth by depth."""
+        place = self._noise[(position - self.begin) % len(self._noise)]
+        if callable(noise):
+            place.copy_(noise(position).transpose(0, 1))
+            return
+        temperatures = self.settings["temperature"]
+        for d, one in enumerate(place):
+            # A greedy depth draws nothing. A list that is too short is the head's to complain of.
+            if not isinstance(temperatures, tuple) or any(temperatures[d : d + 1]):
+                one.exponential_(generator=noise)
+
+    def _step(self, first: int, last: int) -> None:
+        for position in range(first, last):
+            x = self._prefix() if position == self.begin else self._read(self.total.unsqueeze(1), position - 1)
+            found = self.model.head.decode(
+                self._body(x, position),
+                self.table,
+                guidance=self.guidance,
+                noise=self._noise[position - first].transpose(0, 1),
+                **self.settings,
+            )
+            self.codes[:, position] = found.codes
+            self.unsound[position - self.begin] = found.unsound
+            self.total = found.total
+
+    def _prefix(self) -> Tensor:
+        """What the body reads before the first position that is drawn."""
+        model, begin = self.model, self.begin
+        x = model._prefix(self.cond)
         if begin:
-            sums = self.head.running_sums(codes[:, :begin], table)[:, :, -1]
-            x = torch.cat([x, read(sums, 0)], dim=1)
-        hidden = self.body_transformer(x, cache)[:, -1]
-        unsound: list[Tensor] = []
-        for position in range(begin, end):
-            found = self.head.decode(hidden, table, guidance=guidance, noise=noise(position), **settings)
-            codes[:, position] = found.codes
-            unsound.append(found.unsound)
-            if position + 1 < end:
-                x = read(found.total.unsqueeze(1), position)
-                hidden = self.body_transformer(x, cache, config.condition_length + position)[:, -1]
-            if progress is not None:
-                progress(1)
-        require_sound(function, unsound, begin)
-        return codes.view(partial.shape)
+            sums = model.head.running_sums(self.codes[:, :begin], self.table)[:, :, -1]
+            x = torch.cat([x, self._read(sums, 0)], dim=1)
+        return x
+
+    def _read(self, sums: Tensor, position: int) -> Tensor:
+        places = self.model._positions(sums, position)
+        return torch.cat([places] * self.twice)
+
+    def _body(self, x: Tensor, position: int) -> Tensor:
+        """The state that `position` is drawn from, after the tokens x, in the dtype of the head."""
+        model = self.model
+        cast = model.products != model.dtype
+        how = torch.autocast(model.device.type, model.products) if cast else contextlib.nullcontext()
+        with how:
+            begin = model.config.condition_length + position - x.shape[1]
+            return model.body_transformer(x, self.cache, begin)[:, -1].to(model.products)
 
 
 # ---- the published keys ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unifiedar import checkpoints, engine
 from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, ModulatedNorm, NextScaleAttention, ScaleBook
+from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook
 
 __all__ = ["VAR", "VARConfig", "config_of"]
 
@@ -101,25 +101,40 @@ def _published(depth: int, scales: tuple[int, ...] = VARConfig.scales, shared: b
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A product in the dtype of its weights or, under autocast, in that of autocast."""
-    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype))
+_Layer = nn.Linear | Linear8bit
 
 
-def _projection(layers: nn.Module) -> nn.Linear:
+def _linear(layer: _Layer, x: Tensor) -> Tensor:
+    """A product in the dtype of its weights (for 8 bits, that of its bias) or, under autocast, in that of autocast."""
+    dtype = layer.dtype if isinstance(layer, Linear8bit) else layer.weight.dtype
+    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+
+
+def _projection(layers: nn.Module) -> _Layer:
     """The one behind SiLU, as published: under the key 1."""
     found = layers.get_submodule("1")
-    assert isinstance(found, nn.Linear)
+    assert isinstance(found, _Layer)
     return found
 
 
 class _MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1: _Layer = nn.Linear(dim, hidden)
+        self.fc2: _Layer = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(self.fc2, F.gelu(_linear(self.fc1, x), approximate="tanh"))
+        return _linear(self.fc2, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if isinstance(self.fc1, nn.Linear):
+            weight, bias = self.fc1.weight, self.fc1.bias
+            half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
+            if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
+                # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
+                flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True)
+                return flat.unflatten(0, x.shape[:-1])
+        return F.gelu(_linear(self.fc1, x), approximate="tanh")
 
 
 class _Modulation(nn.Module):
@@ -191,13 +206,14 @@ class _Session:
         self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
         self.mask = torch.zeros(batch, *config.sizes[-1], device=device)
         self.edits = edits
-        # What is cached of the last scale is read at that scale alone, so that all blocks have one place for it.
-        before, dtype = sum(self.lengths[:-1]), model.dtype
-        attention = [block.attn for block in model._each()]
-        self.caches = [one.new_cache(self.rows, before, dtype=dtype) for one in attention]
-        self.last = attention[0].new_cache(self.rows, before + self.lengths[-1], dtype=dtype)
-        # On the device: put there in a graph, they would be made anew for every block.
-        self.schedules = [torch.tensor([n], dtype=torch.int32, device=device) for n in self.lengths]
+        # What is cached of the last scale is read at that scale alone, in its own block. It lies where the block before
+        # keeps the scales before, which nobody reads any more by then: a head's tokens of all blocks are one row, the
+        # last block's first, and a block's reach into the next in it.
+        before, last, depth = sum(self.lengths[:-1]), self.lengths[-1], model.config.depth
+        first = next(model._each()).attn
+        self.cache = first.new_cache(self.rows, depth * before + last, dtype=model.dtype)
+        begins = [(depth - 1 - i) * before for i in range(depth)]
+        self.caches = [self.cache[:, :, :, begin : begin + before + last] for begin in begins]
         self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
         steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
         if paint is not None:
@@ -218,7 +234,7 @@ class _Session:
         empty = model.config.num_classes
         labels = torch.cat((self.labels, torch.full_like(self.labels, empty))) if self.guided else self.labels
         condition = model.class_emb(labels)
-        self.modulations = model._modulations(condition)
+        self.modulations, self.biases = model._modulations(condition), model._biases()
         self.places = model._places()
         self.tokens = model._first(condition, self.places)
         self.total = condition.new_zeros((self.batch, model.config.code_dim, *model.config.sizes[-1]), dtype=model.wide)
@@ -237,8 +253,8 @@ class _Session:
         model, last = self.model, len(self.lengths) - 1
         begin = sum(self.lengths[:step])
         ratio = step / max(last, 1)
-        caches = self._caches(step, begin)
-        logits = model._logits(self.tokens, self.modulations, self.schedules[step], caches, begin)
+        memory = list(zip(self.caches, self.biases, strict=True))
+        logits = model._logits(self.tokens, self.modulations, None, memory, begin)
         cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.guided:
             cuts["guidance"] = 1 + self.cfg * ratio
@@ -263,13 +279,6 @@ class _Session:
             tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
             tokens = tokens + self.places[:, end : end + self.lengths[step + 1]]
             self.tokens = torch.cat((tokens, tokens)) if self.guided else tokens
-
-    def _caches(self, step: int, begin: int) -> Iterator[Tensor]:
-        for cache in self.caches:
-            if step + 1 == len(self.lengths):
-                self.last[:, :, :, :begin] = cache
-                cache = self.last
-            yield cache
 
     def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
         self.pictures = paint(self.total)
@@ -372,6 +381,7 @@ class VAR(nn.Module):
             gate: factor on those that make gates (published `alng`).
             head: factor on the classifier's.
         """
+        self._not_8bit("initialize")
         unit = math.sqrt(1 / self.config.dim / 3)
 
         for module in self.modules():
@@ -443,6 +453,7 @@ class VAR(nn.Module):
         vae: VQVAE | str | Path | None = None,
         decoder_dtype: torch.dtype | None = None,
         config: VARConfig | None = None,
+        weights: str | None = None,
     ) -> "VAR":
         """Load a model in eval mode, without gradients.
 
@@ -455,10 +466,11 @@ class VAR(nn.Module):
             decoder_dtype: of the tokenizer's decoder, unless `vae` is loaded already.
             config: sizes. None takes those of config.json in the folder or, for a file, reads them off the tensors,
                 with square scales, heads of 64 channels if there are no gains to count, and published settings.
+            weights: None or, in 8 bits, "int8" or "fp8" (see `quantize_weights`), rounded before `dtype` rounds them.
 
         Raises:
             CheckpointError: one sentence with the file, what is wrong with it and the way out.
-            ValueError, TypeError: for a vae that does not go with the model.
+            ValueError, TypeError: for a vae that does not go with the model, or other weights.
         """
         found = checkpoints.resolve(path)
         own: Any = None
@@ -479,6 +491,8 @@ class VAR(nn.Module):
         if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
             raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)
+        if weights is not None:
+            model.quantize_weights(weights)
         model.cast_products(dtype or model.dtype)  # a small copy has vectors in another dtype than matrices
         if names and len(names) != config.num_classes:
             raise checkpoints.CheckpointError(
@@ -499,6 +513,7 @@ class VAR(nn.Module):
 
         The tokenizer is not written; `save_whole` does that too.
         """
+        self._not_8bit("save")
         return self._write(folder, self.state_dict(), self.config.to_dict())
 
     def save_whole(
@@ -523,6 +538,7 @@ class VAR(nn.Module):
     def whole(self) -> dict[str, Tensor]:
         """The state_dict and, under names that begin with "vae.", the tokenizer's; ValueError without one."""
         vae = self._tokenizer("whole")
+        self._not_8bit("whole")
         return {**self.state_dict(), **{_VAE + name: value for name, value in vae.state_dict().items()}}
 
     def _write(
@@ -534,6 +550,7 @@ class VAR(nn.Module):
 
     def export(self, path: str | Path) -> None:
         """Write the published layout: one file with the state_dict in float32, which VAR's own code loads."""
+        self._not_8bit("export")
         path = Path(path)
         state = {
             name: (value.float() if value.is_floating_point() else value).cpu().contiguous()
@@ -569,6 +586,42 @@ class VAR(nn.Module):
             part.to(dtype)
         return self
 
+    def quantize_weights(self, form: str = "int8", *, backend: str = "auto") -> "VAR":
+        """Put what the blocks multiply by, and what makes their vectors of the condition, into 8 bits, in place.
+
+        Nearly all of a large model: half the memory of half precision, and half the bytes to read at every scale.
+        Embeddings, norms and the classifier stay. What it costs in logits: `quality_drawn.logit_cost`. Products still
+        run in half precision, with weights widened on the way (`ops.linear_8bit`, whose "triton" backend that is;
+        "eager" widens all of a layer's weights at every call, which is right but slow).
+
+        Args:
+            form: "int8" or "fp8" (e4m3), one scale an output (see `checkpoints.quantize_rows`). Weights that came from
+                a folder in int8 are the stored ones again.
+            backend: of `ops.linear_8bit`.
+
+        Returns:
+            The model itself. It cannot be trained or saved any more; `cast_products` keeps the 8 bits.
+
+        Raises:
+            ValueError: for another form, weights that are not finite, or a model that is in 8 bits already.
+        """
+        self._not_8bit("quantize_weights")
+        found: list[tuple[nn.Module, str, nn.Linear]] = []
+        for part in (self.blocks, self.shared_ada_lin):
+            for module in part.modules():
+                found += [(module, name, one) for name, one in module.named_children() if isinstance(one, nn.Linear)]
+        if not all(layer.weight.isfinite().all() for _, _, layer in found):
+            raise ValueError("quantize_weights: weights must be finite, got inf or nan")
+        for module, name, layer in found:
+            weight, scale = checkpoints.quantize_rows(layer.weight.detach(), form)
+            setattr(module, name, Linear8bit(weight, scale, layer.bias, layer.weight.dtype, backend=backend))
+        self.forget_captures()
+        return self
+
+    def _not_8bit(self, function: str) -> None:
+        if any(isinstance(one, Linear8bit) for one in self.modules()):
+            raise ValueError(f"{function}: weights must not be in 8 bits; do it before quantize_weights")
+
     # ---- the transformer
 
     def _modulations(self, condition: Tensor) -> list[Tensor]:
@@ -585,6 +638,11 @@ class VAR(nn.Module):
     def _six(self, layer: nn.Module, unit: Tensor) -> Tensor:
         return _linear(_projection(layer), unit).view(-1, 6, self.config.dim)
 
+    def _biases(self) -> tuple[Tensor, ...]:
+        """Every block's bias of queries, keys and values (3C), in one copy."""
+        parts = [part for block in self._each() for part in block.attn.qkv_bias()]
+        return torch.cat(parts).view(self.config.depth, -1).unbind()
+
     def _places(self) -> Tensor:
         """What tells positions and scales apart, (1, L, C)."""
         return (self.lvl_embed(self.lvl_1L) + self.pos_1LC).to(self.wide)
@@ -597,11 +655,12 @@ class VAR(nn.Module):
         self,
         tokens: Tensor,
         modulations: Sequence[Tensor],
-        lengths: Sequence[int] | Tensor,
-        caches: Iterator[Tensor] | None = None,
+        lengths: Sequence[int] | None,
+        memory: Sequence[tuple[Tensor, Tensor]] | None = None,
         begin: int = 0,
     ) -> Tensor:
-        """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, over caches of all before."""
+        """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, or of one over all before, with every
+        block's memory: its cache, and its bias of queries, keys and values."""
         kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         branch = gate = None
@@ -611,11 +670,11 @@ class VAR(nn.Module):
                 x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
             else:
                 x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
-            cache = None if caches is None else next(caches)
-            branch = block.attn(x, lengths, cache=cache, begin=begin)
-            gate = self._gate(gates[:, 0], i, caches is None)
+            cache, bias = (None, None) if memory is None else memory[i]
+            branch = block.attn(x, lengths, cache=cache, begin=begin, bias=bias)
+            gate = self._gate(gates[:, 0], i, memory is None)
             x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
-            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, caches is None)
+            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, memory is None)
         assert branch is not None  # depth is at least 1
         assert gate is not None
         scale, shift = modulations[-1].unbind(1)
@@ -637,7 +696,8 @@ class VAR(nn.Module):
 
         Args:
             label_B: (B,) int64; num_classes is none.
-            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes.
+            x_BLCv_wo_first_l: (B, L - l_0, code_dim), `vae.quantize.idxBl_to_var_input` of the codes; L counts those of
+                all scales, or of the first few for these alone.
 
         Returns:
             (B, L, K) float32: for every code of every scale, given all earlier scales.
@@ -646,14 +706,17 @@ class VAR(nn.Module):
             TypeError, ValueError: for an argument of another dtype or shape or, on the CPU, a label out of range.
         """
         config, lengths = self.config, self.config.lengths
-        shape = (sum(lengths) - lengths[0], config.code_dim)
+        sizes = [sum(lengths[1 : i + 1]) for i in range(len(lengths))]
         if not isinstance(x_BLCv_wo_first_l, Tensor) or not x_BLCv_wo_first_l.is_floating_point():
             found = getattr(x_BLCv_wo_first_l, "dtype", type(x_BLCv_wo_first_l).__name__)
             raise TypeError(f"forward: x_BLCv_wo_first_l must be a floating-point tensor, got {found}")
-        if x_BLCv_wo_first_l.ndim != 3 or x_BLCv_wo_first_l.shape[1:] != shape:
+        shape = tuple(x_BLCv_wo_first_l.shape)
+        if len(shape) != 3 or shape[1] not in sizes or shape[2] != config.code_dim:
             raise ValueError(
-                f"forward: x_BLCv_wo_first_l must be (B, {shape[0]}, {shape[1]}), got {tuple(x_BLCv_wo_first_l.shape)}"
+                f"forward: x_BLCv_wo_first_l must be (B, {sizes[-1]}, {config.code_dim}), or with codes of the first "
+                f"scales alone one of {sizes[:-1]}, got {shape}"
             )
+        lengths = lengths[: 1 + sizes.index(shape[1])]
         looks = not torch.compiler.is_compiling() and not (isinstance(label_B, Tensor) and label_B.is_cuda)
         labels = self._labels("forward", "label_B", label_B, values=looks)
         if len(labels) != len(x_BLCv_wo_first_l):
@@ -664,7 +727,7 @@ class VAR(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             condition, places = self.class_emb(labels), self._places()
             rest = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype)).to(self.wide)
-            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] :]), 1)
+            tokens = torch.cat((self._first(condition, places), rest + places[:, lengths[0] : sum(lengths)]), 1)
         return self._logits(tokens, self._modulations(condition), lengths)
 
     # ---- codes and pictures
@@ -746,7 +809,7 @@ class VAR(nn.Module):
         seed: int | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Tensor:
         """Draw pictures of classes.
 
@@ -760,9 +823,8 @@ class VAR(nn.Module):
                 FID.
             images_per_call: pictures that are drawn at once, all if None. Parts are drawn one after the other with one
                 generator, so that it changes what a seed draws.
-            graphs: whether a GPU replays CUDA graphs (off unless asked for: capturing has not run on one yet). The
-                first call of a batch size then captures them, see `captures`; sizes are rounded up, to multiples of 8
-                above 8.
+            graphs: whether a GPU replays CUDA graphs. The first call of a batch size captures them, see `captures`;
+                sizes are rounded up, to multiples of 8 above 8.
 
         Returns:
             (N, 3, H, W) uint8, on the model's device.
@@ -792,7 +854,7 @@ class VAR(nn.Module):
         top_p: float = 0.0,
         seed: int | None = None,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> list[Tensor]:
         """As `generate`, but the codes: for every scale (N, h w) int64, which `vae.decode_codes` paints."""
         return self._draw(
@@ -810,7 +872,7 @@ class VAR(nn.Module):
         seed: int | torch.Generator | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Tensor:
         """As `generate`, for a tokenizer of another make: what its decoder paints, (N, code_dim, h, w).
 
@@ -837,7 +899,7 @@ class VAR(nn.Module):
         seed: int | None = None,
         more_smooth: bool = False,
         images_per_call: int | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Tensor:
         """Draw a part of pictures anew: in-painting, out-painting, or with labels a change of class there.
 
@@ -1015,11 +1077,11 @@ class VAR(nn.Module):
         if not graphs:
             return _Session(self, book, paint, count, **options, graphs=False)
         batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
-        weights: list[Tensor] = [*self.parameters(), book.table, *book.convolutions.parameters()]
+        modules = [self, book.convolutions]
         if paint is not None and self.vae is not None:
-            weights += list(self.vae.parameters())
+            modules.append(self.vae)
         # A graph knows weights by their addresses, which `.to` and the like change.
-        places = tuple(one.data_ptr() for one in weights)
+        places = (book.table.data_ptr(), *engine.addresses(*modules))
         key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
         return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
 

@@ -5,8 +5,9 @@ from unifiedar.nn.codes import Codebook, Quantized, ResidualQuantizer
 from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutput, SignQuantizer
 from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer, ScaleBook
 from unifiedar.nn.depth import DepthStyle, DepthTransformer
+from unifiedar.nn.linear import Linear8bit
 from unifiedar.nn.norm import ModulatedNorm
-from unifiedar.nn.norm_group import GroupNorm
+from unifiedar.nn.norm_group import GroupNorm, Summands, UpsampledConv2d
 from unifiedar.nn.sample import CodeSampler
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DepthStyle",
     "DepthTransformer",
     "GroupNorm",
+    "Linear8bit",
     "ModulatedNorm",
     "MultiScaleQuantized",
     "MultiScaleQuantizer",
@@ -26,5 +28,7 @@ __all__ = [
     "ScaleBook",
     "SignOutput",
     "SignQuantizer",
+    "Summands",
+    "UpsampledConv2d",
     "rope_table",
 ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.ops import _checks, block_attention, block_causal_attention, masks, qk_norm_rope
+from unifiedar.ops import _checks, block_attention, block_causal_attention, cached_attention, masks, qk_norm_rope
 
 __all__ = ["NextScaleAttention", "rope_table"]
 
@@ -158,12 +158,15 @@ class NextScaleAttention(nn.Module):
         Returns:
             (2, B, H, length, D): keys and values, not initialized.
         """
-        weight = self.mat_qkv.weight
-        where = weight.device if device is None else torch.device(device)
+        where = self.q_bias.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(where.type)
-            dtype = torch.get_autocast_dtype(where.type) if autocast else weight.dtype
+            dtype = torch.get_autocast_dtype(where.type) if autocast else self.q_bias.dtype
         return torch.empty((2, batch, self.heads, length, self.head_dim), device=where, dtype=dtype)
+
+    def qkv_bias(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts (C) of the projection's bias, one after another: for whoever runs many scales with the same."""
+        return self.q_bias, self.zero_k_bias, self.v_bias
 
     def forward(
         self,
@@ -173,6 +176,7 @@ class NextScaleAttention(nn.Module):
         rope: Tensor | None = None,
         cache: Tensor | None = None,
         begin: int = 0,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attention of tokens among themselves and, with a cache, to those before them.
 
@@ -185,6 +189,7 @@ class NextScaleAttention(nn.Module):
             cache: (2, B, H, length, D) as `new_cache` makes it; holds the tokens before begin, and is given those of x
                 at begin. Without gradients only.
             begin: tokens before x, with a cache.
+            bias: (3C,) of the projection, as `qkv_bias` puts it together, if that was done before; None does it now.
 
         Returns:
             (B, L, C).
@@ -203,12 +208,20 @@ class NextScaleAttention(nn.Module):
         if begin and cache is None:
             raise ValueError(f"{name}: begin must be 0 without a cache, got {begin}")
         batch, length, _ = x.shape
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv = F.linear(x, self.mat_qkv.weight, bias).view(batch, length, 3, self.heads, self.head_dim)
+        if bias is None:
+            bias = torch.cat(self.qkv_bias())
+        # In 8 bits it is another module, which takes the bias.
+        dense = isinstance(self.mat_qkv, nn.Linear)
+        qkv = F.linear(x, self.mat_qkv.weight, bias) if dense else self.mat_qkv(x, bias)
+        qkv = qkv.view(batch, length, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         norm, gain = (None, None) if self.scale_mul_1H11 is None else ("l2", self.scale_mul_1H11.flatten())
         if cache is not None:
             self._check_cache(name, cache, q, begin)
+        if cache is not None and rope is None and scale_lengths is None:
+            out = cached_attention(q, k, v, cache, begin, norm=norm, gain=gain, softmax_scale=self.softmax_scale)
+            return self.proj(out.transpose(1, 2).flatten(2))
+        if cache is not None:
             place = cache[:, :, :, begin : begin + length]
             q = qk_norm_rope(q, k, v, norm=norm, gain=gain, rope=rope, out=(torch.empty_like(q), *place))[0]
             k, v = cache[:, :, :, : begin + length]

@@ -12,15 +12,14 @@ from unifiedar.ops import masks
 from unifiedar.ops._op import BACKENDS, Backend, Op, registry
 from unifiedar.ops.attention import block_causal_attention
 from unifiedar.ops.attention_blocks import block_attention
+from unifiedar.ops.attention_cached import cached_attention
 from unifiedar.ops.codes import ResidualCodes, code_statistics, residual_lookup, residual_quantize
+from unifiedar.ops.codes_bits import BitwiseLosses, bitwise_pack, bitwise_unpack
 from unifiedar.ops.codes_bitwise import (
     BitwiseCodes,
-    BitwiseLosses,
     bitwise_inputs,
     bitwise_lookup,
-    bitwise_pack,
     bitwise_quantize,
-    bitwise_unpack,
     next_bitwise_input,
 )
 from unifiedar.ops.codes_multiscale import (
@@ -31,8 +30,9 @@ from unifiedar.ops.codes_multiscale import (
     next_scale_input,
 )
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
+from unifiedar.ops.linear import linear_8bit
 from unifiedar.ops.norm import modulated_norm, qk_norm_rope
-from unifiedar.ops.norm_group import group_norm
+from unifiedar.ops.norm_group import add_group_norm, add_maps, group_norm, phase_weights
 from unifiedar.ops.sample import cut_logits, sample_codes
 
 __all__ = [
@@ -47,6 +47,8 @@ __all__ = [
     "Op",
     "Phi",
     "ResidualCodes",
+    "add_group_norm",
+    "add_maps",
     "bitwise_inputs",
     "bitwise_lookup",
     "bitwise_pack",
@@ -54,10 +56,12 @@ __all__ = [
     "bitwise_unpack",
     "block_attention",
     "block_causal_attention",
+    "cached_attention",
     "code_statistics",
     "cut_logits",
     "depth_decode",
     "group_norm",
+    "linear_8bit",
     "masks",
     "modulated_norm",
     "multiscale_inputs",
@@ -65,6 +69,7 @@ __all__ = [
     "multiscale_quantize",
     "next_bitwise_input",
     "next_scale_input",
+    "phase_weights",
     "qk_norm_rope",
     "registry",
     "residual_lookup",

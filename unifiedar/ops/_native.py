@@ -90,18 +90,20 @@ def kernels(family: str) -> ModuleType:
     return importlib.import_module(f"unifiedar.kernels.{family}")
 
 
-@functools.cache
-def _kept_integers(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    # The copy is over when this returns, so the tensor serves every stream; nothing evicts it from under a kernel.
-    return torch.tensor(values, dtype=torch.int32, device=device)
+_kept_integers: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
 
 
 def integers_on(device: torch.device, values: tuple[int, ...]) -> torch.Tensor:
     """A few integers as an int32 tensor on a device, copied there once and kept."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy from the host cannot be captured, and what is made in a graph's memory must not be kept.
-        return torch.cat([torch.full((1,), value, dtype=torch.int32, device=device) for value in values])
-    return _kept_integers(values, device)
+    found = _kept_integers.get((device, values))
+    if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A copy from the host cannot be captured, and what is made in a graph's memory must not be kept. Who runs
+            # what it captures once before finds the integers of that run.
+            return torch.cat([torch.full((1,), value, dtype=torch.int32, device=device) for value in values])
+        # The copy is over when this returns, so the tensor serves every stream; nothing evicts it from under a kernel.
+        found = _kept_integers[device, values] = torch.tensor(values, dtype=torch.int32, device=device)
+    return found
 
 
 @functools.cache

@@ -13,7 +13,7 @@ Next-scale attention in this form: Tian et al., "Visual Autoregressive Modeling"
 
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -190,7 +190,7 @@ def _attention_gradient(ctx, grad, grad_lse):
 
 _attention_cuda = _native.define(
     "block_causal_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor(a!) out, Tensor(b!) lse, "
-    "int prefix, float softmax_scale, int group, int tile) -> ()"
+    "Tensor(c!)? taken, int prefix, float softmax_scale, int group, int tile) -> ()"
 )
 _attention_backward_cuda = _native.define(
     "block_causal_attention_backward_cuda(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -201,7 +201,7 @@ NEAR_BYTES = 16 << 20  # of keys and values (or queries and gradients) in use at
 CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes
 
 
-def _attention_unfit_cuda(q, k, v, lengths, schedule, prefix, softmax_scale) -> str | None:
+def _attention_unfit_cuda(q, k, v, *_mask) -> str | None:
     reason = _native.cuda_unfit(q)
     if reason is None and (found := _native.capability(q)) != 90:
         return f"needs compute capability 9.0, got {found / 10}"
@@ -228,7 +228,7 @@ def _attention_unfit_triton(q, k, v, *_mask) -> str | None:
 def _attention_backward_unfit_cuda(
     grad, grad_lse, q, k, v, out, lse, lengths, schedule, prefix, softmax_scale
 ) -> str | None:
-    return _attention_unfit_cuda(q, k, v, lengths, schedule, prefix, softmax_scale)
+    return _attention_unfit_cuda(q, k, v)
 
 
 def _attention_backward_unfit_triton(
@@ -252,16 +252,37 @@ def _in_boxes(x: Tensor) -> Tensor:
 
 
 def _group(rows: int, length: int, width: int) -> int:
-    """Heads whose tiles are interleaved: as many as there are, or as L2 holds two tensors (length, width) of."""
+    """Heads whose tiles the backward interleaves: all, or as many as L2 holds two tensors (length, width) of."""
     return min(rows, max(16, NEAR_BYTES // (2 * length * width * 2)))
+
+
+class ForwardPlan(NamedTuple):
+    """How the CUDA forward goes about its tiles: which one, of how many heads interleaved, whether taken by a counter.
+
+    (Without it blocks take tiles in turns.)
+    """
+
+    tile: int
+    group: int
+    counted: bool
+
+
+def _forward_plan(rows: int, length: int, width: int) -> ForwardPlan:
+    """For that many heads with keys (length, width): `group` is what L2 holds q, k, v and out of, at least 16.
+
+    More heads keep more tiles of one length together, but blocks that take tiles as they become free end together with
+    few. A counter costs a launch that sets it to 0, which is dropped where every block has one tile at most.
+    """
+    return ForwardPlan(CHOSEN, min(rows, max(16, NEAR_BYTES // (4 * length * width * 2))), True)
 
 
 def _run_attention_cuda(q, k, v, lengths, schedule, prefix, softmax_scale):
     out, lse = _attention_fake(q, k, v, lengths, schedule, prefix, softmax_scale)
     if lse.numel():
+        plan = _forward_plan(q.shape[0] * q.shape[1], *k.shape[2:])
         _attention_cuda(
             _in_boxes(q), _in_boxes(k), _in_boxes(v), _lengths_on(q.device, lengths, schedule), out, lse,
-            prefix, softmax_scale, _group(q.shape[0] * q.shape[1], *k.shape[2:]), CHOSEN,
+            q.new_empty(1, dtype=torch.int32) if plan.counted else None, prefix, softmax_scale, plan.group, plan.tile,
         )  # fmt: skip
     return out, lse
 
@@ -406,8 +427,8 @@ def block_causal_attention(
     Note:
         Differentiable once in q, k and v, through lse too. Softmax and sums are float32; the eager backend rounds
         scores and weights to the dtype of q, as products in that dtype do, and holds them all (B H Lq L). The kernels
-        (CUDA's, for Hopper and forward alone, for now only where asked for) hold none and are bit-equal between runs,
-        forward and backward; Triton's float32 products are three TF32 products each. Never under autocast. No host sync
+        (CUDA's are for Hopper) hold none and are bit-equal between runs, forward and backward, and whatever the batch
+        is; Triton's float32 products are three TF32 products each. Never under autocast. No host sync
         with a tensor; integers are copied to the device at the first call with that schedule (in a CUDA graph, if that
         is captured). A new schedule compiles nothing.
     """

@@ -19,9 +19,12 @@ from unifiedar.ops.attention import (
     _all_zero,
     _attend,
     _attend_backward,
+    _attention_unfit_cuda,
     _attention_unfit_triton,
     _check_inputs,
+    _forward_plan,
     _gradients,
+    _in_boxes,
     _outputs,
     _readable,
 )
@@ -73,13 +76,31 @@ def _blocks_gradient(ctx, grad, grad_lse):
         return None, None, None, *nothing
     if grad is None:
         grad = torch.zeros_like(out)
+    backend = "triton" if ctx.backend == "cuda" else ctx.backend  # CUDA has the forward alone
     gradients = _block_attention_backward(
-        grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, ctx.softmax_scale, ctx.backend
+        grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, ctx.softmax_scale, backend
     )
     return *gradients, *nothing
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
+
+
+_blocks_cuda = _native.define(
+    "block_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor sees, Tensor? offsets, Tensor(a!) out, Tensor(b!) lse, "
+    "Tensor(c!)? taken, float softmax_scale, int group, int tile) -> ()"
+)
+
+
+def _run_blocks_cuda(q, k, v, sees, seen_by, offsets, softmax_scale):
+    out, lse = _outputs(q)
+    if lse.numel():
+        plan = _forward_plan(q.shape[0] * q.shape[1], *k.shape[2:])
+        _blocks_cuda(
+            _in_boxes(q), _in_boxes(k), _in_boxes(v), sees, offsets, out, lse,
+            q.new_empty(1, dtype=torch.int32) if plan.counted else None, softmax_scale, plan.group, plan.tile,
+        )  # fmt: skip
+    return out, lse
 
 
 def _blocks_backward_unfit_triton(grad, grad_lse, q, k, v, *_mask) -> str | None:
@@ -118,7 +139,10 @@ _block_attention = Op(
     f"block_attention(Tensor q, Tensor k, Tensor v, {_MASK}, float softmax_scale) -> (Tensor, Tensor)",
     eager=_blocks_eager,
     fake=_blocks_fake,
-    backends=(Backend("triton", _run_blocks_triton, _attention_unfit_triton, "not run on a GPU yet"),),
+    backends=(
+        Backend("cuda", _run_blocks_cuda, _attention_unfit_cuda),
+        Backend("triton", _run_blocks_triton, _attention_unfit_triton),
+    ),
     setup_context=_blocks_setup,
     backward=_blocks_gradient,
 )
@@ -128,7 +152,7 @@ _block_attention_backward = Op(
     f"{_MASK}, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     eager=_blocks_backward_eager,
     fake=_blocks_backward_fake,
-    backends=(Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton, "not run on a GPU yet"),),
+    backends=(Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton),),
 )
 
 
@@ -177,7 +201,8 @@ def block_attention(
         mask: of `ops.masks`, on the device of q.
         softmax_scale: factor on the scores, at least 0; None is 1 / sqrt(D).
         return_lse: whether to return the logarithm of the sum of exponentials too.
-        backend: "auto", "triton" or "eager".
+        backend: "auto", "cuda" (compute capability 9.0, bfloat16 or float16; gradients are Triton's), "triton" or
+            "eager".
 
     Returns:
         (B, H, Lq, D) in q's dtype and, if D is innermost there, memory order; with `return_lse` also lse (B, H, Lq),
@@ -189,8 +214,9 @@ def block_attention(
 
     Note:
         Exactness, gradients, autocast and strides as in `block_causal_attention`. The kernels run through a tile's
-        ranges one after another, whole tiles without a mask; each image is served as if it were alone. Bit-equal
-        between runs. No host sync. Masks with other lengths compile nothing.
+        ranges one after another, whole tiles without a mask; each image is served as if it were alone, but for values
+        that are not finite: weights of 0 times those of the next image are no numbers in CUDA, as in the eager
+        definition. Bit-equal between runs. No host sync. Masks with other lengths compile nothing.
     """
     function = "block_attention"
     softmax_scale = _check_inputs(function, q, k, v, softmax_scale)

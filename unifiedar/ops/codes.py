@@ -403,15 +403,15 @@ def _run_quantize_triton(x: Tensor, codebook: Tensor, depth: int, metric: str) -
         codebook = codebook.contiguous()
     rows, (num_codes, channels) = codes.numel() // depth, codebook.shape[-2:]
     flat, out = codes.view(rows, depth), quantized.view(rows, channels)
-    in_place = out.dtype == torch.float32
+    in_place, cosine = out.dtype == torch.float32, metric == "cosine"
     kernels = _native.kernels("codes_quantize")
-    plan = kernels.plan(rows, num_codes, channels, in_place, _native.capability(x))
+    plan = kernels.plan(rows, num_codes, channels, cosine, in_place, _native.capability(x))
     workspace = x.new_empty(plan.size, dtype=torch.uint8)
     with torch.cuda.device_of(x):
         with torch.autocast(x.device.type, enabled=False):
             peaks = torch.linalg.vector_norm(codebook, torch.inf, dim=(-2, -1)).view(-1)
         kernels.residual_quantize(
-            x.reshape(rows, channels), codebook, peaks, metric == "cosine", plan, workspace,
+            x.reshape(rows, channels), codebook, peaks, cosine, plan, workspace,
             out if in_place else None, flat,
         )  # fmt: skip
         _native.kernels("codes").residual_lookup(flat, codebook, out, False)

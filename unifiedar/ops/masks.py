@@ -90,7 +90,8 @@ def packed(scale_lengths: Lengths, *, tokens: int | None = None, device: torch.d
     """The mask of several images one after another, each as `ops.block_causal_attention` has it.
 
     A token sees the tokens of its own image in its own scale and all earlier ones. Each image comes out bit for bit as
-    it would alone, forward and backward (Triton; the eager definition within rounding). A prefix is one more scale in
+    it would alone, forward and backward (Triton; CUDA but for images of at most 256 tokens with heads of at most 64,
+    whose tiles are others when they are alone; the eager definition within rounding). A prefix is one more scale in
     front.
 
     Args:

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from unifiedar.devices import DeviceError, add_device_argument, usable_device
@@ -25,6 +28,8 @@ __all__ = ["Loop", "add_arguments", "cosine", "fail", "lin0", "load_pictures", "
 M = TypeVar("M", bound=nn.Module)
 # Step, steps of warm-up and steps of the run to a factor on the peak learning rate.
 Schedule = Callable[[int, int, int], float]
+# The model to modules, or groups of modules, whose parameters are gathered and let go together.
+Groups = Callable[[Any], Iterable[nn.Module | list[nn.Module]]]
 # The averaged model to sheets (PIL images) and figures, by name.
 Validate = Callable[[M], tuple[dict[str, Any], dict[str, float]]]
 
@@ -96,12 +101,44 @@ def sheet(images: Iterable[Tensor], columns: int) -> Any:
     return contact_sheet(torch.stack(list(images)).cpu(), columns)
 
 
+def _local(value: Tensor) -> Tensor:
+    """This rank's share of a tensor, or the tensor if it is not shared out."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _whole(value: Any) -> Any:
+    """Gathers tensors that the ranks have shares of, alone or in dicts, on the CPU of rank 0; None for the others.
+
+    All ranks must ask for the same ones, in one order. What is no such tensor stays as it is.
+    """
+    if isinstance(value, DTensor):
+        whole = cast(Any, value.detach()).full_tensor()
+        return None if dist.get_rank() else whole.cpu()
+    if isinstance(value, dict):
+        return {key: _whole(one) for key, one in value.items()}
+    return value
+
+
+def _share(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a tensor that every rank has, as `like` is shared out."""
+    if not isinstance(like, DTensor):
+        return whole
+    # Without a rank to send it, everyone cuts it out of his own.
+    whole = whole.detach().to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
 class Loop(Generic[M]):
     """One training run on this rank.
 
     `train` calls `losses(step, part)` for every part of a step, adds up their "loss", steps AdamW with the learning
     rate of a schedule, keeps an exponential moving average of the weights, and writes checkpoints. All randomness of a
     step is reseeded from (seed, step, rank), so that a run resumed after a kill is the run that was not killed.
+
+    Each rank has a whole model, or with `--shard`, for stages that give `groups`, its share of the parameters, of their
+    average and of AdamW's moments (FSDP2, a successor of Zhao et al., arXiv:2304.11277): gathered group by group when a
+    forward or backward comes to them. Checkpoints are whole in either case, so that a run may go on in the other way,
+    or on another number of ranks.
 
     Args:
         args: with the options of `add_arguments`.
@@ -110,6 +147,9 @@ class Loop(Generic[M]):
         schedule: of the learning rate.
         clip: largest norm of the gradient.
         undecayed: parts of the names of matrices that weight decay leaves alone, as it does all vectors.
+        groups: the parts of the model that `--shard` gathers one after the other; what they leave over is gathered
+            for all of a step. The losses must call these parts, and the model, as functions, not their methods. A stage
+            that gives it has the option.
     """
 
     def __init__(
@@ -120,6 +160,7 @@ class Loop(Generic[M]):
         schedule: Schedule = cosine,
         clip: float = 1.0,
         undecayed: Collection[str] = (),
+        groups: Groups | None = None,
     ):
         for name in ("steps", "batch", "accumulate", "save_every", "sheet_every"):
             if getattr(args, name) < 1:
@@ -140,11 +181,24 @@ class Loop(Generic[M]):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(args.seed)
-        # Channels last is how cuDNN computes: in the usual layout a fifth of the tower's step was transposing.
-        self.model = make_model().to(self.device).to(memory_format=torch.channels_last)
-        self.averaged = make_model().to(self.device).to(memory_format=torch.channels_last).requires_grad_(False)
+        self.sharded = groups is not None and args.shard
+        if self.sharded and self.world == 1:
+            raise fail(
+                "--shard needs several ranks to share a model: torchrun --nproc-per-node N -m unifiedar train ..."
+            )
+        self.model, self.averaged = make_model(), make_model().requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
         self.averaged.eval()
+        if groups is not None and self.sharded:
+            # Part by part from the host, where the averaged one stays until it is looked at: no GPU ever holds a whole.
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for group in groups(self.model):
+                fully_shard(group, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        else:
+            # Channels last is how cuDNN computes: in the usual layout a fifth of the tower's step was transposing.
+            for one in (self.model, self.averaged):
+                one.to(self.device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -159,6 +213,9 @@ class Loop(Generic[M]):
             fused=self.device.type == "cuda",
         )
         pairs = list(zip(self.averaged.parameters(), self.model.parameters(), strict=True))
+        if self.sharded:  # a share of the average each, gathered into the averaged model by `_gather`
+            pairs = [(p.detach().clone(), p) for _, p in pairs]  # type: ignore[misc]
+            self.shares = [a for a, _ in pairs]
         self.moving = [(a, p) for a, p in pairs if p.requires_grad]
         # What a forward moves (codebooks and their statistics) is an average already and is copied; the rest is frozen.
         moved = {id(b.weight) for b in self.model.modules() if isinstance(b, Codebook)}
@@ -177,15 +234,30 @@ class Loop(Generic[M]):
     def _path(self) -> Path:
         return self.args.out / "last.pt"
 
-    def _save(self, step: int) -> None:
-        if self.rank:
+    def _gather(self) -> None:
+        """Brings rank 0's averaged model up to date where ranks have shares of it; all of them must come here."""
+        if not self.sharded:
             return
+        with torch.no_grad():
+            for parameter, share in zip(self.averaged.parameters(), self.shares, strict=True):
+                gathered = _whole(share)
+                if gathered is not None:
+                    parameter.copy_(gathered)
+            for mine, theirs in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    def _save(self, step: int) -> None:
+        if self.rank and not self.sharded:
+            return
+        self._gather()
         state = {
             "step": step,
-            "model": self.model.state_dict(),
+            "model": _whole(self.model.state_dict()),
             "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _whole(self.optimizer.state_dict()),
         }
+        if self.rank:
+            return
         partial = self._path.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, self._path)
@@ -193,9 +265,20 @@ class Loop(Generic[M]):
     def _load(self) -> None:
         if not self._path.is_file():
             raise fail(f"--resume: no checkpoint {self._path}")
-        state = torch.load(self._path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        # Of a whole model that every rank takes a share of, the file's pages in memory serve all ranks of a host.
+        where = torch.device("cpu") if self.sharded else self.device
+        state = torch.load(self._path, map_location=where, weights_only=True, mmap=self.sharded)
         self.averaged.load_state_dict(state["averaged"])
+        if self.sharded:
+            own = self.model.state_dict()
+            state["model"] = {name: _share(value, own[name]) for name, value in state["model"].items()}
+            order = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for i, moments in state["optimizer"]["state"].items():
+                for name, value in moments.items():
+                    moments[name] = _share(value, order[i]) if value.ndim else value
+            for share, whole in zip(self.shares, self.averaged.parameters(), strict=True):
+                share.copy_(_share(whole, share))
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.begin = state["step"]
 
@@ -226,8 +309,9 @@ class Loop(Generic[M]):
     @torch.no_grad()
     def _average_weights(self, step: int) -> None:
         decay = min(self.args.ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_([a for a, _ in self.moving], [p for _, p in self.moving], 1 - decay)
-        for mine, theirs in self.copied:
+        averages, weights = ([_local(one) for one in side] for side in zip(*self.moving, strict=True))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for mine, theirs in () if self.sharded else self.copied:
             mine.copy_(theirs)
 
     def train(
@@ -264,9 +348,10 @@ class Loop(Generic[M]):
                 (values["loss"] / args.accumulate).backward()
                 for name, value in values.items():
                     seen[name] = seen.get(name, 0) + value.detach() / args.accumulate
-            if self.world > 1:
+            if self.world > 1 and not self.sharded:  # FSDP does it in the backward
                 self._average_gradients()
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             self.optimizer.step()
             self._average_weights(step)
             done = step + 1
@@ -274,8 +359,10 @@ class Loop(Generic[M]):
             if done % 50 == 0 or done == args.steps:
                 self._report(done, {**seen, "gradient_norm": norm}, bar)
             over = args.minutes is not None and self._over(done, time.monotonic() - started > 60 * args.minutes)
-            if (done % args.sheet_every == 0 or done == args.steps or over) and self.rank == 0:
-                self._validate(done, validate)
+            if done % args.sheet_every == 0 or done == args.steps or over:
+                self._gather()
+                if self.rank == 0:
+                    self._validate(done, validate)
             if done % args.save_every == 0 or done == args.steps or over:
                 self._save(done)
             if over and done < args.steps:
@@ -292,7 +379,9 @@ class Loop(Generic[M]):
         Returns:
             The exit code: 0, or 3 if the run is to be resumed.
         """
+        self._gather()
         if self.rank == 0:
+            self.averaged.to(self.device)
             (save or cast(Callable[[Path], object], self.averaged.save))(self.args.out / "model")
         if self.world > 1:
             dist.barrier()
@@ -338,7 +427,9 @@ class Loop(Generic[M]):
                 self.writer.add_scalar(name, value, done)
 
     def _validate(self, done: int, validate: Validate[M]) -> None:
-        images, figures = validate(self.averaged)
+        images, figures = validate(self.averaged.to(self.device))
+        if self.sharded:
+            self.averaged.to("cpu")
         self._log(done, figures)
         tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr)
         for name, image in images.items():
