@@ -17,7 +17,7 @@ constexpr int kBins = 2048;
 constexpr int kListed = 2048;  // entries that a list holds
 constexpr int kNearest = 512;  // of them those in the bin of a cut
 constexpr int kListAt = kBins * 8, kNearAt = kListAt + kListed * 8;
-constexpr int kMiscAt = kNearAt + kNearest * 8, kKeysAt = kMiscAt + 1024;
+constexpr int kMiscAt = kNearAt + kNearest * 4, kKeysAt = kMiscAt + 1024;
 
 __device__ __forceinline__ int ordered(float score) {
   if (score != score) return kNaN;
@@ -232,7 +232,8 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
   Misc& misc = row.misc();
   Word* sums = reinterpret_cast<Word*>(row.memory);
   const int2* list = reinterpret_cast<const int2*>(row.memory + kListAt);
-  int2* near = reinterpret_cast<int2*>(row.memory + kNearAt);
+  int* near = reinterpret_cast<int*>(row.memory + kNearAt);
+  Word* masses = reinterpret_cast<Word*>(row.memory + kListAt);  // of the same entries, in the place of the list
   int bits[kOwn], place[kOwn], bin[kOwn];
   float noise[kOwn];
 #pragma unroll
@@ -266,18 +267,19 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
     for (int j = 0; j < kOwn; ++j) {
       if (bits[j] == 0 || bin[j] != edge) continue;
       const int at = atomicAdd(&misc.near, 1);
-      if (at < kNearest) near[at].x = bits[j];
+      if (at < kNearest) near[at] = bits[j], masses[at] = row.mass(bits[j]);
     }
     __syncthreads();
     const int inside = misc.near;
     if (inside > kNearest) return false;
     for (int i = threadIdx.x; i < inside; i += kThreads) {
       Word larger = before, equal = 0;
+#pragma unroll 8
       for (int j = 0; j < inside; ++j) {
-        larger += near[j].x > near[i].x ? row.mass(near[j].x) : 0;
-        equal += near[j].x == near[i].x ? row.mass(near[j].x) : 0;
+        larger += near[j] > near[i] ? masses[j] : 0;
+        equal += near[j] == near[i] ? masses[j] : 0;
       }
-      if (larger < left && larger + equal >= left) misc.bin = near[i].x;  // the same by all who write
+      if (larger < left && larger + equal >= left) misc.bin = near[i];  // the same by all who write
     }
     __syncthreads();
     low = misc.bin;
@@ -350,7 +352,7 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
                                          bool* unsound) {
   uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
   int2* list = reinterpret_cast<int2*>(memory + kListAt);
-  int2* near = reinterpret_cast<int2*>(memory + kNearAt);
+  int* near = reinterpret_cast<int*>(memory + kNearAt);
   Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
   const bool held = entries <= room;
   int* keys = held ? reinterpret_cast<int*>(memory + kKeysAt) : global_keys;
@@ -404,17 +406,18 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
       for_keys(keys, entries, [&](int i, int key) {
         const int bin = scale.bin(score_of(key));
         if (bin <= edge) list[at++] = {key, i};
-        if (bin == edge) near[atomicAdd(&misc.near, 1)].x = key;
+        if (bin == edge) near[atomicAdd(&misc.near, 1)] = key;
       });
       __syncthreads();
       const int wanted = draw.top_k - before;  // of the edge's bin
       for (int i = threadIdx.x; i < inside; i += kThreads) {
         int larger = 0, equal = 0;
+#pragma unroll 8
         for (int j = 0; j < inside; ++j) {
-          larger += near[j].x > near[i].x;
-          equal += near[j].x == near[i].x;
+          larger += near[j] > near[i];
+          equal += near[j] == near[i];
         }
-        if (larger < wanted && larger + equal >= wanted) misc.bin = near[i].x;  // the same by all who write
+        if (larger < wanted && larger + equal >= wanted) misc.bin = near[i];  // the same by all who write
       }
       __syncthreads();
       int code;

@@ -9,7 +9,7 @@ from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
 from unifiedar.nn import DepthTransformer
-from unifiedar.ops import DepthForm, _native, depth_decode, registry, residual_lookup
+from unifiedar.ops import DepthForm, _native, depth_decode, residual_lookup
 from unifiedar.ops.depth import _flatten, depth_pack
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -358,9 +358,3 @@ def test_heads_of_another_width_are_left_to_the_definition():
         module.decode(hidden, codebook, backend="cuda", temperature=0)
     codes, *_ = module.decode(hidden, codebook, temperature=0)
     assert codes.shape == (2, 2)
-
-
-def test_kernel_waits_for_a_request():
-    (cuda, _) = registry["depth_decode"].backends
-    assert cuda.name == "cuda"
-    assert cuda.on_request is not None

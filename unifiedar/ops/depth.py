@@ -673,7 +673,7 @@ _depth_decode = Op(
     "SymInt kv_heads, float rope, SymInt[] order, SymInt depth) -> (Tensor, Tensor, Tensor, Tensor)",
     eager=_decode_eager,
     fake=_decode_fake,
-    backends=(Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),),
+    backends=(Backend("cuda", _run_cuda, _unfit_cuda),),
 )
 
 
