@@ -1,12 +1,15 @@
 // Depth-transformer decoding in one launch: a block on every multiprocessor streams its share of the weights from the
 // first depth to the last, and all wait for each other between one matrix and the next.
 //
-// A matrix is cut into tiles of 16 outputs; a block computes whole tiles (every gridDim-th), its 8 warps sharing the
-// inputs by chunks of 64, and adds their parts in shared memory in the order of the warps: no partial sums between blocks,
-// no atomics on numbers, one result. Weights lie packed as the matrix units take them (see DepthLayout), so that a lane
-// loads its 16 bytes of a 16 x 16 piece from global memory to registers. Each warp has four chunks (16 loads a lane, 64 KB
-// a block) in flight; the next matrix' first four are asked for before the wait for what it is multiplied with, and the
-// ones behind them are fetched into the second cache. So memory works while blocks wait.
+// A matrix is cut into tiles of 16 outputs and those into chunks of 64 inputs, 2 KB each, which lie packed as the matrix
+// units take them (see DepthLayout). A block has a run of tiles, its 8 warps sharing the inputs by chunks, and adds their
+// parts up in shared memory in the order of the warps. Each warp has a ring of chunks of its own in shared memory: as soon
+// as one is used, the next one that the warp will need is asked for, of this matrix or one of the next, so that memory
+// works while blocks wait for each other or a code is drawn.
+//
+// Of the two matrices that are added to the residual stream a block's run may begin and end inside a tile, so that all have
+// as much. The first block of a tile adds what the stream held; the parts of up to two others lie beside it, and whoever
+// reads the stream adds them. No atomics on numbers: one result.
 //
 // The k-th input of a 64-wide chunk goes where its lane can read eight neighbours at once: piece j (0..3) of the chunk has
 // at column slot 2 t + e of the instruction the input 32 (j / 2) + 8 t + 4 (j % 2) + e, and at slot 2 t + 8 + e the one two
@@ -16,25 +19,28 @@
 #include <algorithm>
 
 #include "depth_device.cuh"
+#include "depth_draw.cuh"
 #include "device/cluster.cuh"
 #include "device/entries.cuh"
 
 namespace unifiedar {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // few, so that each has registers for its loads in flight
-constexpr int kSlots = 4;                  // chunks that a warp has in flight
+constexpr int kMostSlots = 8, kLeastSlots = 2;  // chunks of a warp's ring
 constexpr int kChunk = 64;                 // inputs that a warp takes at a time
 constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
+constexpr int kSlotBytes = kChunkLoads * 16, kRingBytes = kWarps * kSlotBytes;  // the latter: one slot of all rings
+constexpr int kBarrierBytes = kWarps * kMostSlots * 8;
+constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kRedPitch = 20;              // floats between columns of a tile in shared memory: no bank conflicts
 constexpr int kRedTiles = 4;               // tiles that are added up together, times rows / 8
 constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
 constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
-constexpr int kStageAt = kRedBytes + kStatBytes;
+constexpr int kVectorsAt = kRedBytes + kStatBytes;  // a norm's gain and bias, then what a matrix is multiplied with
 constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
-constexpr int kHeld = 4;                   // packs of four numbers of a row that a lane keeps between the passes of a norm
-constexpr int kAhead = 48, kAheadDrawing = 96;  // chunks that a block fetches into the second cache (2 KB each)
+constexpr int kHeld = 8;                   // packs of four numbers of a row that a lane has in flight, or keeps
+constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
@@ -73,11 +79,24 @@ struct DepthLayout {
 };
 
 enum Step { kInput, kQkv, kProj, kUp, kDown, kHead };
+enum Kind { kHidden, kCode, kLayer, kLast = kLayer + 4, kKinds };  // of matrices: a layer's four follow kLayer
 
-struct Matrix {
-  const uint4* weights;
+// A matrix, and the block's share of it: chunks from `begin` on, which are of `own_tiles` tiles from `first_tile` on.
+struct Share {
   int tiles, chunks;
+  int begin, end;            // the same: the block has none
+  int first_tile, own_tiles;
+  int column;                // of chunk `begin` in its tile
+  int number;                // which block of the first tile this is; of the others it is the first
+  int span_first, span_last;  // chunks of the inputs that the block multiplies: all, unless its share is within one tile
 };
+
+static_assert(sizeof(Share) * kKinds <= kShareBytes && kShareBytes % 16 == 0);
+
+// The blocks' share of a matrix: whole tiles or, if it is `divided`, of a tile at least half.
+__host__ __device__ __forceinline__ int share_of(int tiles, int chunks, bool divided, int whole) {
+  return !divided ? whole * chunks : whole > (chunks + 1) / 2 ? whole : (chunks + 1) / 2;
+}
 
 // Division by a number that is known at the launch: exact where value times number is below 2^32.
 struct Divisor {
@@ -87,12 +106,6 @@ struct Divisor {
     return number == 1 ? value : int(uint64_t(uint32_t(value)) * inverse >> 32);
   }
 };
-
-// Tiles of a matrix that are the block's: those from blockIdx.x on, every gridDim.x-th.
-__device__ __forceinline__ int own_tiles(const Matrix& matrix, const Divisor& blocks) {
-  const int rest = matrix.tiles - int(blockIdx.x);
-  return rest > 0 ? blocks.quotient(rest + int(blocks.number) - 1) : 0;
-}
 
 template <typename T>
 __device__ __forceinline__ float wide(T value);
@@ -131,291 +144,32 @@ __device__ __forceinline__ uint4 pack(const float (&value)[8]) {
           pack_word(value[6], value[7], T{})};
 }
 
-// Chunks of a tile that are a warp's.
-__device__ __forceinline__ int own_chunks(int chunks, int warp) { return int(uint32_t(chunks - warp + kWarps - 1) / kWarps); }
+// The way of a warp through its block's share of a matrix: of each tile the chunks warp, warp + 8, ...
+struct Walk {
+  int at, column, end, chunks;  // chunk of the matrix, and of its tile; chunk at which the share ends
 
-// The weights that a warp reads of one matrix after another. Unit u of a matrix is chunk warp + 8 (u % own) of the
-// block's tile u / own.
-struct Stream {
-  uint4 ring[kSlots][kPieces];
-  const uint4* next;  // of the unit that is asked for next
-  int own;            // chunks of a tile that are this warp's
-  int chunk, left;    // of those the next one; units not asked for yet
-  int64_t over;       // from a tile's last chunk of this warp to the next tile's first
-  int tiles;          // of the block
-  bool started;
-
-  __device__ __forceinline__ void aim(const Matrix& matrix, const Divisor& blocks) {
-    const int warp = threadIdx.x / 32;
-    tiles = own_tiles(matrix, blocks);
-    own = own_chunks(matrix.chunks, warp);
-    chunk = 0;
-    left = tiles * own;
-    over = (int64_t(gridDim.x) * matrix.chunks - int64_t(own - 1) * kWarps) * kChunkLoads;
-    next = matrix.weights + (int64_t(blockIdx.x) * matrix.chunks + warp) * kChunkLoads + threadIdx.x % 32;
-    started = false;
+  __device__ __forceinline__ void begin(const Share& share, int warp) {
+    chunks = share.chunks;
+    at = share.begin;
+    end = share.end;
+    if (at >= end) return;
+    column = share.column;
+    const int skipped = (warp - column) & (kWarps - 1);
+    at += skipped;
+    column += skipped;
+    wrap(warp);
   }
-
-  __device__ __forceinline__ void start() {
-    started = true;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) ask(slot);
+  __device__ __forceinline__ void wrap(int warp) {
+    if (column < chunks) return;
+    at = warp < chunks ? at - column + chunks + warp : end;
+    column = warp;
   }
-
-  // The slot must be known to the compiler: registers have no index.
-  __device__ __forceinline__ void ask(int slot) {
-    if (left <= 0) return;
-    --left;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) ring[slot][i] = load_weights(next + i * 32);
-    if (++chunk == own) {
-      chunk = 0;
-      next += over;
-    } else {
-      next += kWarps * kChunkLoads;
-    }
+  __device__ __forceinline__ void next(int warp) {
+    at += kWarps;
+    column += kWarps;
+    wrap(warp);
   }
 };
-
-// Has chunks first .. last - 1 of the block's share of a matrix fetched into the second cache, by one warp.
-__device__ __forceinline__ int fetch_share(const Matrix& matrix, const Divisor& blocks, int first, int last) {
-  const int end = min(last, own_tiles(matrix, blocks) * matrix.chunks);
-  for (int i = first + int(threadIdx.x % 32); i < end; i += 32) {
-    const int tile = i / matrix.chunks, chunk = i - tile * matrix.chunks;
-    fetch_ahead(matrix.weights + ((int64_t(tile) * gridDim.x + blockIdx.x) * matrix.chunks + chunk) * kChunkLoads);
-  }
-  return last - max(end, first);
-}
-
-// ---- drawing a code --------------------------------------------------------------------------------------------------
-// What is decided here is decided by the numbers of unifiedar/ops/sample.py: scores as integers of their order, weights
-// rounded to float32, sums of integers.
-
-constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  // as integers: NaN, inf, -inf
-constexpr int kBins = 2048, kCopies = 4;  // of a histogram: copies keep lanes from waiting for each other
-constexpr int kListed = 4096;             // entries that a list holds
-constexpr int kListAt = kBins * kCopies * 4, kMiscAt = kListAt + kListed * 8, kKeysAt = kMiscAt + 1024;
-
-__device__ __forceinline__ int ordered(float score) {
-  if (score != score) return kNaN;
-  const int bits = __float_as_int(score == 0 ? 0.f : score);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-__device__ __forceinline__ float score_of(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
-
-using Word = unsigned long long;
-
-// Small numbers that threads of a block tell each other.
-struct Misc {
-  Word warps[kWarps];
-  Word above;
-  int bin, count;
-};
-
-__device__ __forceinline__ Word block_max(Misc& misc, Word value) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) value = max(value, __shfl_xor_sync(~0u, value, step));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) value = max(value, misc.warps[w]);
-  return value;
-}
-
-__device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) value += misc.warps[w];
-  return value;
-}
-
-// Finds the bin at which the sum of bins from the highest down reaches `goal`; misc.bin is that bin and misc.above the
-// sum of those above it. `value(bin)` is read by one thread. All of the block's threads see the result.
-template <int kCount, typename Value>
-__device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
-  constexpr int kOwn = kCount / kThreads;
-  Word own[kOwn], sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    own[i] = value(kCount - 1 - (int(threadIdx.x) * kOwn + i));
-    sum += own[i];
-  }
-  Word upto = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const Word other = __shfl_up_sync(~0u, upto, step);
-    if (int(threadIdx.x % 32) >= step) upto += other;
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
-  __syncthreads();
-  for (int w = 0; w < int(threadIdx.x / 32); ++w) upto += misc.warps[w];
-  Word above = upto - sum;
-  if (above < goal && upto >= goal) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (above < goal && above + own[i] >= goal) {
-        misc.bin = kCount - 1 - (int(threadIdx.x) * kOwn + i);
-        misc.above = above;
-      }
-      above += own[i];
-    }
-  }
-  __syncthreads();
-}
-
-// The k-th largest key, or a smaller one with the same keys above it or equal to it; `count` is how many those are.
-__device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* keys, int entries, int k, int* count) {
-  uint32_t prefix = 0;
-  int left = k;
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, width = pass == 2 ? 10 : 11;
-    for (int i = threadIdx.x; i < kBins * kCopies; i += kThreads) bins[i] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < entries; i += kThreads) {
-      const uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
-      if (pass == 0 || key >> (shift + width) == prefix)
-        atomicAdd(bins + (key >> shift & ((1u << width) - 1)) * kCopies + i % kCopies, 1u);
-    }
-    __syncthreads();
-    const auto total = [&](int bin) {
-      const uint32_t* at = bins + bin * kCopies;
-      return Word(at[0]) + at[1] + at[2] + at[3];
-    };
-    find_bin<kBins>(misc, left, total);
-    left -= int(misc.above);
-    prefix = prefix << width | uint32_t(misc.bin);
-    const int inside = int(total(misc.bin));
-    *count = k - left + inside;
-    __syncthreads();
-    if (inside == left || shift == 0) return int((prefix << shift) ^ 0x80000000u);
-  }
-  return kLeast;
-}
-
-struct Draw {
-  const float* noise;
-  float inverse_temperature;
-  int top_k;
-  double top_p;
-};
-
-// A code from one row of keys, of which there are at least `entries` up to a multiple of four; by the whole block.
-// `room` is how many keys fit behind kKeysAt; `unsound` becomes whether there is NaN among the scores.
-__device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys, int entries, int room, const Draw& draw,
-                                         bool* unsound) {
-  uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
-  int2* list = reinterpret_cast<int2*>(memory + kListAt);
-  Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
-  int* keys = global_keys;
-  Word best = 0;
-  __syncthreads();
-  if (entries <= room) keys = reinterpret_cast<int*>(memory + kKeysAt);
-  for (int i = threadIdx.x; i < (entries + 3) / 4; i += kThreads) {
-    const int4 four = __ldcg(reinterpret_cast<const int4*>(global_keys) + i);
-    if (entries <= room) reinterpret_cast<int4*>(keys)[i] = four;
-    const int own[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (4 * i + e < entries)
-        best = max(best, Word(uint32_t(own[e]) ^ 0x80000000u) << 32 | uint32_t(~(4 * i + e)));
-  }
-  best = block_max(misc, best);  // its waits also make the copy of the keys visible
-  const int top = int(uint32_t(best >> 32) ^ 0x80000000u);
-  *unsound = top == kNaN;
-  if (draw.inverse_temperature == 0) return int(~uint32_t(best));
-  if (top <= kLeast || top >= kInfinite) return 0;
-
-  int least = kLeast, kept = entries;
-  if (draw.top_k > 0 && draw.top_k < entries) least = find_kth(misc, bins, keys, entries, draw.top_k, &kept);
-
-  // From here on an entry is its weight, whose bits are integers of the same order; 0 is what cannot be drawn.
-  const bool listed = kept <= kListed;
-  const double peak = score_of(top);
-  if (threadIdx.x == 0) misc.count = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < entries; i += kThreads) {
-    const int key = keys[i];
-    int bits = 0;
-    if (key >= least) {
-      const double distance = double(score_of(key)) - peak;
-      if (distance >= -87) bits = __float_as_int(float(exp(distance)));
-    }
-    if (!listed)
-      keys[i] = bits;
-    else if (bits > 0)
-      list[atomicAdd(&misc.count, 1)] = {bits, i};
-  }
-  __syncthreads();
-  const int count = listed ? misc.count : entries;
-  const auto entry = [&](int i) { return listed ? list[i] : int2{keys[i], i}; };
-
-  // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
-  int low = 1, bound = entries;
-  if (draw.top_p > 0 && draw.top_p < 1) {
-    int bits_of_size = 0;
-    while ((entries - 1) >> bits_of_size) ++bits_of_size;
-    const double units = double(Word(1) << (62 - bits_of_size));
-    const auto mass = [&](int bits) { return Word(double(__int_as_float(bits)) * units); };
-    Word total = 0;
-    for (int i = threadIdx.x; i < count; i += kThreads) total += mass(entry(i).x);
-    total = block_sum(misc, total);
-    const double product = double(static_cast<long long>(total)) * draw.top_p;
-    Word left = Word(product);
-    left += double(static_cast<long long>(left)) < product;
-    Word* sums = reinterpret_cast<Word*>(memory);
-    uint32_t prefix = 0;
-    for (int shift = 20; shift >= 0; shift -= 10) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < 1024; i += kThreads) sums[i] = 0;
-      __syncthreads();
-      for (int i = threadIdx.x; i < count; i += kThreads) {
-        const uint32_t bits = entry(i).x;
-        if (bits && (shift == 20 || bits >> (shift + 10) == prefix)) atomicAdd(sums + (bits >> shift & 1023), mass(bits));
-      }
-      __syncthreads();
-      find_bin<1024>(misc, left, [&](int bin) { return sums[bin]; });
-      left -= misc.above;
-      prefix = prefix << 10 | uint32_t(misc.bin);
-    }
-    low = int(prefix);
-    const Word each = mass(low), wanted = (left + each - 1) / each;
-    Word equal = 0;
-    for (int i = threadIdx.x; i < count; i += kThreads) equal += entry(i).x == low;
-    equal = block_sum(misc, equal);
-    if (wanted < equal) {
-      int short_of = 0;  // fewer than wanted are before this index, wanted before `bound`
-      while (bound - short_of > 1) {
-        const int place = (short_of + bound) / 2;
-        Word before = 0;
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-          const int2 one = entry(i);
-          before += one.x == low && one.y < place;
-        }
-        if (block_sum(misc, before) >= wanted)
-          bound = place;
-        else
-          short_of = place;
-      }
-    }
-  }
-
-  best = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int2 one = entry(i);
-    if (one.x <= 0 || one.x < low || (one.x == low && one.y >= bound)) continue;
-    const float speed = __fdiv_rn(__int_as_float(one.x), __ldg(draw.noise + one.y));
-    if (speed > 0) best = max(best, Word(__float_as_uint(speed)) << 32 | uint32_t(~one.y));
-  }
-  best = block_max(misc, best);
-  return int(~uint32_t(best));
-}
 
 // ---- the kernel ------------------------------------------------------------------------------------------------------
 
@@ -427,12 +181,266 @@ __device__ __forceinline__ float add_rounded(Book* total, const Book* row, int c
   return wide(sum);
 }
 
+// ---- what a matrix is multiplied with
+
+__device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int row, int width, int dim) {
+  return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
+}
+
+// LayerNorm of the residual stream, x and `extras` tensors beside it, to shared memory; gain and bias lie at kVectorsAt.
+// Rows are cut into parts, one a warp, whose sums are added up in order.
+template <typename T>
+__device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
+                                            unsigned char* memory) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
+  const uint2* biases = gains + dim / 4;
+  float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
+  int shift = 3;  // warps a row: 8, or fewer for more rows
+  static_assert(kWarps == 8, "a power of two");
+  while (shift > 0 && rows << shift > kWarps) --shift;
+  const int parts = 1 << shift, part = warp & (parts - 1);
+  // Of a row's packs of four a warp has a run, and its lanes every 32nd, at places that differ by constants.
+  const int packs = dim / 4, span = ((packs + 31) / 32 + parts - 1 >> shift) * 32;
+  const int first = part * span + lane, end = min(packs, (part + 1) * span);
+#pragma unroll 1
+  for (int base = 0; base < rows; base += kWarps >> shift) {
+    const int row = base + (warp >> shift);
+    const bool inside = row < rows;
+    const int64_t begin = int64_t(inside ? row : 0) * dim;
+    const float4* from = reinterpret_cast<const float4*>(x + begin);
+    const auto more = [&](int e, int i) {
+      return __ldcg(reinterpret_cast<const float4*>(beside + e * int64_t(rows) * dim + begin) + i);
+    };
+    const auto add = [](float4& to, const float4& v) { to = {to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w}; };
+    // A batch is read at once; the first one is kept. (Zeros where there is nothing: a register that is not written on some
+    // way through the phases is held through all of them.)
+    float4 held[kHeld];
+    const auto read = [&](float4 (&to)[kHeld], int first) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
+#pragma unroll 1
+      for (int e = 0; e < extras; ++e) {
+        float4 other[kHeld];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          other[i] = first + i * 32 < end ? more(e, first + i * 32) : float4{};
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          add(to[i], other[i]);
+      }
+    };
+    // Deviations from the row's first element: a mean far from 0 costs no digits.
+    const float origin = __ldcg(reinterpret_cast<const float*>(from));
+    float sum = 0, squares = 0;
+    const auto count = [&](const float4 (&batch)[kHeld], int first) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (first + i * 32 >= end) continue;
+        const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sum += b[e];
+          squares += b[e] * b[e];
+        }
+      }
+    };
+    read(held, first);
+    count(held, first);
+#pragma unroll 1
+    for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
+      float4 batch[kHeld];
+      read(batch, i);
+      count(batch, i);
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, distance);
+      squares += __shfl_xor_sync(~0u, squares, distance);
+    }
+    if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
+    if (parts > 1)
+      __syncthreads();
+    else
+      __syncwarp();
+    if (inside) {
+      sum = squares = 0;
+      for (int p = 0; p < parts; ++p) {
+        sum += stats[row * kWarps + p].x;
+        squares += stats[row * kWarps + p].y;
+      }
+      const float deviation = sum / dim, mean = origin + deviation;
+      const float scale = rsqrtf(max(squares / dim - deviation * deviation, 0.f) + 1e-5f);
+      unsigned char* to = staged_row(memory, row, dim, dim);
+      const auto put = [&](int i, const float4& v) {
+        const uint2 g = gains[i], b = biases[i];
+        const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+        const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+        reinterpret_cast<uint2*>(to)[i] = {
+            pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+            pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
+      };
+      const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          if (first + i * 32 < end) put(first + i * 32, batch[i]);
+      };
+      put_all(held, first);
+#pragma unroll 1
+      for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
+        float4 batch[kHeld];
+        read(batch, i);
+        put_all(batch, i);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
+// a lane of four has 8 (lane % 4) .. + 7 of either half, as a matrix' operand has them, and one of sixteen four in a row.
+template <int kLanes>
+struct Head {
+  static constexpr int kWords = 32 / kLanes;
+  static constexpr int kBatch = kLanes == 16 ? 4 : 3;  // depths whose keys and values are in flight
+  uint32_t query[kWords], key[kBatch][kWords], value[kBatch][kWords];
+};
+
+// Where a layer has its queries, keys and values.
+template <typename T>
+struct Attended {
+  const T *query, *keys, *values;  // [rows, dim], [depth, rows, dim] twice
+  int rows, dim;
+};
+
+template <int kLanes, typename T>
+__device__ __forceinline__ int64_t place_of(const Attended<T>& from, int head, int group) {
+  const int lane = threadIdx.x % 32, row = group * (32 / kLanes) + lane / kLanes, rows = from.rows, dim = from.dim;
+  return int64_t(row < rows ? row : 0) * dim + head * kHeadDim + lane % kLanes * (kLanes == 16 ? 4 : 8);
+}
+
+template <int kWords, typename T>
+__device__ __forceinline__ void read(uint32_t (&to)[kWords], const T* from, bool there) {
+  if constexpr (kWords == 2) {
+    const uint2 raw = there ? __ldcg(reinterpret_cast<const uint2*>(from)) : uint2{};
+    to[0] = raw.x, to[1] = raw.y;
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 raw = there ? load_shared_by_all(from + half * 32) : uint4{};
+      to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
+    }
+  }
+}
+
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_depths(Head<kLanes>& to, const Attended<T>& from, int d, int first, int64_t place) {
+  const int64_t level = int64_t(from.rows) * from.dim;
+#pragma unroll
+  for (int j = 0; j < Head<kLanes>::kBatch; ++j) {
+    const bool there = first + j <= d;
+    read(to.key[j], from.keys + (first + j) * level + place, there);
+    read(to.value[j], from.values + (first + j) * level + place, there);
+  }
+}
+
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_head(Head<kLanes>& to, const Attended<T>& from, int d, int64_t place) {
+  read(to.query, from.query + place, true);
+  read_depths(to, from, d, 0, place);
+}
+
+// From a head of which the first depths are read; leaves the result where the query was.
+template <int kLanes, typename T>
+__device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& from, int d, int64_t place) {
+  constexpr int kWords = Head<kLanes>::kWords, kBatch = Head<kLanes>::kBatch;
+  float2 y[kWords] = {};
+  float most = -INFINITY, total = 0;
+#pragma unroll 1
+  for (int first = 0; first <= d; first += kBatch) {
+    if (first > 0) read_depths(head, from, d, first, place);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j > d) continue;
+      float score = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const float2 q = unpack_word(head.query[w], T{}), k = unpack_word(head.key[j][w], T{});
+        score += q.x * k.x;
+        score += q.y * k.y;
+      }
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) score += __shfl_xor_sync(~0u, score, distance);
+      score *= 0.125f;  // 1 / sqrt(64)
+      const float now = max(most, score);
+      const float old = __expf(most - now), weight = __expf(score - now);
+      most = now;
+      total = total * old + weight;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const float2 v = unpack_word(head.value[j][w], T{});
+        y[w] = {y[w].x * old + weight * v.x, y[w].y * old + weight * v.y};
+      }
+    }
+  }
+  const float share = 1 / total;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) head.query[w] = pack_word(y[w].x * share, y[w].y * share, T{});
+}
+
+template <int kLanes>
+__device__ __forceinline__ void put_head(const Head<kLanes>& from, void* to) {
+  if constexpr (kLanes == 16) {
+    *static_cast<uint2*>(to) = {from.query[0], from.query[1]};
+  } else {
+    static_cast<uint4*>(to)[0] = {from.query[0], from.query[1], from.query[2], from.query[3]};
+    static_cast<uint4*>(to)[4] = {from.query[4], from.query[5], from.query[6], from.query[7]};
+  }
+}
+
+// Each warp the heads that it multiplies, for a chunk of the inputs is a head. With few rows the next head's numbers are on
+// their way while one is worked on.
+template <int kLanes, typename T>
+__device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int begin, int end, unsigned char* memory) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = from.rows, dim = from.dim;
+  constexpr int kOwnRows = 32 / kLanes;
+  const int groups = (rows + kOwnRows - 1) / kOwnRows;
+  int head = begin + ((warp - begin) & (kWarps - 1)), group = 0;
+  constexpr bool kAhead = kLanes == 16;
+  Head<kLanes> now{}, next{};
+  if (kAhead && head < end) read_head(next, from, d, place_of<kLanes>(from, head, group));
+#pragma unroll 1
+  while (head < end) {
+    const int own_head = head, own_group = group;
+    const int64_t place = place_of<kLanes>(from, head, group);
+    if (++group == groups) {
+      group = 0;
+      head += kWarps;
+    }
+    if constexpr (kAhead) {
+      now = next;
+      if (head < end) read_head(next, from, d, place_of<kLanes>(from, head, group));
+    } else {
+      read_head(now, from, d, place);
+    }
+    attend(now, from, d, place);
+    const int row = own_group * kOwnRows + lane / kLanes;
+    if (row < rows)
+      put_head(now, staged_row(memory, row, dim, dim) + own_head * kHeadDim * 2 + lane % kLanes * (kLanes == 16 ? 8 : 16));
+  }
+  __syncwarp();
+}
+
+// ---- all of it
+
 struct Kernel {
   DepthArgs args;
   DepthWorkspace at;
   DepthLayout layout;
-  Divisor blocks, rows, pairs;  // pairs: rows that share codes
-  int shared_bytes;
+  Divisor rows, pairs;          // the latter: rows that share codes
+  int free_bytes, slots;        // shared memory before the rings' barriers; chunks of a warp's ring
+  int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
 
 template <typename T, int kGroups>
@@ -441,283 +449,289 @@ struct Decoder {
   const DepthSizes& s;
   const DepthWorkspace& at;
   const DepthLayout& layout;
-  const Divisor &blocks, &all_rows, &pairs;
+  const Divisor &all_rows, &pairs;
   unsigned char* const memory;
-  const int &shared_bytes, &rows, &dim;
-  const int warp, lane;
+  const int &free_bytes, &slots;
+  const int* const extras;
+  int rows, dim, warp, lane;
+  unsigned char* workspace;
   uint32_t waits = 0;
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
-        blocks(kernel.blocks), all_rows(kernel.rows), pairs(kernel.pairs),
-        memory(reinterpret_cast<unsigned char*>(shared_memory())), shared_bytes(kernel.shared_bytes),
-        rows(kernel.args.sizes.rows), dim(kernel.args.sizes.dim), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
+        all_rows(kernel.rows), pairs(kernel.pairs),
+        memory(reinterpret_cast<unsigned char*>(shared_memory())), free_bytes(kernel.free_bytes), slots(kernel.slots),
+        extras(kernel.extras) {
+    look_again();
+  }
+
+  // Once a phase: the compiler is not to know that these do not change. Else it computes what every phase derives from them
+  // before the first one, and has no registers for it.
+  __device__ __forceinline__ void look_again() {
+    rows = again(s.rows);
+    dim = again(s.dim);
+    warp = again(threadIdx.x) / 32;
+    lane = again(threadIdx.x) % 32;
+    workspace = again(static_cast<unsigned char*>(a.workspace));
+  }
 
   template <typename U>
   __device__ __forceinline__ U* space(size_t offset) const {
-    return reinterpret_cast<U*>(static_cast<unsigned char*>(a.workspace) + offset);
+    return reinterpret_cast<U*>(workspace + offset);
   }
   __device__ __forceinline__ const T* packed(int64_t offset) const { return static_cast<const T*>(a.packed) + offset; }
   __device__ __forceinline__ T* cache(int layer, int which, int d) const {
     return space<T>(at.cache) + ((int64_t(layer) * 2 + which) * s.depth + d) * rows * dim;
   }
 
-  // Step `index` after the beginning of depth d: 0 is the input's, then four a layer, then the head's.
-  __device__ __forceinline__ Matrix matrix(int d, int index) const {
-    const int steps = 4 * s.layers + 2;
-    if (index >= steps) {
-      ++d;
-      index -= steps;
+  // The matrix of step `index` of depth d: 0 is the input's, then four a layer, then the head's.
+  __device__ __forceinline__ int kind_of(int d, int index) const {
+    return index == 0 ? (d ? kCode : kHidden) : index == 4 * s.layers + 1 ? kLast : kLayer + (index - 1) % 4;
+  }
+  __device__ __forceinline__ const uint4* weights_of(int kind, int index) const {
+    int64_t offset;
+    switch (kind) {
+      case kHidden:
+        offset = layout.hidden;
+        break;
+      case kCode:
+        offset = layout.code;
+        break;
+      case kLast:
+        offset = layout.head;
+        break;
+      default: {
+        const int64_t within = kind == kLayer ? layout.qkv : kind == kLayer + 1 ? layout.proj
+                               : kind == kLayer + 2 ? layout.up : layout.down;
+        offset = layout.blocks + (index - 1) / 4 * layout.block + within;
+      }
     }
-    if (d >= s.depth) return {nullptr, 0, 1};
-    const auto piece = [&](int64_t offset, int outputs, int inputs) {
-      return Matrix{reinterpret_cast<const uint4*>(packed(offset)), (outputs + 15) / 16, (inputs + kChunk - 1) / kChunk};
-    };
-    if (index == 0) {
-      if (d > 0) return piece(layout.code, dim, s.code_dim);
-      return s.hidden_dim ? piece(layout.hidden, dim, s.hidden_dim) : Matrix{nullptr, 0, 1};
-    }
-    if (index == steps - 1) return piece(layout.head, s.num_codes, dim);
-    const int64_t block = layout.blocks + (index - 1) / 4 * layout.block;
-    switch ((index - 1) % 4) {
-      case 0:
-        return piece(block + layout.qkv, 3 * dim, dim);
-      case 1:
-        return piece(block + layout.proj, dim, dim);
-      case 2:
-        return piece(block + layout.up, 4 * dim, dim);
-      default:
-        return piece(block + layout.down, dim, 4 * dim);
-    }
+    return reinterpret_cast<const uint4*>(packed(offset));
   }
 
-  __device__ __forceinline__ bool wait(Stream& stream) {
+  __device__ __forceinline__ Share* share(int kind) const {
+    return reinterpret_cast<Share*>(memory + free_bytes + kBarrierBytes) + kind;
+  }
+
+  // Computed once, for it takes divisions.
+  __device__ __forceinline__ void find_share(int kind) const {
+    const int step = kind - kLayer;
+    const int outputs = kind == kLast ? s.num_codes : step == 0 ? 3 * dim : step == 2 ? 4 * dim : dim;
+    const int inputs = kind == kHidden ? s.hidden_dim : kind == kCode ? s.code_dim : step == 3 ? 4 * dim : dim;
+    const bool divided = step == 1 || step == 3;
+    const int tiles = (outputs + 15) / 16, chunks = (inputs + kChunk - 1) / kChunk, all = tiles * chunks;
+    const int size = share_of(tiles, chunks, divided, ((divided ? all : tiles) + int(gridDim.x) - 1) / int(gridDim.x));
+    Share own{tiles, chunks};
+    own.begin = min(int(blockIdx.x) * size, all);
+    own.end = min(own.begin + size, all);
+    if (own.begin < own.end) {
+      own.first_tile = own.begin / chunks;
+      own.own_tiles = (own.end + chunks - 1) / chunks - own.first_tile;
+      own.column = own.begin - own.first_tile * chunks;
+      own.number = own.column > 0 ? int(blockIdx.x) - own.first_tile * chunks / size : 0;
+      const bool within = own.column + own.end - own.begin <= chunks;
+      own.span_first = within ? own.column : 0;
+      own.span_last = within ? own.column + own.end - own.begin : chunks;
+    }
+    *share(kind) = own;
+  }
+
+  // ---- the ring
+
+  // Where a warp is in its ring, and what it asks for next.
+  struct Stream {
+    Walk walk;
+    const uint4* weights;
+    int d, index;               // of the matrix asked for
+    int asked, taken;           // slots: the next one to be filled, the next one to be used
+    int in_flight;
+    uint32_t parity;            // of the phase that fills the next one to be used
+  };
+
+  __device__ __forceinline__ unsigned char* slot(int number) const {
+    return memory + free_bytes + kBarrierBytes + kShareBytes + (warp * slots + number) * kSlotBytes;
+  }
+  __device__ __forceinline__ unsigned char* slot_barrier(int number) const {
+    return memory + free_bytes + (warp * kMostSlots + number) * 8;
+  }
+
+  // Has the next chunk of the warp brought to its ring, if there is one.
+  __device__ __forceinline__ void ask(Stream& stream) const {
+    while (stream.walk.at >= stream.walk.end && stream.d < s.depth) {
+      if (++stream.index == 4 * s.layers + 2) {
+        stream.index = 0;
+        ++stream.d;
+      }
+      if (stream.d == s.depth) break;
+      const int kind = kind_of(stream.d, stream.index);
+      stream.weights = weights_of(kind, stream.index) + lane;
+      stream.walk.begin(*share(kind), warp);
+    }
+    const bool more = stream.d < s.depth;
+    if (more) {
+      chunk_copy(slot(stream.asked), stream.weights + int64_t(stream.walk.at) * kChunkLoads, slot_barrier(stream.asked));
+      if (++stream.asked == slots) stream.asked = 0;
+      ++stream.in_flight;
+      stream.walk.next(warp);
+    }
+    chunk_asked();
+  }
+
+  // Waits for the warp's next chunk.
+  __device__ __forceinline__ const uint4* take(Stream& stream) const {
+    chunk_wait(slot_barrier(stream.taken), stream.parity, slots);
+    return reinterpret_cast<const uint4*>(slot(stream.taken)) + lane;
+  }
+
+  // The chunk is used by all lanes: its place is free.
+  __device__ __forceinline__ void release(Stream& stream) const {
+    --stream.in_flight;
+    if (++stream.taken == slots) {
+      stream.taken = 0;
+      stream.parity ^= 1;
+    }
+    __syncwarp();
+    ask(stream);
+  }
+
+  __device__ __forceinline__ void begin(Stream& stream) const {
+    if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
+    if (lane < slots) chunk_barrier(slot_barrier(lane));
+    chunk_barriers_done();
+    __syncthreads();
+    stream = {{0, 0, 0, 1}, nullptr, 0, s.hidden_dim ? -1 : 0, 0, 0, 0, 0};
+    for (int i = 0; i < slots; ++i) ask(stream);
+  }
+
+  // `vectors`, unless null: a norm's gain and bias, which are put where stage_norm reads them while others are waited for.
+  __device__ __forceinline__ bool wait(const T* vectors) {
     ++waits;
     grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
-      if (!stream.started) stream.start();
+      if (vectors == nullptr) return;
+      for (int i = threadIdx.x; i < dim / 4; i += kThreads)
+        reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
     });
     return int(waits) == a.stop;
   }
 
+  // ---- the residual stream
+
+  // What lies beside it when a step of a layer (the head's is that of one more) reads it.
+  struct Extra {
+    const float* from;
+    int count;
+  };
+  __device__ __forceinline__ float* part(int which, int number) const {
+    return space<float>(at.parts) + (which * kExtras + number) * int64_t(rows) * dim;
+  }
+  __device__ __forceinline__ Extra beside(int layer, Step step) const {
+    if (step == kUp || step == kDown) return {part(0, 0), extras[0]};
+    return {part(1, 0), layer > 0 ? extras[1] : 0};
+  }
+
   // ---- what a matrix is multiplied with
 
+  __device__ __forceinline__ int stage_at() const { return kVectorsAt + dim * 4; }
   __device__ __forceinline__ unsigned char* staged(int row, int width) const {
-    return memory + kStageAt + row * (width * 2 + kPad);
+    return staged_row(memory, row, width, dim);
   }
-  __device__ __forceinline__ bool fits(int width) const { return kStageAt + rows * (width * 2 + kPad) <= shared_bytes; }
+  __device__ __forceinline__ bool fits(int width) const { return stage_at() + rows * (width * 2 + kPad) <= free_bytes; }
 
-  // LayerNorm of the residual stream. Rows are cut into parts, one a warp, whose sums are added up in order.
-  __device__ __forceinline__ void stage_norm(const T* gain) {
-    const T* bias = gain + dim;
-    const float* x = space<float>(at.x);
-    float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
-    int shift = 3;  // warps a row: 8, or fewer for more rows
-    static_assert(kWarps == 8, "a power of two");
-    while (shift > 0 && rows << shift > kWarps) --shift;
-    const int parts = 1 << shift, part = warp & (parts - 1);
-    const int packs = dim / 4, step = 32 * parts;
-    const int first = part * 32 + lane;
-    for (int base = 0; base < rows; base += kWarps >> shift) {
-      const int row = base + (warp >> shift);
-      const bool inside = row < rows;
-      const float4* from = reinterpret_cast<const float4*>(x + int64_t(inside ? row : 0) * dim);
-      float4 held[kHeld];
-      uint2 gains[kHeld], biases[kHeld];
-      // Deviations from the row's first element: a mean far from 0 costs no digits.
-      const float origin = __ldcg(reinterpret_cast<const float*>(from));
-      float sum = 0, squares = 0;
-      const auto count = [&](const float4& v) {
-        const float b[4] = {v.x - origin, v.y - origin, v.z - origin, v.w - origin};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sum += b[e];
-          squares += b[e] * b[e];
-        }
-      };
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i)
-        if (first + i * step < packs) {
-          held[i] = __ldcg(from + first + i * step);
-          gains[i] = __ldg(reinterpret_cast<const uint2*>(gain) + first + i * step);
-          biases[i] = __ldg(reinterpret_cast<const uint2*>(bias) + first + i * step);
-        }
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i)
-        if (first + i * step < packs) count(held[i]);
-      for (int i = first + kHeld * step; i < packs; i += step) count(__ldcg(from + i));
-#pragma unroll
-      for (int distance = 16; distance; distance /= 2) {
-        sum += __shfl_xor_sync(~0u, sum, distance);
-        squares += __shfl_xor_sync(~0u, squares, distance);
-      }
-      if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
-      if (parts > 1)
-        __syncthreads();
-      else
-        __syncwarp();
-      if (inside) {
-        sum = squares = 0;
-        for (int p = 0; p < parts; ++p) {
-          sum += stats[row * kWarps + p].x;
-          squares += stats[row * kWarps + p].y;
-        }
-        const float deviation = sum / dim, mean = origin + deviation;
-        const float scale = rsqrtf(max(squares / dim - deviation * deviation, 0.f) + 1e-5f);
-        unsigned char* to = staged(row, dim);
-        const auto put = [&](int i, const float4& v, const uint2& g, const uint2& b) {
-          const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
-          const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
-          reinterpret_cast<uint2*>(to)[i] = {
-              pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
-              pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
-        };
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i)
-          if (first + i * step < packs) put(first + i * step, held[i], gains[i], biases[i]);
-        for (int i = first + kHeld * step; i < packs; i += step)
-          put(i, __ldcg(from + i), __ldg(reinterpret_cast<const uint2*>(gain) + i),
-              __ldg(reinterpret_cast<const uint2*>(bias) + i));
-      }
-    }
-    __syncthreads();
+  __device__ __forceinline__ void stage_norm(const Extra& extra) const {
+    normalise_rows<T>(space<float>(at.x), extra.from, extra.count, rows, dim, memory);
   }
+
+  __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
 
   // Rows as they lie in memory; each warp copies the chunks that it multiplies.
-  __device__ __forceinline__ void stage_rows(const T* from, int width) {
-    const int own = own_chunks(width / kChunk, warp);
+  __device__ __forceinline__ void stage_rows(const T* from, int width, const Share& share) {
     for (int row = lane / 8; row < rows; row += 4) {
-      const T* own_row = from + int64_t(row) * width + warp * kChunk + lane % 8 * 8;
-      unsigned char* to = staged(row, width) + (warp * kChunk + lane % 8 * 8) * 2;
+      const T* own_row = from + int64_t(row) * width + lane % 8 * 8;
+      unsigned char* to = staged(row, width) + lane % 8 * 16;
 #pragma unroll 4
-      for (int i = 0; i < own; ++i)
-        *reinterpret_cast<uint4*>(to + i * kWarps * kChunk * 2) = load_shared_by_all(own_row + i * kWarps * kChunk);
+      for (int chunk = first_own(share.span_first); chunk < share.span_last; chunk += kWarps)
+        *reinterpret_cast<uint4*>(to + chunk * kChunk * 2) = load_shared_by_all(own_row + chunk * kChunk);
     }
     __syncwarp();
   }
 
-  // One head's attention at depth d of row 8 group + lane / 4; of its 64 numbers the lane has 8 (lane % 4) .. + 7 of either
-  // half, as a matrix' operand has them.
-  __device__ __forceinline__ void attend(int layer, int d, int head, int group, uint4 (&out)[2]) {
-    const int row = group * 8 + lane / 4;
-    const int64_t offset = int64_t(row < rows ? row : 0) * dim + head * kHeadDim + lane % 4 * 8;
-    const T* keys = cache(layer, 0, 0) + offset;
-    const T* values = cache(layer, 1, 0) + offset;
-    const int64_t next = int64_t(rows) * dim;
-    constexpr int kBatch = kGroups > 2 ? 2 : 3;  // depths with keys and values in flight; three spill with 32 rows
-    uint4 query[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) query[half] = load_shared_by_all(space<T>(at.q) + offset + half * 32);
-    float y[2][8] = {}, most = -INFINITY, total = 0;
-    for (int first = 0; first <= d; first += kBatch) {
-      uint4 key[kBatch][2], value[kBatch][2];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j > d) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          key[j][half] = load_shared_by_all(keys + (first + j) * next + half * 32);
-          value[j][half] = load_shared_by_all(values + (first + j) * next + half * 32);
-        }
-      }
-      float q[2][8];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) unpack<T>(query[half], q[half]);
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j > d) continue;
-        float score = 0, part[8];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          unpack<T>(key[j][half], part);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) score += q[half][e] * part[e];
-        }
-        score += __shfl_xor_sync(~0u, score, 1);
-        score += __shfl_xor_sync(~0u, score, 2);
-        score *= 0.125f;  // 1 / sqrt(64)
-        const float now = max(most, score);
-        const float old = __expf(most - now), weight = __expf(score - now);
-        most = now;
-        total = total * old + weight;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          unpack<T>(value[j][half], part);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) y[half][e] = y[half][e] * old + weight * part[e];
-        }
-      }
-    }
-    const float share = 1 / total;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[half][e] *= share;
-      out[half] = pack<T>(y[half]);
-    }
+  __device__ __forceinline__ Attended<T> attended(int layer) const {
+    return {space<T>(at.q), cache(layer, 0, 0), cache(layer, 1, 0), rows, dim};
   }
 
-  __device__ __forceinline__ void stage_attention(int layer, int d) {
-    for (int head = warp; head < dim / kHeadDim; head += kWarps) {
-      for (int group = 0; group < kGroups; ++group) {
-        uint4 y[2];
-        attend(layer, d, head, group, y);
-        const int row = group * 8 + lane / 4;
-        if (row < rows) {
-          unsigned char* to = staged(row, dim) + head * kHeadDim * 2 + lane % 4 * 16;
-          *reinterpret_cast<uint4*>(to) = y[0];
-          *reinterpret_cast<uint4*>(to + 64) = y[1];
-        }
-      }
-    }
-    __syncwarp();
+  __device__ __forceinline__ void stage_attention(int layer, int d, const Share& share) {
+    if (kGroups == 1 && rows <= 2)
+      stage_heads<16>(attended(layer), d, share.span_first, share.span_last, memory);
+    else
+      stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
   // The same for large sizes, each head by one warp of the grid.
   __device__ __forceinline__ void attend_apart(int layer, int d) {
     const int groups = (rows + 7) / 8;
+#pragma unroll 1
     for (int i = warp * gridDim.x + blockIdx.x; i < dim / kHeadDim * groups; i += kWarps * gridDim.x) {
-      const int head = i / groups, group = i % groups, row = group * 8 + lane / 4;
-      uint4 y[2];
-      attend(layer, d, head, group, y);
-      if (row < rows) {
-        uint4* to = reinterpret_cast<uint4*>(space<T>(at.y) + int64_t(row) * dim + head * kHeadDim + lane % 4 * 8);
-        to[0] = y[0];
-        to[4] = y[1];
-      }
+      const int number = i / groups, group = i % groups;
+      const Attended<T> from = attended(layer);
+      const int64_t place = place_of<4>(from, number, group);
+      Head<4> head;
+      read_head(head, from, d, place);
+      attend(head, from, d, place);
+      if (group * 8 + lane / 4 < rows) put_head(head, space<T>(at.y) + place);
     }
   }
 
   // ---- products
 
-  // A chunk of a tile: four pieces times all rows. `from` is the lane's first 16 bytes of row lane / 4.
-  __device__ __forceinline__ void multiply(float (&sum)[kGroups][4], const uint4 (&weights)[kPieces],
-                                           const unsigned char* from, int64_t pitch, bool in_shared) {
+  // What a chunk of weights is multiplied with, of all rows: `from` is the lane's first 16 bytes of row lane / 4.
+  template <bool kShared>
+  __device__ __forceinline__ void read_inputs(uint4 (&to)[kGroups][2], const unsigned char* from, int64_t pitch) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        uint4 b = {0, 0, 0, 0};
-        if (group * 8 + lane / 4 < rows) {
-          const unsigned char* own = from + group * 8 * pitch + half * 64;
-          b = in_shared ? *reinterpret_cast<const uint4*>(own) : load_shared_by_all(own);
-        }
-        multiply_tile<T>(sum[group], weights[2 * half], b.x, b.y);
-        multiply_tile<T>(sum[group], weights[2 * half + 1], b.z, b.w);
+      for (int half = 0; half < 2; ++half) {
+        to[group][half] = {0, 0, 0, 0};
+        const unsigned char* own = from + group * 8 * pitch + half * 64;
+        if (group * 8 + lane / 4 < rows)
+          to[group][half] = kShared ? *reinterpret_cast<const uint4*>(own) : load_shared_by_all(own);
       }
     }
   }
 
-  // The warp's chunks of one tile, the first of which is in the ring's slot kFirst.
-  template <int kFirst>
-  __device__ __forceinline__ void tile(Stream& stream, int own, float (&sum)[kGroups][4], const unsigned char* from,
-                                       int64_t pitch, bool in_shared) {
-    for (int i = 0; i < own; i += kSlots) {
+  // The warp's next chunk, four pieces times all rows.
+  __device__ __forceinline__ void multiply(Stream& stream, float (&sum)[kGroups][4], const uint4 (&inputs)[kGroups][2]) {
+    const uint4* from = take(stream);
+    uint4 weights[kPieces];
 #pragma unroll
-      for (int j = 0; j < kSlots; ++j) {
-        if (i + j >= own) break;
-        multiply(sum, stream.ring[(kFirst + j) % kSlots], from, pitch, in_shared);
-        stream.ask((kFirst + j) % kSlots);
-        from += kWarps * kChunk * 2;
+    for (int i = 0; i < kPieces; ++i) weights[i] = from[i * 32];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        multiply_tile<T>(sum[group], weights[2 * half], inputs[group][half].x, inputs[group][half].y);
+        multiply_tile<T>(sum[group], weights[2 * half + 1], inputs[group][half].z, inputs[group][half].w);
+      }
+    }
+    release(stream);
+  }
+
+  // The warp's chunks of one tile, of those from `first` to `last`. Inputs in global memory are read a chunk ahead.
+  template <bool kShared>
+  __device__ __forceinline__ void tile(Stream& stream, int first, int last, float (&sum)[kGroups][4],
+                                       const unsigned char* from, int64_t pitch) {
+    int chunk = first_own(first);
+    uint4 inputs[kGroups][2], next[kGroups][2] = {};
+    if (!kShared && chunk < last) read_inputs<kShared>(next, from + chunk * kChunk * 2, pitch);
+    for (; chunk < last; chunk += kWarps) {
+      if constexpr (kShared) {
+        read_inputs<kShared>(inputs, from + chunk * kChunk * 2, pitch);
+        multiply(stream, sum, inputs);
+      } else {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+          for (int half = 0; half < 2; ++half) inputs[group][half] = next[group][half];
+        if (chunk + kWarps < last) read_inputs<kShared>(next, from + (chunk + kWarps) * kChunk * 2, pitch);
+        multiply(stream, sum, inputs);
       }
     }
   }
@@ -735,9 +749,13 @@ struct Decoder {
         return wide(__ldg(vectors + 8 * dim + m));
       case kHead:
         return wide(__ldg(packed(layout.head_bias) + m));
-      default:
-        return wide(__ldg(vectors + (step == kProj ? 5 : 12) * dim + m)) +
-               __ldcg(space<float>(at.x) + int64_t(row) * dim + m);
+      default: {
+        const int64_t place = int64_t(row) * dim + m;
+        const Extra extra = beside(layer, step);
+        float held = __ldcg(space<float>(at.x) + place);
+        for (int e = 0; e < extra.count; ++e) held += __ldcg(extra.from + e * int64_t(rows) * dim + place);
+        return wide(__ldg(vectors + (step == kProj ? 5 : 12) * dim + m)) + held;
+      }
     }
   }
 
@@ -775,82 +793,70 @@ struct Decoder {
     space<int>(at.keys)[int64_t(row) * padded(s.num_codes, 4) + m] = ordered(score);
   }
 
-  // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null. `ahead` is called
-  // once all products are done, before the last ones are added up.
-  template <typename Ahead>
-  __device__ __forceinline__ void product(Stream& stream, const T* direct, int d, int layer, Step step, int outputs,
-                                          int chunks, const Ahead& ahead) {
+  // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null.
+  __device__ __forceinline__ void product(Stream& stream, const Share& share, const T* direct, int d, int layer, Step step,
+                                          int outputs) {
     constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
-    const int width = chunks * kChunk, own = stream.own, tiles = stream.tiles;
-    const int warps = min(chunks, kWarps);
+    const int chunks = share.chunks, width = chunks * kChunk, begin = share.begin, end = share.end;
+    const int first_tile = share.first_tile, tiles = share.own_tiles, number = share.number;
+    if (begin >= end) return;
     const Divisor& sharing = step == kHead ? pairs : all_rows;
     const int shown = int(sharing.number);
     const bool in_shared = direct == nullptr;
     const int64_t pitch = in_shared ? width * 2 + kPad : width * 2;
-    const unsigned char* from = in_shared ? memory + kStageAt : reinterpret_cast<const unsigned char*>(direct);
-    from += lane / 4 * pitch + (warp * kChunk + lane % 4 * 8) * 2;
+    const unsigned char* from = in_shared ? memory + stage_at() : reinterpret_cast<const unsigned char*>(direct);
+    from += lane / 4 * pitch + lane % 4 * 16;
     float* red = reinterpret_cast<float*>(memory);
-    int slot = 0;
     for (int first = 0; first < tiles; first += kTiles) {
       const int count = min(kTiles, tiles - first);
       const bool last = first + kTiles >= tiles;
       // Output m of a row is this thread's: one of every kThreads. What is added to the first is read while others multiply.
-      const auto output_of = [&](int tile, int i) {
-        return ((first + tile) * int(gridDim.x) + int(blockIdx.x)) * 16 + i % 16;
-      };
+      const auto output_of = [&](int tile, int i) { return (first_tile + first + tile) * 16 + i % 16; };
+      const auto whose = [&](int tile) { return first + tile == 0 ? number : 0; };
       const int early_tile = sharing.quotient(threadIdx.x / 16), early_output = output_of(early_tile, threadIdx.x);
       float early = 0;
-      if (early_tile < count && early_output < outputs)
+      if (early_tile < count && early_output < outputs && whose(early_tile) == 0)
         early = addend(d, layer, step, early_output, int(threadIdx.x / 16) - early_tile * shown);
       for (int t = 0; t < count; ++t) {
+        const int at = (first_tile + first + t) * chunks;
+        const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
         float sum[kGroups][4] = {};
-        switch (slot) {
-          case 0:
-            tile<0>(stream, own, sum, from, pitch, in_shared);
-            break;
-          case 1:
-            tile<1>(stream, own, sum, from, pitch, in_shared);
-            break;
-          case 2:
-            tile<2>(stream, own, sum, from, pitch, in_shared);
-            break;
-          default:
-            tile<3>(stream, own, sum, from, pitch, in_shared);
-        }
-        slot = (slot + own) % kSlots;
-        if (own > 0) {
+        if (in_shared)
+          tile<true>(stream, own_first, own_last, sum, from, pitch);
+        else
+          tile<false>(stream, own_first, own_last, sum, from, pitch);
 #pragma unroll
-          for (int group = 0; group < kGroups; ++group) {
-            float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
-            to[0] = sum[group][0];
-            to[kRedPitch] = sum[group][1];
-            to[8] = sum[group][2];
-            to[kRedPitch + 8] = sum[group][3];
-          }
+        for (int group = 0; group < kGroups; ++group) {
+          float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
+          to[0] = sum[group][0];
+          to[kRedPitch] = sum[group][1];
+          to[8] = sum[group][2];
+          to[kRedPitch + 8] = sum[group][3];
         }
       }
-      if (last) ahead();
       __syncthreads();
       for (int i = threadIdx.x; i < count * shown * 16; i += kThreads) {
         const int m = i % 16, at_tile = sharing.quotient(i / 16), row = i / 16 - at_tile * shown;
-        const int output = output_of(at_tile, i);
+        const int output = output_of(at_tile, i), owner = whose(at_tile);
         if (output >= outputs) continue;
-        const float more = i == int(threadIdx.x) ? early : addend(d, layer, step, output, row);
+        const float more = owner > 0 ? 0.f : i == int(threadIdx.x) ? early : addend(d, layer, step, output, row);
         const auto add = [&](int row) {
           float sum = 0;
-          for (int w = 0; w < warps; ++w) sum += red[((w * kTiles + at_tile) * kColumns + row) * kRedPitch + m];
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) sum += red[((w * kTiles + at_tile) * kColumns + row) * kRedPitch + m];
           return sum + more;
         };
         if (step == kHead) {
           const float conditional = put_logit(d, output, row, add(row));
           put_key(d, output, row, conditional, s.guided ? put_logit(d, output, row + shown, add(row + shown)) : 0.f);
+        } else if (owner > 0) {
+          part(step == kProj ? 0 : 1, owner - 1)[int64_t(row) * dim + output] = add(row);
         } else {
           put(d, layer, step, output, row, add(row));
         }
       }
       if (!last) __syncthreads();
     }
-    if (tiles <= 0) ahead();
   }
 
   // ---- a row's code, and what it adds
@@ -879,7 +885,7 @@ struct Decoder {
         code = a.forced[int64_t(row) * s.depth + d];
       } else {
         const float* noise = a.noise == nullptr ? nullptr : a.noise + row * a.noise_row + d * a.noise_depth;
-        code = draw_code(memory, space<int>(at.keys) + int64_t(row) * stride, s.num_codes, (shared_bytes - kKeysAt) / 4 & ~3,
+        code = draw_code(memory, space<int>(at.keys) + int64_t(row) * stride, s.num_codes, (free_bytes - kKeysAt) / 4 & ~3,
                          {noise, a.inverse_temperature[d], a.top_k[d], a.top_p[d]}, &unsound);
       }
       if (threadIdx.x == 0) {
@@ -913,46 +919,43 @@ struct Decoder {
       fetch_ahead(packed(i));
   }
 
+  // The gain and bias of the norm before step `index` of a depth; null if it has none.
+  __device__ __forceinline__ const T* norm_before(int index) const {
+    if (index == 4 * s.layers + 1) return packed(layout.norm);
+    if (index == 0 || index % 4 == 2 || index % 4 == 0) return nullptr;
+    return packed(layout.vectors + (index - 1) / 4 * layout.block_vectors) + (index % 4 == 1 ? 0 : 6 * dim);
+  }
+
   // The matrix of step `index`, and what it is multiplied with.
   __device__ __forceinline__ void multiply_by(Stream& stream, int d, int index, bool apart) {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
     const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
-    const Matrix now = matrix(d, index);
+    const Share now = *share(kind_of(d, index));
     const T* direct = nullptr;
     if (step == kQkv || step == kUp || step == kHead) {
-      const int64_t vectors = layout.vectors + layer * layout.block_vectors;
-      stage_norm(packed(step == kHead ? layout.norm : step == kQkv ? vectors : vectors + 6 * dim));
+      stage_norm(beside(layer, step));
     } else if (step == kProj && !apart) {
-      stage_attention(layer, d);
+      stage_attention(layer, d, now);
     } else {
       direct = step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
       if (index == 0 && d == 0) direct = static_cast<const T*>(a.hidden);
       if (fits(now.chunks * kChunk)) {
-        stage_rows(direct, now.chunks * kChunk);
+        stage_rows(direct, now.chunks * kChunk, now);
         direct = nullptr;
       }
     }
-    product(stream, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16, now.chunks, [&] {
-      const Matrix next = matrix(d, index + 1);
-      stream.aim(next, blocks);
-      if (warp > 0) stream.start();
-      if (warp == kWarps - 1) {
-        const int budget = step == kHead ? kAheadDrawing : kAhead;
-        const int left = fetch_share(next, blocks, kSlots * kWarps, kSlots * kWarps + budget);
-        if (left > 0) fetch_share(matrix(d, index + 2), blocks, 0, left);
-        if (lane == 0) fetch_vectors(layer, step);
-      }
-    });
+    product(stream, now, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
+    if (warp == kWarps - 1 && lane == 0) fetch_vectors(layer, step);
   }
 
   __device__ __forceinline__ void run() {
     Stream stream;
     const int steps = 4 * s.layers + 2;
-    stream.aim(matrix(0, s.hidden_dim ? 0 : 1), blocks);
-    stream.start();
+    begin(stream);
     int d = 0, index = 0;
     bool apart = false;  // this layer's attention is done, in a phase of its own
     do {
+      look_again();
       if (index == steps) {
         draw(d);
         if (++d == s.depth) return;
@@ -969,7 +972,13 @@ struct Decoder {
         apart = false;
         ++index;
       }
-    } while (!wait(stream));
+    } while (!wait(index == steps ? nullptr : norm_before(index)));
+    while (stream.in_flight > 0) {  // a launch that is stopped: no copy may outlive the block
+      take(stream);
+      stream.d = s.depth;
+      stream.walk.at = stream.walk.end;
+      release(stream);
+    }
   }
 };
 
@@ -988,27 +997,47 @@ Function function_of(DType dtype, int rows) {
   return half ? depth_decode_kernel<__half, 4> : depth_decode_kernel<__nv_bfloat16, 4>;
 }
 
-// Shared memory that a row of a norm needs, and that drawing needs at least.
-int least_shared(const DepthSizes& sizes, int rows) { return std::max(kStageAt + rows * (sizes.dim * 2 + kPad), kKeysAt); }
+struct Plan {
+  int blocks, shared, free_bytes, slots;
+};
 
-// Blocks of the grid, and their shared memory; 0 blocks if the sizes do not fit the device.
-cudaError_t plan(const DepthSizes& sizes, DType dtype, int* blocks, int* shared) {
-  *blocks = 0;
-  int device = 0, together = 0, per = 0;
+// The grid and its shared memory; 0 blocks if the sizes do not fit the device.
+cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
+  *plan = {};
+  int device = 0, together = 0, per = 0, shared = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device); e != cudaSuccess) return e;
-  if (const cudaError_t e = cudaDeviceGetAttribute(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); e != cudaSuccess)
+  if (const cudaError_t e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); e != cudaSuccess)
     return e;
-  if (!together || least_shared(sizes, sizes.rows) > *shared) return cudaSuccess;
+  if (!together) return cudaSuccess;
+  // A norm's rows and the least that a draw needs have to fit beside two slots; all keys of a row, and the MLP's states,
+  // beside six.
+  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - kShareBytes - bytes) / kRingBytes); };
+  const auto staged = [&](int64_t width) { return kVectorsAt + sizes.dim * 4 + sizes.rows * (width * 2 + kPad); };
+  int slots = std::min({kMostSlots, slots_beside(staged(sizes.dim)), slots_beside(kKeysAt)});
+  for (const int64_t more : {int64_t(kKeysAt) + padded(sizes.num_codes, 4) * 4, staged(4 * int64_t(sizes.dim))})
+    if (slots_beside(more) >= 6) slots = std::min(slots, slots_beside(more));
+  if (slots < kLeastSlots) return cudaSuccess;
   const Function function = function_of(dtype, sizes.rows);
   if (const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, *shared);
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       e != cudaSuccess)
     return e;
-  if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kThreads, *shared); e != cudaSuccess)
+  if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kThreads, shared); e != cudaSuccess)
     return e;
   if (per < 1) return cudaSuccess;
-  return cudaDeviceGetAttribute(blocks, cudaDevAttrMultiProcessorCount, device);
+  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kRingBytes, slots};
+  return cudaDeviceGetAttribute(&plan->blocks, cudaDevAttrMultiProcessorCount, device);
+}
+
+// Parts of a divided matrix' tiles beside the first.
+int extras_of(const DepthSizes& sizes, int inputs, int blocks) {
+  const int tiles = (sizes.dim + 15) / 16, chunks = inputs / kChunk;
+  const int share = share_of(tiles, chunks, true, (tiles * chunks + blocks - 1) / blocks);
+  int most = 0;
+  for (int tile = 0; tile < tiles; ++tile)
+    most = std::max(most, ((tile + 1) * chunks - 1) / share - tile * chunks / share);
+  return most;
 }
 
 }  // namespace
@@ -1022,6 +1051,7 @@ DepthWorkspace workspace_depth_decode(const DepthSizes& s) {
   };
   const size_t rows = s.rows, dim = s.dim;
   at.barrier = take(4);
+  at.parts = take(rows * dim * 4 * 2 * kExtras);
   at.x = take(rows * dim * 4);
   at.q = take(rows * dim * 2);
   at.y = take(rows * dim * 2);
@@ -1037,28 +1067,35 @@ int64_t packed_depth_decode(const DepthSizes& sizes) { return DepthLayout(sizes)
 cudaError_t rows_depth_decode(const DepthSizes& sizes, DType dtype, int* rows) {
   DepthSizes one = sizes;
   for (*rows = kMaxDepthRows; *rows > 0; *rows -= 2) {
-    int blocks = 0, shared = 0;
+    Plan found;
     one.rows = *rows;
-    if (const cudaError_t e = plan(one, dtype, &blocks, &shared); e != cudaSuccess) return e;
-    if (blocks > 0) break;
+    if (const cudaError_t e = plan(one, dtype, &found); e != cudaSuccess) return e;
+    if (found.blocks > 0) break;
   }
   return cudaSuccess;
 }
 
 cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t stream) {
-  int blocks = 0, shared = 0;
   if (args.sizes.rows < 1 || args.sizes.rows > kMaxDepthRows || args.sizes.depth > kMaxDepth)
     return cudaErrorInvalidConfiguration;
-  if (const cudaError_t e = plan(args.sizes, dtype, &blocks, &shared); e != cudaSuccess) return e;
-  if (blocks == 0) return cudaErrorInvalidConfiguration;
-  const int rows = args.sizes.rows;
-  Kernel kernel{args, workspace_depth_decode(args.sizes), DepthLayout(args.sizes), Divisor(blocks), Divisor(rows),
-                Divisor(args.sizes.guided ? rows / 2 : rows), shared};
-  void* counter = static_cast<unsigned char*>(args.workspace) + kernel.at.barrier;
-  if (const cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(uint32_t), stream); e != cudaSuccess) return e;
+  Plan found;
+  if (const cudaError_t e = plan(args.sizes, dtype, &found); e != cudaSuccess) return e;
+  if (found.blocks == 0) return cudaErrorInvalidConfiguration;
+  const int rows = args.sizes.rows, dim = args.sizes.dim;
+  Kernel kernel{args,
+                workspace_depth_decode(args.sizes),
+                DepthLayout(args.sizes),
+                Divisor(rows),
+                Divisor(args.sizes.guided ? rows / 2 : rows),
+                found.free_bytes,
+                found.slots,
+                {extras_of(args.sizes, dim, found.blocks), extras_of(args.sizes, 4 * dim, found.blocks)}};
+  // The counter of the barriers, and the parts beside the residual stream, which some tiles do not have.
+  void* zeros = static_cast<unsigned char*>(args.workspace) + kernel.at.barrier;
+  if (const cudaError_t e = cudaMemsetAsync(zeros, 0, kernel.at.x - kernel.at.barrier, stream); e != cudaSuccess) return e;
   void* arguments[] = {&kernel};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function_of(dtype, args.sizes.rows)), dim3(blocks),
-                                     dim3(kThreads), arguments, kernel.shared_bytes, stream);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function_of(dtype, args.sizes.rows)), dim3(found.blocks),
+                                     dim3(kThreads), arguments, found.shared, stream);
 }
 
 }  // namespace unifiedar

@@ -49,6 +49,7 @@ struct DepthArgs {
 // Where the workspace has what, in bytes.
 struct DepthWorkspace {
   size_t barrier;  // uint32
+  size_t parts;    // float [2, 2, rows, dim]: what lies beside the residual stream, after the attention and after the MLP
   size_t x;        // float [rows, dim]: the residual stream
   size_t q, y;     // [rows, dim]: queries, and the attention's output
   size_t h;        // [rows, 4 dim]: inside the MLP

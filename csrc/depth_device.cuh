@@ -1,5 +1,5 @@
-// Instructions that the depth kernel is built of: the matrix product of a warp, loads that go around the first cache,
-// fetches into the second, and the barrier of a grid.
+// Instructions that the depth kernel is built of: the matrix product of a warp, copies to shared memory, fetches into the
+// second cache, and the barrier of a grid.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,9 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "device/barrier.cuh"
+#include "device/tma.cuh"
 
 namespace unifiedar {
 
@@ -28,13 +31,75 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint4& a, uin
   }
 }
 
-// Weights: read once a depth, by one warp. Volatile, so that the load stays where it is issued.
-__device__ __forceinline__ uint4 load_weights(const uint4* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
+// ---- chunks of weights on their way to shared memory: 2,048 bytes, all lanes of a warp call
+//
+// From compute capability 9.0 on by the copy engine, and a barrier says when one is there; before by copies of 16 bytes of
+// each lane, which are counted in the order in which they were asked for.
+
+__device__ __forceinline__ void chunk_barrier(void* barrier) {
+#if __CUDA_ARCH__ >= 900
+  barrier_init(shared_address(barrier), 1);
+#endif
+}
+__device__ __forceinline__ void chunk_barriers_done() {
+#if __CUDA_ARCH__ >= 900
+  barrier_init_done();
+#endif
+}
+
+// `from` is the lane's first 16 bytes, of which it has every 32nd.
+__device__ __forceinline__ void chunk_copy(void* to, const uint4* from, void* barrier) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x % 32 == 0) {
+    barrier_expect(shared_address(barrier), 2048);
+    load_bytes(shared_address(to), from, 2048, shared_address(barrier));
+  }
+#else
+  const uint32_t place = shared_address(to) + threadIdx.x % 32 * 16;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place + i * 512),
+                 "l"(__cvta_generic_to_global(from + i * 32))
+                 : "memory");
+#endif
+}
+
+// After each chunk asked for, and in its place where there is none.
+__device__ __forceinline__ void chunk_asked() {
+#if __CUDA_ARCH__ < 900
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for the oldest of `count` chunks that were asked for.
+__device__ __forceinline__ void chunk_wait(void* barrier, uint32_t parity, int count) {
+#if __CUDA_ARCH__ >= 900
+  barrier_wait(shared_address(barrier), parity);
+#else
+  switch (count) {
+    case 2:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 3:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 4:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    case 5:
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
+      break;
+    case 6:
+      asm volatile("cp.async.wait_group 5;" ::: "memory");
+      break;
+    case 7:
+      asm volatile("cp.async.wait_group 6;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 7;" ::: "memory");
+  }
+  __syncwarp();
+#endif
 }
 
 // Asks for 2,048 bytes, aligned to 16, to be in the second cache.
@@ -47,10 +112,19 @@ __device__ __forceinline__ void fetch_ahead(const void* from) {
 #endif
 }
 
+// The same value, of which the compiler knows nothing.
+template <typename Value>
+__device__ __forceinline__ Value again(Value value) {
+  if constexpr (sizeof(Value) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
 // `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included.
-// `meanwhile` is called by all threads once the block has said that it is there. The first warp's loads belong in it: the
-// fence before that word may wait for every load that its warp has under way.
+// `meanwhile` is called by all threads once the block has said that it is there.
 // Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
 template <typename Meanwhile>
 __device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {

@@ -290,15 +290,15 @@ DepthSizes depth_sizes(int64_t rows, int64_t dim, int64_t layers, int64_t depth,
 // plan: how many rows a launch takes, the parts of the workspace in the order of DepthWorkspace, and its size.
 void depth_decode_plan(const Tensor& hidden, int64_t rows, int64_t dim, int64_t layers, int64_t depth, int64_t num_codes,
                        int64_t code_dim, bool projected, bool guided, Tensor plan) {
-  STD_TORCH_CHECK(plan.is_contiguous() && plan.numel() == 10 && plan.scalar_type() == ScalarType::Long && plan.is_cpu(),
-                  "depth_decode_plan_cuda: needs ten int64 on the CPU");
+  STD_TORCH_CHECK(plan.is_contiguous() && plan.numel() == 11 && plan.scalar_type() == ScalarType::Long && plan.is_cpu(),
+                  "depth_decode_plan_cuda: needs eleven int64 on the CPU");
   const DepthSizes sizes = depth_sizes(rows, dim, layers, depth, num_codes, code_dim, hidden, projected, guided);
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   int limit = 0;
   STD_CUDA_CHECK(rows_depth_decode(sizes, dtype_of(hidden), &limit));
   const DepthWorkspace at = workspace_depth_decode(sizes);
-  const size_t values[10] = {size_t(limit), at.barrier, at.x, at.q, at.y, at.h, at.cache, at.sums, at.keys, at.bytes};
-  for (int i = 0; i < 10; ++i) static_cast<int64_t*>(plan.data_ptr())[i] = static_cast<int64_t>(values[i]);
+  const size_t values[11] = {size_t(limit), at.barrier, at.parts, at.x, at.q, at.y, at.h, at.cache, at.sums, at.keys, at.bytes};
+  for (int i = 0; i < 11; ++i) static_cast<int64_t*>(plan.data_ptr())[i] = static_cast<int64_t>(values[i]);
 }
 
 void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& codebook, const std::optional<Tensor>& noise,

@@ -9,7 +9,7 @@ from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
 from unifiedar.nn import DepthTransformer
-from unifiedar.ops import DepthForm, _native, depth_decode, registry, residual_lookup
+from unifiedar.ops import DepthForm, _native, depth_decode, residual_lookup
 from unifiedar.ops.depth import _flatten, depth_pack
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -186,22 +186,27 @@ def test_packed_matrices_are_as_the_matrix_units_take_them():
         depth_pack(case.to(torch.float32).weights)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
 def test_packed_weights_are_kept_while_parameters_stay():
     module = small_case(layers=1).module
-    packed = module._packed(module.weights())
-    assert module._packed(module.weights()) is packed
+    packed = module._held().packed()
+    assert module._held().packed() is packed
     assert not any("packed" in key or "kept" in key for key in module.state_dict())
     assert copy.deepcopy(module)._kept is None
 
     def changed():
         nonlocal packed
-        before, packed = packed, module._packed(module.weights())
+        before, packed = packed, module._held().packed()
+        assert torch.equal(packed, depth_pack(module.weights()))
         return packed is not before
 
     with torch.no_grad():
         module.in_mlp_1.weight.mul_(2)
     assert changed()
-    assert torch.equal(packed, depth_pack(module.weights()))
     module.load_state_dict({key: value.clone() for key, value in module.state_dict().items()}, assign=True)
     assert changed()
     module.in_mlp_1.weight = torch.nn.Parameter(module.in_mlp_1.weight.detach() * 2)
@@ -210,6 +215,14 @@ def test_packed_weights_are_kept_while_parameters_stay():
     assert changed()
     assert packed.dtype == torch.float16
     assert not changed()
+    head = module.classifier_mlp.linear
+    module.classifier_mlp.linear = torch.nn.Linear(head.in_features, head.out_features, dtype=torch.float16)
+    assert changed()
+    torch.nn.utils.parametrize.register_parametrization(module.in_mlp_1, "weight", Doubled(), unsafe=True)
+    assert changed()
+    with torch.no_grad():
+        module.in_mlp_1.parametrizations.weight.original.mul_(3)
+    assert changed()
 
 
 # ---- the kernel
@@ -358,9 +371,3 @@ def test_heads_of_another_width_are_left_to_the_definition():
         module.decode(hidden, codebook, backend="cuda", temperature=0)
     codes, *_ = module.decode(hidden, codebook, temperature=0)
     assert codes.shape == (2, 2)
-
-
-def test_kernel_waits_for_a_request():
-    (cuda, _) = registry["depth_decode"].backends
-    assert cuda.name == "cuda"
-    assert cuda.on_request is not None

@@ -16,6 +16,7 @@ DEVICE = """
 #pragma once
 #include "device/cluster.cuh"
 #include <cstdio>
+#include <map>
 #define __grid_constant__
 #define __host__
 namespace unifiedar {
@@ -39,7 +40,30 @@ template <typename T> void multiply_tile(float (&d)[4], const uint4& a, uint32_t
     return 0;
   });
 }
-inline uint4 load_weights(const uint4* from) { return __ldg(from); }
+// Chunks come when they are waited for, and until then their place holds NaN.
+struct Chunk { const char* from; char* to; };
+inline std::map<void*, Chunk> coming;
+inline void chunk_barrier(void* barrier) { coming.erase(barrier); }
+inline void chunk_barriers_done() {}
+inline void chunk_copy(void* to, const uint4* from, void* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 > 0) return;
+  if (coming.count(barrier)) __builtin_trap();
+  std::memset(to, 255, 2048);
+  coming[barrier] = {reinterpret_cast<const char*>(from), static_cast<char*>(to)};
+}
+inline void chunk_asked() {}
+inline void chunk_wait(void* barrier, uint32_t, int) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    const auto found = coming.find(barrier);
+    if (found == coming.end()) __builtin_trap();
+    std::memcpy(found->second.to, found->second.from, 2048);
+    coming.erase(found);
+  }
+  __syncwarp();
+}
+template <class Value> Value again(Value value) { return value; }
 inline void fetch_ahead(const void* from) { volatile char all[2048]; std::memcpy((void*)all, from, 2048); }
 template <class Meanwhile> void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
   __syncthreads();

@@ -1,6 +1,7 @@
 """`linear_8bit`: every backend against a float64 oracle, what 8 bits hold, gradients; the module; bad input."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -89,15 +90,18 @@ def test_large_values_do_not_overflow(room):
 @rooms
 @formats
 def test_views(room, form):
+    # A library chooses another product for another shape, so the definition's are equal but for rounding (which `check`
+    # holds); the kernel's to the bit.
+    same = torch.equal if room[0] != "eager" else functools.partial(torch.allclose, rtol=1e-2, atol=1e-2)
     given = arguments(room, 12, 48, 64, form)
     plain = check(room, given)
     given["x"] = given["x"].view(3, 4, 64)
-    assert torch.equal(check(room, given), plain.view(3, 4, 48))
+    assert same(check(room, given), plain.view(3, 4, 48))
     given["x"] = given["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(check(room, given), plain.view(3, 4, 48))
+    assert same(check(room, given), plain.view(3, 4, 48))
     odd = torch.empty(12 * 64 + 1, dtype=room[2], device=room[1])[1:].view(3, 4, 64)
     given["x"] = odd.copy_(given["x"])
-    assert torch.equal(check(room, given), plain.view(3, 4, 48))
+    assert same(check(room, given), plain.view(3, 4, 48))
     given["x"] = given["x"][:0]
     assert linear_8bit(**given, backend=room[0]).shape == (0, 4, 48)
 

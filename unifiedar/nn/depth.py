@@ -20,6 +20,7 @@ from unifiedar.ops.depth import (
     NORMS,
     STATES,
     Pair,
+    _flatten,
     depth_block,
     depth_logits,
     depth_pack,
@@ -269,7 +270,7 @@ class DepthTransformer(nn.Module):
         self.head_transformer = Stack(dim, num_layers, num_heads, dropout, style, per_token)
         self.classifier_mlp = Classifier(dim, num_codes, style, depth)
         self.depth, self.num_codes, self.form = depth, num_codes, form
-        self._kept: tuple[list[tuple[int, int, int]], Tensor, list[nn.Parameter]] | None = None
+        self._kept: _Kept | None = None
         if self.pos_emb_d is not None:
             nn.init.normal_(self.pos_emb_d, std=0.02)
 
@@ -329,14 +330,12 @@ class DepthTransformer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}  # a copy or a file of the module has no use for packed weights
 
-    def _packed(self, weights: DepthWeights) -> Tensor:
-        """The packed weights, made anew when a parameter was replaced, moved or written to."""
-        parameters = list(self.parameters())
-        state = [(id(p), p._version, p.data_ptr()) for p in parameters]
-        if self._kept is None or self._kept[0] != state:
-            self._kept = None  # its memory is free while the new ones are made
-            self._kept = (state, depth_pack(weights), parameters)  # parameters are held: their ids stay theirs
-        return self._kept[1]
+    def _held(self) -> "_Kept":
+        """The weights, gathered anew when a module or a parameter was replaced: that takes longer than a launch."""
+        if self._kept is None or not self._kept.stands():
+            self._kept = None  # the memory of packed weights is free while new ones are made
+            self._kept = _Kept(self)
+        return self._kept
 
     @torch.no_grad()
     def decode(
@@ -376,8 +375,9 @@ class DepthTransformer(nn.Module):
         Raises:
             TypeError, ValueError: as `unifiedar.ops.depth_decode` says.
         """
-        weights = self.weights()
-        packed = self._packed(weights) if wants_packed(hidden, codebook, weights, backend) else None
+        held = self._held()
+        weights = held.weights
+        packed = held.packed() if wants_packed(hidden, codebook, weights, backend) else None
         return depth_decode(
             hidden,
             codebook,
@@ -394,6 +394,35 @@ class DepthTransformer(nn.Module):
             packed=packed,
             backend=backend,
         )
+
+
+class _Kept:
+    """What a module's weights were when they were last looked at, and their packed copy once one was asked for."""
+
+    def __init__(self, module: DepthTransformer):
+        self.weights = module.weights()
+        # Who is where; a module or a parameter that was replaced is no longer there.
+        self._places: list[tuple[dict[str, Any], str, object]] = []
+        for one in module.modules():
+            for table in (one._modules, one._parameters):
+                self._places += [(table, name, value) for name, value in table.items()]
+        self._parameters = list(module.parameters())
+        tensors = [t for t in _flatten(self.weights) if t is not None]
+        # Weights that are computed, by a parametrization say, have to be computed again.
+        self._computed = not {id(t) for t in tensors} <= {id(p) for p in self._parameters}
+        self._packed: tuple[list[tuple[int, int]], Tensor] | None = None
+
+    def stands(self) -> bool:
+        """Whether the weights are still these tensors, whatever was written to them."""
+        return not self._computed and all(table.get(name) is value for table, name, value in self._places)
+
+    def packed(self) -> Tensor:
+        """The packed weights, made anew when a parameter was moved or written to."""
+        state = [(p._version, p.data_ptr()) for p in self._parameters]
+        if self._packed is None or self._packed[0] != state:
+            self._packed = None  # its memory is free while the new ones are made
+            self._packed = (state, depth_pack(self.weights))
+        return self._packed[1]
 
 
 def _check_style(style: DepthStyle, dim: int, num_heads: int, depth: int, hidden_dim: int | None) -> None:

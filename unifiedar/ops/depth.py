@@ -369,6 +369,8 @@ def _decode_eager(
         )  # fmt: skip
         total.zero_()
         unsound.fill_(-1)
+        if rows == 0:  # attention without rows is None on some devices
+            return codes, total, unsound, all_logits
         cache = []
         for block in weights.blocks:
             width = block.query[0].shape[-2] // num_heads
@@ -513,7 +515,7 @@ _decode_plan = _native.define(
     "bool projected, bool guided, Tensor(a!) plan) -> ()"
 )
 
-_PLAN = ("limit", "barrier", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
+_PLAN = ("limit", "barrier", "parts", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
 _MOST = 64  # codes of a position
 
 
@@ -618,6 +620,7 @@ def _run_cuda(
     weights = _unflatten(tensors, num_heads, DepthForm(*form))
     count, (dim, layers, _, num_codes, projected) = len(codes), _sizes(weights)
     limit = _plan(hidden, codebook, weights, 2, guided)["limit"] // (2 if guided else 1)
+    limit = max(1, -(-count // -(-count // limit))) if count else limit  # parts of one size: each reads all weights
     settings = _kept_settings(tuple(temperature), tuple(top_k), tuple(top_p))
     hidden = hidden.contiguous()
     codebook = codebook if codebook.stride(-1) == 1 else codebook.contiguous()
@@ -670,7 +673,7 @@ _depth_decode = Op(
     "SymInt kv_heads, float rope, SymInt[] order, SymInt depth) -> (Tensor, Tensor, Tensor, Tensor)",
     eager=_decode_eager,
     fake=_decode_fake,
-    backends=(Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),),
+    backends=(Backend("cuda", _run_cuda, _unfit_cuda),),
 )
 
 

@@ -1,0 +1,431 @@
+// Drawing a code from a row of scores: guidance and temperature are in them; top-k, softmax, top-p and the race here.
+//
+// What is decided is decided by the numbers of unifiedar/ops/sample.py: scores as integers of their order, weights rounded
+// to float32, sums of integers. How the entries at a cut are found does not change which they are. Here by bins that are
+// linear in the score, as scores lie: the one with the cut in it has few entries, and those are compared with each other.
+// Scores that lie otherwise (most of them equal, or too many kept) are cut by the digits of their integers.
+#pragma once
+
+#include <cstdint>
+
+namespace unifiedar {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block
+
+constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  // as integers: NaN, inf, -inf
+constexpr int kBins = 2048;
+constexpr int kListed = 2048;  // entries that a list holds
+constexpr int kNearest = 512;  // of them those in the bin of a cut
+constexpr int kListAt = kBins * 8, kNearAt = kListAt + kListed * 8;
+constexpr int kMiscAt = kNearAt + kNearest * 4, kKeysAt = kMiscAt + 1024;
+
+__device__ __forceinline__ int ordered(float score) {
+  if (score != score) return kNaN;
+  const int bits = __float_as_int(score == 0 ? 0.f : score);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+__device__ __forceinline__ float score_of(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
+
+using Word = unsigned long long;
+
+// Small numbers that threads of a block tell each other.
+struct Misc {
+  Word warps[kWarps];
+  Word above;
+  int bin, near;
+};
+
+__device__ __forceinline__ Word block_max(Misc& misc, Word value) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) value = max(value, __shfl_xor_sync(~0u, value, step));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) value = max(value, misc.warps[w]);
+  return value;
+}
+
+__device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) value += misc.warps[w];
+  return value;
+}
+
+// The sum of the values of all threads before this one.
+__device__ __forceinline__ int block_before(Misc& misc, int value) {
+  Word upto = Word(value);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Word other = __shfl_up_sync(~0u, upto, step);
+    if (int(threadIdx.x % 32) >= step) upto += other;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w)
+    if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
+  return int(upto) - value;
+}
+
+// Finds the bin at which the sum of bins reaches `goal`, from bin 0 or, if kDown, from the last one; misc.bin is that bin
+// and misc.above the sum of those before it. `value(bin)` is read by one thread. All of the block's threads see the result.
+template <int kCount, bool kDown, typename Value>
+__device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
+  constexpr int kOwn = kCount / kThreads;
+  const auto bin_of = [](int i) { return kDown ? kCount - 1 - i : i; };
+  Word own[kOwn], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = value(bin_of(int(threadIdx.x) * kOwn + i));
+    sum += own[i];
+  }
+  Word upto = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Word other = __shfl_up_sync(~0u, upto, step);
+    if (int(threadIdx.x % 32) >= step) upto += other;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w)
+    if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
+  Word above = upto - sum;
+  if (above < goal && upto >= goal) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (above < goal && above + own[i] >= goal) {
+        misc.bin = bin_of(int(threadIdx.x) * kOwn + i);
+        misc.above = above;
+      }
+      above += own[i];
+    }
+  }
+  __syncthreads();
+}
+
+// The k-th largest key, by its digits.
+__device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* keys, int entries, int k) {
+  uint32_t prefix = 0;
+  int left = k;
+  for (int pass = 0;; ++pass) {
+    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, width = pass == 2 ? 10 : 11;
+    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+      const uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
+      if (pass == 0 || key >> (shift + width) == prefix) atomicAdd(bins + (key >> shift & ((1u << width) - 1)), 1u);
+    }
+    __syncthreads();
+    find_bin<kBins, true>(misc, left, [&](int bin) { return Word(bins[bin]); });
+    left -= int(misc.above);
+    prefix = prefix << width | uint32_t(misc.bin);
+    __syncthreads();
+    if (shift == 0) return int(prefix ^ 0x80000000u);
+  }
+}
+
+// Bins of scores, the largest first: monotone, for every operation rounds monotonically.
+struct Scale {
+  float top, factor;
+  __device__ __forceinline__ Scale(float top, float low) : top(top), factor((kBins - 1) / (top - low)) {}
+  // Whether it tells scores apart at all: not if they are equal, or nearly, or infinitely far apart.
+  __device__ __forceinline__ bool sound() const { return factor > 0 && factor <= 1e30f; }
+  __device__ __forceinline__ int bin(float score) const { return int(min((top - score) * factor, float(kBins - 1))); }
+};
+
+// Calls use(i, key) for every key: of four packs of four at a time, which are read together.
+template <typename Use>
+__device__ __forceinline__ void for_keys(const int* keys, int entries, const Use& use) {
+  constexpr int kPacks = 4;
+  const int packs = (entries + 3) / 4;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < packs; first += kPacks * kThreads) {
+    int4 four[kPacks];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j)
+      four[j] = first + j * kThreads < packs ? reinterpret_cast<const int4*>(keys)[first + j * kThreads] : int4{};
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int at = 4 * (first + j * kThreads), own[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (at + e < entries) use(at + e, own[e]);
+    }
+  }
+}
+
+struct Draw {
+  const float* noise;
+  float inverse_temperature;
+  int top_k;
+  double top_p;
+};
+
+// What the ways of drawing share.
+struct Row {
+  unsigned char* memory;
+  const Draw& draw;
+  int entries;
+  double peak, units;  // the largest score; what a mass is counted in
+
+  __device__ __forceinline__ Misc& misc() const { return *reinterpret_cast<Misc*>(memory + kMiscAt); }
+  __device__ __forceinline__ Row(unsigned char* memory, const Draw& draw, int entries, float top)
+      : memory(memory), draw(draw), entries(entries), peak(top) {
+    int bits_of_size = 0;
+    while ((entries - 1) >> bits_of_size) ++bits_of_size;
+    units = double(Word(1) << (62 - bits_of_size));
+  }
+  // A weight as an integer of the same order; 0 is what cannot be drawn.
+  __device__ __forceinline__ int weight(int key) const {
+    const double distance = double(score_of(key)) - peak;
+    return distance >= -87 ? __float_as_int(float(exp(distance))) : 0;
+  }
+  __device__ __forceinline__ Word mass(int bits) const { return Word(double(__int_as_float(bits)) * units); }
+  // The mass that top-p keeps at least.
+  __device__ __forceinline__ Word goal(Word total) const {
+    const double product = double(static_cast<long long>(total)) * draw.top_p;
+    const Word least = Word(product);
+    return least + (double(static_cast<long long>(least)) < product);
+  }
+  __device__ __forceinline__ bool cuts_mass() const { return draw.top_p > 0 && draw.top_p < 1; }
+};
+
+// Of the entries with the weight `low`, those before the result are kept: of `left` mass one entry more than fits.
+// `equal_before(place)` counts a thread's own entries of that weight before a place.
+template <typename Count>
+__device__ __forceinline__ int find_bound(const Row& row, int low, Word left, const Count& equal_before) {
+  const Word each = row.mass(low), wanted = (left + each - 1) / each;
+  int bound = row.entries;
+  if (wanted >= block_sum(row.misc(), equal_before(bound))) return bound;
+  int short_of = 0;  // fewer than wanted are before this index, wanted before `bound`
+  while (bound - short_of > 1) {
+    const int place = (short_of + bound) / 2;
+    if (block_sum(row.misc(), equal_before(place)) >= wanted)
+      bound = place;
+    else
+      short_of = place;
+  }
+  return bound;
+}
+
+__device__ __forceinline__ int winner(Misc& misc, Word best) { return int(~uint32_t(block_max(misc, best))); }
+__device__ __forceinline__ Word racer(int bits, float noise, int i) {
+  const float speed = __fdiv_rn(__int_as_float(bits), noise);
+  return speed > 0 ? Word(__float_as_uint(speed)) << 32 | uint32_t(~i) : 0;
+}
+constexpr Word kNobody = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
+
+// Draws among the `count` keys of a list that are `least` or more, by threads that hold eight entries each. Returns false if
+// too many have about the weight at the cut of top-p.
+__device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, int count, int least, int* code) {
+  constexpr int kOwn = kListed / kThreads;
+  Misc& misc = row.misc();
+  Word* sums = reinterpret_cast<Word*>(row.memory);
+  const int2* list = reinterpret_cast<const int2*>(row.memory + kListAt);
+  int* near = reinterpret_cast<int*>(row.memory + kNearAt);
+  Word* masses = reinterpret_cast<Word*>(row.memory + kListAt);  // of the same entries, in the place of the list
+  int bits[kOwn], place[kOwn], bin[kOwn];
+  float noise[kOwn];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    const int2 one = i < count ? list[i] : int2{kLeast, 0};
+    const bool kept = i < count && one.x >= least;
+    place[j] = one.y;
+    noise[j] = kept ? __ldg(row.draw.noise + one.y) : 1.f;
+    bits[j] = kept ? row.weight(one.x) : 0;
+    bin[j] = kept ? scale.bin(score_of(one.x)) : 0;
+  }
+  // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
+  int low = 1, bound = row.entries;
+  if (row.cuts_mass()) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
+    if (threadIdx.x == 0) misc.near = 0;
+    __syncthreads();
+    Word total = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const Word own = row.mass(bits[j]);
+      total += own;
+      if (own) atomicAdd(sums + bin[j], own);
+    }
+    Word left = row.goal(block_sum(misc, total));
+    find_bin<kBins, false>(misc, left, [&](int bin) { return sums[bin]; });
+    const int edge = misc.bin;
+    const Word before = misc.above;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (bits[j] == 0 || bin[j] != edge) continue;
+      const int at = atomicAdd(&misc.near, 1);
+      if (at < kNearest) near[at] = bits[j], masses[at] = row.mass(bits[j]);
+    }
+    __syncthreads();
+    const int inside = misc.near;
+    if (inside > kNearest) return false;
+    for (int i = threadIdx.x; i < inside; i += kThreads) {
+      Word larger = before, equal = 0;
+#pragma unroll 8
+      for (int j = 0; j < inside; ++j) {
+        larger += near[j] > near[i] ? masses[j] : 0;
+        equal += near[j] == near[i] ? masses[j] : 0;
+      }
+      if (larger < left && larger + equal >= left) misc.bin = near[i];  // the same by all who write
+    }
+    __syncthreads();
+    low = misc.bin;
+    // Weights are equal of scores that are not, too, and those may be in the bins around.
+    Word larger = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) larger += bits[j] > low ? row.mass(bits[j]) : 0;
+    left -= block_sum(misc, larger);
+    bound = find_bound(row, low, left, [&](int end) {
+      Word count = 0;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) count += bits[j] == low && place[j] < end;
+      return count;
+    });
+  }
+  Word best = kNobody;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j)
+    if (bits[j] > 0 && (bits[j] > low || (bits[j] == low && place[j] < bound)))
+      best = max(best, racer(bits[j], noise[j], place[j]));
+  *code = winner(misc, best);
+  return true;
+}
+
+// Draws among the keys that are `least` or more, whatever they are; leaves weights in their place.
+__device__ __forceinline__ int draw_any(const Row& row, int* keys, int least) {
+  Misc& misc = row.misc();
+  const int entries = row.entries;
+  for (int i = threadIdx.x; i < entries; i += kThreads) keys[i] = keys[i] >= least ? row.weight(keys[i]) : 0;
+  __syncthreads();
+  int low = 1, bound = entries;
+  if (row.cuts_mass()) {
+    Word* sums = reinterpret_cast<Word*>(row.memory);
+    Word total = 0;
+    for (int i = threadIdx.x; i < entries; i += kThreads) total += row.mass(keys[i]);
+    Word left = row.goal(block_sum(misc, total));
+    uint32_t prefix = 0;
+    for (int shift = 20; shift >= 0; shift -= 10) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < 1024; i += kThreads) sums[i] = 0;
+      __syncthreads();
+      for (int i = threadIdx.x; i < entries; i += kThreads) {
+        const uint32_t bits = keys[i];
+        if (bits && (shift == 20 || bits >> (shift + 10) == prefix))
+          atomicAdd(sums + (bits >> shift & 1023), row.mass(bits));
+      }
+      __syncthreads();
+      find_bin<1024, true>(misc, left, [&](int bin) { return sums[bin]; });
+      left -= misc.above;
+      prefix = prefix << 10 | uint32_t(misc.bin);
+    }
+    low = int(prefix);
+    bound = find_bound(row, low, left, [&](int end) {
+      Word count = 0;
+      for (int i = threadIdx.x; i < end; i += kThreads) count += keys[i] == low;
+      return count;
+    });
+  }
+  Word best = kNobody;
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const int bits = keys[i];
+    if (bits > 0 && (bits > low || (bits == low && i < bound))) best = max(best, racer(bits, __ldg(row.draw.noise + i), i));
+  }
+  return winner(misc, best);
+}
+
+// A code from one row of keys, of which there are at least `entries` up to a multiple of four; by the whole block.
+// `room` is how many keys fit behind kKeysAt; `unsound` becomes whether there is NaN among the scores.
+__device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys, int entries, int room, const Draw& draw,
+                                         bool* unsound) {
+  uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
+  int2* list = reinterpret_cast<int2*>(memory + kListAt);
+  int* near = reinterpret_cast<int*>(memory + kNearAt);
+  Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
+  const bool held = entries <= room;
+  int* keys = held ? reinterpret_cast<int*>(memory + kKeysAt) : global_keys;
+  Word best = 0, lowest = 0;  // the latter: of finite scores, from the other end
+  __syncthreads();
+  const int packs = (entries + 3) / 4;
+  constexpr int kLoads = 8;
+  for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
+    int4 four[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+      four[j] = first + j * kThreads < packs ? __ldcg(reinterpret_cast<const int4*>(global_keys) + first + j * kThreads) : int4{};
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int i = first + j * kThreads;
+      if (i >= packs) continue;
+      if (held) reinterpret_cast<int4*>(keys)[i] = four[j];
+      const int own[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (4 * i + e >= entries) continue;
+        const uint32_t key = uint32_t(own[e]) ^ 0x80000000u;
+        best = max(best, Word(key) << 32 | uint32_t(~(4 * i + e)));
+        if (own[e] > kLeast) lowest = max(lowest, Word(~key));
+      }
+    }
+  }
+  best = block_max(misc, best);  // its waits also make the copy of the keys visible
+  const int top = int(uint32_t(best >> 32) ^ 0x80000000u);
+  *unsound = top == kNaN;
+  if (draw.inverse_temperature == 0) return int(~uint32_t(best));
+  if (top <= kLeast || top >= kInfinite) return 0;
+
+  // The keys of the bins down to the one with the k-th largest make a list, if it is short.
+  const Row row(memory, draw, entries, score_of(top));
+  const bool cuts = draw.top_k > 0 && draw.top_k < entries;
+  const Scale scale(score_of(top), score_of(int(~uint32_t(block_max(misc, lowest)) ^ 0x80000000u)));
+  if (cuts && scale.sound()) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    if (threadIdx.x == 0) misc.near = 0;
+    __syncthreads();
+    for_keys(keys, entries, [&](int, int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
+    __syncthreads();
+    find_bin<kBins, false>(misc, draw.top_k, [&](int bin) { return Word(bins[bin]); });
+    const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]), count = before + inside;
+    __syncthreads();  // before anyone clears the bins
+    if (count <= kListed && inside <= kNearest) {
+      int own = 0;
+      for_keys(keys, entries, [&](int, int key) { own += scale.bin(score_of(key)) <= edge; });
+      int at = block_before(misc, own);
+      for_keys(keys, entries, [&](int i, int key) {
+        const int bin = scale.bin(score_of(key));
+        if (bin <= edge) list[at++] = {key, i};
+        if (bin == edge) near[atomicAdd(&misc.near, 1)] = key;
+      });
+      __syncthreads();
+      const int wanted = draw.top_k - before;  // of the edge's bin
+      for (int i = threadIdx.x; i < inside; i += kThreads) {
+        int larger = 0, equal = 0;
+#pragma unroll 8
+        for (int j = 0; j < inside; ++j) {
+          larger += near[j] > near[i];
+          equal += near[j] == near[i];
+        }
+        if (larger < wanted && larger + equal >= wanted) misc.bin = near[i];  // the same by all who write
+      }
+      __syncthreads();
+      int code;
+      if (draw_listed(row, scale, count, misc.bin, &code)) return code;
+    }
+  }
+  __syncthreads();
+  return draw_any(row, keys, cuts ? find_kth(misc, bins, keys, entries, draw.top_k) : kLeast);
+}
+
+}  // namespace unifiedar
