@@ -93,7 +93,7 @@ _linear_8bit = Op(
     "linear_8bit(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
     eager=_eager,
     fake=_fake,
-    backends=(Backend("triton", _run_triton, _unfit_triton, on_request="not run on a GPU yet"),),
+    backends=(Backend("triton", _run_triton, _unfit_triton, on_request="not timed on a GPU yet"),),
     setup_context=_setup,
     backward=_gradient,
 )
