@@ -59,8 +59,8 @@ __device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
 }
 
 // The sum of the values of all threads before this one.
-__device__ __forceinline__ int block_before(Misc& misc, int value) {
-  Word upto = Word(value);
+__device__ __forceinline__ Word block_before(Misc& misc, Word value) {
+  Word upto = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const Word other = __shfl_up_sync(~0u, upto, step);
@@ -72,7 +72,7 @@ __device__ __forceinline__ int block_before(Misc& misc, int value) {
 #pragma unroll
   for (int w = 0; w < kWarps; ++w)
     if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
-  return int(upto) - value;
+  return upto - value;
 }
 
 // Finds the bin at which the sum of bins reaches `goal`, from bin 0 or, if kDown, from the last one; misc.bin is that bin
@@ -87,20 +87,8 @@ __device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
     own[i] = value(bin_of(int(threadIdx.x) * kOwn + i));
     sum += own[i];
   }
-  Word upto = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const Word other = __shfl_up_sync(~0u, upto, step);
-    if (int(threadIdx.x % 32) >= step) upto += other;
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w)
-    if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
-  Word above = upto - sum;
-  if (above < goal && upto >= goal) {
+  Word above = block_before(misc, sum);
+  if (above < goal && above + sum >= goal) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (above < goal && above + own[i] >= goal) {
@@ -402,7 +390,7 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
     if (count <= kListed && inside <= kNearest) {
       int own = 0;
       for_keys(keys, entries, [&](int, int key) { own += scale.bin(score_of(key)) <= edge; });
-      int at = block_before(misc, own);
+      int at = int(block_before(misc, own));
       for_keys(keys, entries, [&](int i, int key) {
         const int bin = scale.bin(score_of(key));
         if (bin <= edge) list[at++] = {key, i};
