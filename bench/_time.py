@@ -24,7 +24,18 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Call", "Sampler", "Start", "Timing", "copy_rate", "input_sets", "matmul_rate", "measure", "sampler"]
+__all__ = [
+    "Call",
+    "Sampler",
+    "Start",
+    "Timing",
+    "captured",
+    "copy_rate",
+    "input_sets",
+    "matmul_rate",
+    "measure",
+    "sampler",
+]
 
 Call = Callable[[], object]
 
@@ -173,6 +184,25 @@ class _Graph(_Events):
 
     def _work(self) -> None:
         self._graph.replay()
+
+
+def captured(call: Call) -> Call:
+    """A call that replays this one as a CUDA graph, on the current device; its output is where the capture left it."""
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what is made or compiled at first use must not be in the capture
+            call()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> object:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def _cache_bytes(device: torch.device) -> int:

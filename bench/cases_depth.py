@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench._case import OURS, Case, Check, Variant
+from bench._time import captured
 from unifiedar.nn import DepthStyle, DepthTransformer
 from unifiedar.ops import residual_lookup, sample_codes
 from unifiedar.ops.depth import wants_packed
@@ -100,6 +101,19 @@ def cases(device: torch.device) -> list[Case]:
     return [_case(narrow, 2, device), _speech_case(Speech("narrow-speech", 64, 2, 2, 1, 32, 96, 3, 256), 2, device)]
 
 
+def _peers(formula: Callable[[Inputs], tuple[Tensor, Tensor]], device: torch.device) -> list[Variant]:
+    """The published formula with a cache of keys and values: as it is, on a GPU also in a graph and compiled."""
+    plain = Variant("depth cache", "peer", lambda inputs: lambda: formula(inputs))
+    if device.type != "cuda":
+        return [plain]
+    compiled = torch.compile(formula, dynamic=False)
+    return [
+        Variant("depth cache, CUDA graph", "peer", lambda inputs: captured(lambda: formula(inputs))),
+        Variant("depth cache, torch.compile", "peer", lambda inputs: lambda: compiled(inputs)),
+        plain,
+    ]
+
+
 def _backend(inputs: Inputs) -> str:
     """What "auto" takes: a module packs its weights itself."""
     packed = wants_packed(inputs["hidden"], inputs["codebook"], inputs["module"].weights())
@@ -142,10 +156,7 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
     variants = [variant(OURS, "ours", "auto")]
     if not small:
         variants += [variant(f"{OURS} {name}", "backend", name) for name in ("cuda", "eager")]
-        variants.append(Variant("depth cache, CUDA graph", "peer", lambda inputs: _captured(lambda: _cached(inputs))))
-        compiled = torch.compile(_cached, dynamic=False)
-        variants.append(Variant("depth cache, torch.compile", "peer", lambda inputs: lambda: compiled(inputs)))
-    variants.append(Variant("depth cache", "peer", lambda inputs: lambda: _cached(inputs)))
+    variants += _peers(_cached, device)
     variants.append(Variant("published code", "peer", lambda inputs: lambda: _published(inputs)))
 
     return Case(
@@ -193,11 +204,8 @@ def _speech_case(model: Speech, rows: int, device: torch.device) -> Case:
 
     variants = [Variant(OURS, "ours", lambda inputs: lambda: ours(inputs))]
     if device.type == "cuda":
-        variants.append(Variant(f"{OURS} eager, CUDA graph", "backend", lambda inputs: _captured(lambda: ours(inputs))))
-        variants.append(Variant("depth cache, CUDA graph", "peer", lambda inputs: _captured(lambda: _framed(inputs))))
-        compiled = torch.compile(_framed, dynamic=False)
-        variants.append(Variant("depth cache, torch.compile", "peer", lambda inputs: lambda: compiled(inputs)))
-    variants.append(Variant("depth cache", "peer", lambda inputs: lambda: _framed(inputs)))
+        variants.append(Variant(f"{OURS} eager, CUDA graph", "backend", lambda inputs: captured(lambda: ours(inputs))))
+    variants += _peers(_framed, device)
 
     return Case(
         name=f"{model.name}/r{rows}",
@@ -315,21 +323,3 @@ def _draw(logits: Tensor, noise: Tensor) -> Tensor:
     beyond[:, 0] = False
     p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0)
     return (p / noise).argmax(-1)
-
-
-def _captured(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-
-    def replay() -> tuple[Tensor, Tensor]:
-        graph.replay()
-        return output
-
-    return replay

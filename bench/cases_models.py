@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench._case import OURS, Case, Variant, against
+from bench._time import captured
 from unifiedar.models import VQVAE, VQVAEConfig
 from unifiedar.ops import group_norm, registry
 
@@ -99,20 +100,7 @@ def _decode(config: VQVAEConfig, batch: int, dtype: torch.dtype, small: bool) ->
         return bind
 
     def graph(features: Tensor) -> Callable[[], object]:
-        call = forced("triton")(features)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            output = call()
-
-        def replay() -> object:
-            captured.replay()
-            return output
-
-        return replay
+        return captured(forced("triton")(features))
 
     def published(compiled: bool) -> Callable[[Tensor], Callable[[], object]]:
         def bind(features: Tensor) -> Callable[[], object]:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench._case import OURS, Case, Check, Variant
+from bench._time import captured
 from bench.cases_models import _forced
 from unifiedar.models import RQTransformer, RQTransformerConfig
 from unifiedar.ops import sample_codes
@@ -184,22 +185,14 @@ def _captured(
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     steps = config.grid[0] * config.grid[1] * config.depth
     noise = torch.ones(steps, batch, config.num_codes, device=device)
-    run: Callable[[], Tensor] = functools.partial(_kernels, model, table, labels, noise)
+    run: Callable[[], object] = functools.partial(_kernels, model, table, labels, noise)
     if captures:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = run()
+        replay = captured(run)
 
-        def replay() -> Tensor:
-            graph.replay()
+        def run() -> object:
+            output = replay()
+            assert isinstance(output, Tensor)
             return output.clone()
-
-        run = replay
 
     def bind(one: Inputs) -> Callable[[], object]:
         def call() -> object:
