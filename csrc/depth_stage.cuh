@@ -1,0 +1,274 @@
+// What a matrix of the depth kernel is multiplied with, in shared memory: the residual stream normalised, or the attention.
+//
+// Shared memory begins with the sums of a matrix' tiles, then a norm's statistics, its gain and bias, and the rows staged here.
+#pragma once
+
+#include <cstdint>
+
+#include "depth.h"
+#include "depth_draw.cuh"
+#include "device/pack.cuh"
+
+namespace unifiedar {
+
+constexpr int kRedPitch = 20;              // floats between columns of a tile in shared memory: no bank conflicts
+constexpr int kRedTiles = 4;               // tiles that are added up together, times rows / 8
+constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
+constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
+constexpr int kVectorsAt = kRedBytes + kStatBytes;  // a norm's gain and bias, then what a matrix is multiplied with
+constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
+constexpr int kHeld = 8;                   // packs of four numbers of a row that a lane has in flight, or keeps
+
+// Activations are written by other blocks: read from the second cache, where they are.
+__device__ __forceinline__ uint4 load_shared_by_all(const void* from) { return __ldcg(static_cast<const uint4*>(from)); }
+
+__device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int row, int width, int dim) {
+  return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
+}
+
+// LayerNorm of the residual stream, x and `extras` tensors beside it, to shared memory; gain and bias lie at kVectorsAt.
+// Rows are cut into parts, one a warp, whose sums are added up in order.
+template <typename T>
+__device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
+                                            unsigned char* memory) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
+  const uint2* biases = gains + dim / 4;
+  float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
+  int shift = 3;  // warps a row: 8, or fewer for more rows
+  static_assert(kWarps == 8, "a power of two");
+  while (shift > 0 && rows << shift > kWarps) --shift;
+  const int parts = 1 << shift, part = warp & (parts - 1);
+  // Of a row's packs of four a warp has a run, and its lanes every 32nd, at places that differ by constants.
+  const int packs = dim / 4, span = ((packs + 31) / 32 + parts - 1 >> shift) * 32;
+  const int first = part * span + lane, end = min(packs, (part + 1) * span);
+#pragma unroll 1
+  for (int base = 0; base < rows; base += kWarps >> shift) {
+    const int row = base + (warp >> shift);
+    const bool inside = row < rows;
+    const int64_t begin = int64_t(inside ? row : 0) * dim;
+    const float4* from = reinterpret_cast<const float4*>(x + begin);
+    const auto more = [&](int e, int i) {
+      return __ldcg(reinterpret_cast<const float4*>(beside + e * int64_t(rows) * dim + begin) + i);
+    };
+    const auto add = [](float4& to, const float4& v) { to = {to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w}; };
+    // A batch is read at once; the first one is kept. (Zeros where there is nothing: a register that is not written on some
+    // way through the phases is held through all of them.)
+    float4 held[kHeld];
+    const auto read = [&](float4 (&to)[kHeld], int first) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
+#pragma unroll 1
+      for (int e = 0; e < extras; ++e) {
+        float4 other[kHeld];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          other[i] = first + i * 32 < end ? more(e, first + i * 32) : float4{};
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          add(to[i], other[i]);
+      }
+    };
+    // Deviations from the row's first element: a mean far from 0 costs no digits.
+    const float origin = __ldcg(reinterpret_cast<const float*>(from));
+    float sum = 0, squares = 0;
+    const auto count = [&](const float4 (&batch)[kHeld], int first) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (first + i * 32 >= end) continue;
+        const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sum += b[e];
+          squares += b[e] * b[e];
+        }
+      }
+    };
+    read(held, first);
+    count(held, first);
+#pragma unroll 1
+    for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
+      float4 batch[kHeld];
+      read(batch, i);
+      count(batch, i);
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, distance);
+      squares += __shfl_xor_sync(~0u, squares, distance);
+    }
+    if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
+    if (parts > 1)
+      __syncthreads();
+    else
+      __syncwarp();
+    if (inside) {
+      sum = squares = 0;
+      for (int p = 0; p < parts; ++p) {
+        sum += stats[row * kWarps + p].x;
+        squares += stats[row * kWarps + p].y;
+      }
+      const float deviation = sum / dim, mean = origin + deviation;
+      const float scale = rsqrtf(max(squares / dim - deviation * deviation, 0.f) + 1e-5f);
+      unsigned char* to = staged_row(memory, row, dim, dim);
+      const auto put = [&](int i, const float4& v) {
+        const uint2 g = gains[i], b = biases[i];
+        const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+        const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+        reinterpret_cast<uint2*>(to)[i] = {
+            pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+            pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
+      };
+      const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          if (first + i * 32 < end) put(first + i * 32, batch[i]);
+      };
+      put_all(held, first);
+#pragma unroll 1
+      for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
+        float4 batch[kHeld];
+        read(batch, i);
+        put_all(batch, i);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
+// a lane of four has 8 (lane % 4) .. + 7 of either half, as a matrix' operand has them, and one of sixteen four in a row.
+template <int kLanes>
+struct Head {
+  static constexpr int kWords = 32 / kLanes;
+  static constexpr int kBatch = kLanes == 16 ? 4 : 3;  // depths whose keys and values are in flight
+  uint32_t query[kWords], key[kBatch][kWords], value[kBatch][kWords];
+};
+
+// Where a layer has its queries, keys and values.
+template <typename T>
+struct Attended {
+  const T *query, *keys, *values;  // [rows, dim], [depth, rows, dim] twice
+  int rows, dim;
+};
+
+template <int kLanes, typename T>
+__device__ __forceinline__ int64_t place_of(const Attended<T>& from, int head, int group) {
+  const int lane = threadIdx.x % 32, row = group * (32 / kLanes) + lane / kLanes, rows = from.rows, dim = from.dim;
+  return int64_t(row < rows ? row : 0) * dim + head * kHeadDim + lane % kLanes * (kLanes == 16 ? 4 : 8);
+}
+
+template <int kWords, typename T>
+__device__ __forceinline__ void read(uint32_t (&to)[kWords], const T* from, bool there) {
+  if constexpr (kWords == 2) {
+    const uint2 raw = there ? __ldcg(reinterpret_cast<const uint2*>(from)) : uint2{};
+    to[0] = raw.x, to[1] = raw.y;
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 raw = there ? load_shared_by_all(from + half * 32) : uint4{};
+      to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
+    }
+  }
+}
+
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_depths(Head<kLanes>& to, const Attended<T>& from, int d, int first, int64_t place) {
+  const int64_t level = int64_t(from.rows) * from.dim;
+#pragma unroll
+  for (int j = 0; j < Head<kLanes>::kBatch; ++j) {
+    const bool there = first + j <= d;
+    read(to.key[j], from.keys + (first + j) * level + place, there);
+    read(to.value[j], from.values + (first + j) * level + place, there);
+  }
+}
+
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_head(Head<kLanes>& to, const Attended<T>& from, int d, int64_t place) {
+  read(to.query, from.query + place, true);
+  read_depths(to, from, d, 0, place);
+}
+
+// From a head of which the first depths are read; leaves the result where the query was.
+template <int kLanes, typename T>
+__device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& from, int d, int64_t place) {
+  constexpr int kWords = Head<kLanes>::kWords, kBatch = Head<kLanes>::kBatch;
+  float2 y[kWords] = {};
+  float most = -INFINITY, total = 0;
+#pragma unroll 1
+  for (int first = 0; first <= d; first += kBatch) {
+    if (first > 0) read_depths(head, from, d, first, place);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j > d) continue;
+      float score = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const float2 q = unpack_word(head.query[w], T{}), k = unpack_word(head.key[j][w], T{});
+        score += q.x * k.x;
+        score += q.y * k.y;
+      }
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) score += __shfl_xor_sync(~0u, score, distance);
+      score *= 0.125f;  // 1 / sqrt(64)
+      const float now = max(most, score);
+      const float old = __expf(most - now), weight = __expf(score - now);
+      most = now;
+      total = total * old + weight;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const float2 v = unpack_word(head.value[j][w], T{});
+        y[w] = {y[w].x * old + weight * v.x, y[w].y * old + weight * v.y};
+      }
+    }
+  }
+  const float share = 1 / total;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) head.query[w] = pack_word(y[w].x * share, y[w].y * share, T{});
+}
+
+template <int kLanes>
+__device__ __forceinline__ void put_head(const Head<kLanes>& from, void* to) {
+  if constexpr (kLanes == 16) {
+    *static_cast<uint2*>(to) = {from.query[0], from.query[1]};
+  } else {
+    static_cast<uint4*>(to)[0] = {from.query[0], from.query[1], from.query[2], from.query[3]};
+    static_cast<uint4*>(to)[4] = {from.query[4], from.query[5], from.query[6], from.query[7]};
+  }
+}
+
+// Each warp the heads that it multiplies, for a chunk of the inputs is a head. With few rows the next head's numbers are on
+// their way while one is worked on.
+template <int kLanes, typename T>
+__device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int begin, int end, unsigned char* memory) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = from.rows, dim = from.dim;
+  constexpr int kOwnRows = 32 / kLanes;
+  const int groups = (rows + kOwnRows - 1) / kOwnRows;
+  int head = begin + ((warp - begin) & (kWarps - 1)), group = 0;
+  constexpr bool kAhead = kLanes == 16;
+  Head<kLanes> now{}, next{};
+  if (kAhead && head < end) read_head(next, from, d, place_of<kLanes>(from, head, group));
+#pragma unroll 1
+  while (head < end) {
+    const int own_head = head, own_group = group;
+    const int64_t place = place_of<kLanes>(from, head, group);
+    if (++group == groups) {
+      group = 0;
+      head += kWarps;
+    }
+    if constexpr (kAhead) {
+      now = next;
+      if (head < end) read_head(next, from, d, place_of<kLanes>(from, head, group));
+    } else {
+      read_head(now, from, d, place);
+    }
+    attend(now, from, d, place);
+    const int row = own_group * kOwnRows + lane / kLanes;
+    if (row < rows)
+      put_head(now, staged_row(memory, row, dim, dim) + own_head * kHeadDim * 2 + lane % kLanes * (kLanes == 16 ? 8 : 16));
+  }
+  __syncwarp();
+}
+
+}  // namespace unifiedar
