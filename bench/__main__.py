@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--longest", type=int, metavar="TOKENS", help="of a case; default 700, on the CPU 100")
     proof.add_argument("--repeats", type=int, default=1, metavar="N", help="further runs of each case; default 1")
     proof.add_argument("--seed", type=int, default=0, help="of the cases; default 0")
+    proof.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default 1")
     proof.add_argument(
         "--page", type=Path, default=certificate.PAGE, metavar="FILE", help="default: docs/attention-..."
     )
@@ -131,6 +132,7 @@ def _certify(arguments: argparse.Namespace) -> int:
         ("cases", arguments.cases, 1),
         ("longest", longest, 1),
         ("repeats", arguments.repeats, 0),
+        ("jobs", arguments.jobs, 1),
     ):
         if value < least:
             raise _Problem(f"--{name} must be at least {least}, got {value}")
@@ -141,6 +143,7 @@ def _certify(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats,
         seed=arguments.seed,
         widths=arguments.head_size or certificate.WIDTHS,
+        jobs=arguments.jobs,
         report=lambda line: print(line, flush=True),
     )
     versions = f"torch {torch.__version__}, Triton {_results.triton_version() or 'absent'}"

@@ -10,10 +10,13 @@ The page holds one section a device; a run replaces that of its own device.
 
 from __future__ import annotations
 
+import itertools
 import math
+import multiprocessing
 import platform
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from unifiedar.ops import block_attention, block_causal_attention, masks, regist
 __all__ = ["PAGE", "Problem", "Row", "certify", "expected", "problems", "write"]
 
 PAGE = ROOT / "docs" / "attention-certificate.md"
+OPERATORS = ("block_causal_attention", "block_attention")
 WIDTHS = tuple(range(32, 129, 8))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = 1e-5
@@ -167,6 +171,7 @@ def certify(
     repeats: int = 1,
     seed: int = 0,
     widths: Sequence[int] = WIDTHS,
+    jobs: int = 1,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Runs the sweep.
@@ -178,13 +183,27 @@ def certify(
         repeats: further runs of each, which should give the same bits.
         seed: of the problems.
         widths: head sizes; those of others are left out.
-        report: called with a line of text for each operator, backend and dtype.
+        jobs: processes that take the head sizes in turn: most of a first run is compiling. What comes out is equal.
+        report: called with a line of text for each operator, backend and dtype; of several processes by each, for each
+            head size, and then it is `print`.
 
     Returns:
         A row for each of these and each head size.
     """
+    if jobs > 1:
+        options = {"count": count, "longest": longest, "repeats": repeats, "seed": seed}
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(_alone, itertools.repeat(str(device)), widths, itertools.repeat(options)))
+        order = [
+            (operator, one.name, dtype)
+            for operator in OPERATORS
+            for one in registry[operator].backends
+            for dtype in DTYPES
+        ]
+        rows = [row for part in parts for row in part]
+        return sorted(rows, key=lambda row: (order.index((row.operator, row.backend, row.dtype)), row.width))
     found: list[Row] = []
-    for operator in ("block_causal_attention", "block_attention"):
+    for operator in OPERATORS:
         drawn = [one for one in problems(operator, count, longest, seed) if one.width in widths]
         for backend in (one.name for one in registry[operator].backends):
             for dtype in DTYPES:
@@ -198,6 +217,16 @@ def certify(
                     report(f"{operator} {backend} {_name(dtype)}: {sum(r.cases for r in rows.values())}, {worst:.2f}")
                 found += rows.values()
     return found
+
+
+def _alone(device: str, width: int, options: dict[str, int]) -> list[Row]:
+    """The rows of one head size, in a process of their own."""
+    return certify(
+        device,
+        widths=[width],
+        report=lambda line: print(f"{width}: {line}", flush=True),
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -848,6 +848,16 @@ def test_certificate_finds_what_is_wrong(tmp_path, monkeypatch, what, capsys):
     assert "block_causal_attention" in capsys.readouterr().err
 
 
+def test_certificate_of_several_processes_is_that_of_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # so that processes of their own find no Triton either
+    monkeypatch.setattr(_native, "triton_unfit", lambda tensor: "not here")
+    sizes = ("--head-size", "128", "--head-size", "32")
+    one, several = _certificate(tmp_path, *sizes), _certificate(tmp_path, *sizes, "--jobs", "2")
+    assert one[0] == 0
+    assert one[1].count("| eager |") == 2 * 3 * 2
+    assert several == one
+
+
 def test_certificate_refuses_no_cases(capsys):
     assert main(["certificate", "--device", "cpu", "--cases", "0"]) == 2
     assert "--cases must be at least 1, got 0" in capsys.readouterr().err
