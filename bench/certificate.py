@@ -200,8 +200,8 @@ def certify(
             for one in registry[operator].backends
             for dtype in DTYPES
         ]
-        rows = [row for part in parts for row in part]
-        return sorted(rows, key=lambda row: (order.index((row.operator, row.backend, row.dtype)), row.width))
+        merged = [row for part in parts for row in part]
+        return sorted(merged, key=lambda row: (order.index((row.operator, row.backend, row.dtype)), row.width))
     found: list[Row] = []
     for operator in OPERATORS:
         drawn = [one for one in problems(operator, count, longest, seed) if one.width in widths]
