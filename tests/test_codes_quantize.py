@@ -383,15 +383,15 @@ def test_adversaries(room, adversary, channels, metric):
 
 
 @triton_float32
-@pytest.mark.parametrize("channels", [136, 256])
+@pytest.mark.parametrize(("channels", "num_codes"), [(136, 2048), (256, 2048), (32, 4096), (256, 16384), (1024, 16384)])
 @pytest.mark.parametrize("adversary", ["near ties", "plain", "misleading"])
-def test_many_codes_at_a_time(room, kernels, monkeypatch, adversary, channels):
-    """The finish with the tile that Hopper takes for one table size, where every subtile is crowded and the last short:
-    each code twice, so the lower index of two has to win."""
+def test_many_codes_at_a_time(room, kernels, monkeypatch, adversary, channels, num_codes):
+    """The finish with Hopper's tiles, where every subtile is crowded and the last one short. Each code is there twice:
+    the lower index has to win."""
     backend, device, _ = room
-    wide = kernels.finish_tile(256, 2048, False, 90)
-    assert wide != kernels.finish_tile(256, 2048, True, 90)
-    assert wide != kernels.finish_tile(256, 2048, False, 80)
+    wide = kernels.finish_tile(channels, num_codes, False, 90)
+    assert wide != kernels.finish_tile(channels, num_codes, True, 90)
+    assert wide != kernels.finish_tile(channels, num_codes, False, 80)
     monkeypatch.setattr(kernels, "finish_tile", lambda *_: wide)
     make = {**ADVERSARIES, "plain": times(1.0)}[adversary]
     x, codebook = (part.to(device) for part in make(3, 70, channels, torch.Generator().manual_seed(31)))
