@@ -175,6 +175,8 @@ def _page(one: dict[str, Any]) -> str:
         *_table(rows),
         "",
     ]
+    if "int8" in cost and cost["int8"]["largest"] == 0:
+        lines += ["The weights measured are integers of 8 bits already, so that this form of them changes nothing.", ""]
     if "named" in one:
         drawn, seen = one["named"], one["seen_named"]
         rows = [["", f"drawings ({drawn['pictures']})", f"training pictures of the same things ({seen['pictures']})"]]
