@@ -18,6 +18,7 @@
 #include "attention_sm90.h"
 #include "codes.h"
 #include "depth.h"
+#include "sample.h"
 
 // These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA
 // tensor exists and they are never called.
@@ -371,6 +372,46 @@ void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& code
   STD_CUDA_CHECK(launch_depth_decode(args, dtype_of(hidden), current_stream(hidden)));
 }
 
+void sample_codes(const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& guidance_rows,
+                  const std::optional<Tensor>& top_k_rows, const std::optional<Tensor>& top_p_rows, bool guided, bool greedy,
+                  double guidance, double temperature, int64_t top_k, double top_p, int64_t inner, Tensor out) {
+  SampleArgs args{};
+  args.logits = logits.data_ptr();
+  args.out = static_cast<int64_t*>(out.data_ptr());
+  args.rows = out.numel();
+  args.inner = inner;
+  args.guided = guided;
+  args.greedy = greedy;
+  args.guidance = static_cast<float>(guidance);
+  args.inverse_temperature = greedy ? 1.f : static_cast<float>(1 / temperature);
+  args.top_k = top_k;
+  args.top_p = top_p;
+  bool matches = logits.dim() == 2 && args.rows > 0 && inner > 0 && args.rows % inner == 0 && args.rows <= INT_MAX &&
+                 logits.size(0) == args.rows * (guided ? 2 : 1) && logits.size(1) > 0 && logits.size(1) <= 1 << 18 &&
+                 (logits.stride(1) == 1 || logits.size(1) == 1) && out.is_contiguous() &&
+                 out.scalar_type() == ScalarType::Long && (greedy || noise.has_value());
+  args.vocabulary = static_cast<int>(logits.size(1));
+  args.logits_row = logits.stride(0);
+  if (noise.has_value()) {
+    args.noise = static_cast<const float*>(noise->data_ptr());
+    args.noise_row = noise->stride(0);
+    matches = matches && noise->scalar_type() == ScalarType::Float && noise->dim() == 2 && noise->size(0) == args.rows &&
+              noise->size(1) == args.vocabulary && (noise->stride(1) == 1 || args.vocabulary == 1);
+  }
+  const auto one_a_row = [&](const std::optional<Tensor>& values, ScalarType dtype) -> const void* {
+    if (!values.has_value()) return nullptr;
+    matches = matches && values->is_contiguous() && values->scalar_type() == dtype && values->numel() == args.rows / inner;
+    return values->data_ptr();
+  };
+  args.guidance_rows = static_cast<const float*>(one_a_row(guidance_rows, ScalarType::Float));
+  args.top_k_rows = static_cast<const int64_t*>(one_a_row(top_k_rows, ScalarType::Long));
+  args.wide_top_p = top_p_rows.has_value() && top_p_rows->scalar_type() == ScalarType::Double;
+  args.top_p_rows = one_a_row(top_p_rows, args.wide_top_p ? ScalarType::Double : ScalarType::Float);
+  STD_TORCH_CHECK(matches, "sample_codes_cuda: sizes, strides or dtypes do not match");
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  STD_CUDA_CHECK(launch_sample_codes(args, dtype_of(logits), current_stream(logits)));
+}
+
 }  // namespace
 }  // namespace unifiedar
 
@@ -379,6 +420,7 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
   m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
   m.impl("depth_decode_cuda", TORCH_BOX(&unifiedar::depth_decode));
+  m.impl("sample_codes_cuda", TORCH_BOX(&unifiedar::sample_codes));
   m.impl("depth_decode_plan_cuda", TORCH_BOX(&unifiedar::depth_decode_plan));
   m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
   m.impl("block_attention_cuda", TORCH_BOX(&unifiedar::block_attention));
