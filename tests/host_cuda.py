@@ -36,10 +36,16 @@ SHIM = """
 #undef __global__
 #undef __device__
 #undef __forceinline__
+#undef __shared__
+#undef __noinline__
+#undef __grid_constant__
 #define __launch_bounds__(...)
 #define __global__ static
 #define __device__
 #define __forceinline__ inline
+#define __shared__ static  // of kernels whose blocks come in turn
+#define __noinline__
+#define __grid_constant__
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 using std::max;

@@ -12,9 +12,6 @@ from unifiedar.ops import sample_codes
 # In place of csrc/device/fast.cuh: as far off as a GPU may be, one way or the other.
 FAST = """
 #pragma once
-#define __grid_constant__
-#define __shared__ static
-#define __noinline__
 namespace unifiedar {
 inline float fast_exp2(float x) {
   const float value = std::exp2(double(x)) * (1 + 0x1p-21 * (int(x * 1000) % 3 - 1));
