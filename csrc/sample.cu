@@ -139,6 +139,16 @@ struct Sampler {
       }
     }
   }
+  // The same in little code, for who is not in registers.
+  template <typename Use>
+  __device__ __forceinline__ void look_small(const Use& use) {
+    for (begin = 0; begin < (kHeld ? 1 : args.vocabulary); begin += kOwn * kThreads) {
+      if (!kHeld) load();
+#pragma unroll 4
+      for (int e = 0; e < kOwn; ++e) use(e);
+    }
+    if (kHeld) begin = 0;
+  }
 
   // ---- what threads tell each other: a word of each warp. Who tells anew of what was heard has waited for others since.
 
@@ -336,14 +346,12 @@ struct Sampler {
   }
 
   // exp(score - top), about, from their difference.
-  static __device__ __forceinline__ float weight_at(float distance) {
-    return distance >= -87 ? fast_exp2(distance * 1.442695041f) : 0;
-  }
+  static __device__ __forceinline__ float weight_at(float distance) { return fast_exp2(distance * 1.442695041f); }
 
-  // weight / noise, about; the largest if that is not known.
+  // weight / noise, about; the largest where that is not known.
   static __device__ __forceinline__ float speed(float weight, float noise) {
-    const float value = weight * fast_inverse(noise);
-    return noise > 0x1p-100f && noise < 0x1p100f ? value : weight > 0 ? kUnclear : 0;
+    constexpr uint32_t kLeast = 27u << 23, kMost = 227u << 23;  // 2^-100 and 2^100
+    return __float_as_uint(noise) - kLeast < kMost - kLeast ? weight * fast_inverse(noise) : kUnclear;
   }
 
   // By the definition's numbers: k and share are 0 where there is no such cut.
@@ -359,7 +367,7 @@ struct Sampler {
         __syncthreads();
         clear();
         __syncthreads();
-        look([&](int e) {
+        look_small([&](int e) {
           const uint32_t key = uint32_t(ordered(score[e])) ^ 0x80000000u;
           if (end == 32 || key >> end == prefix) atomicAdd(shared.bins + ((1u << width) - 1 - (key >> shift & ((1u << width) - 1))), 1u);
         });
@@ -369,34 +377,34 @@ struct Sampler {
       }
       least = int(prefix ^ 0x80000000u);
     }
-    if (kHeld) look([&](int e) { score[e] = __int_as_float(weight_of(row, score[e], least)); });
+    if (kHeld) look_small([&](int e) { score[e] = __int_as_float(weight_of(row, score[e], least)); });
     // A weight's bits are an integer of the same order.
     const auto bits_of = [&](int e) { return kHeld ? __float_as_int(score[e]) : weight_of(row, score[e], least); };
     Word goal = 0;
     if (share > 0) {
       Word total = 0;
-      look([&](int e) { total += row.mass(bits_of(e)); });
+      look_small([&](int e) { total += row.mass(bits_of(e)); });
       goal = row.goal(sum_all(total));
     }
     // Who may win: entries of more than `bits`, and those of `bits` before entry `end`.
     int bits = 0, end = 0;
     while (true) {
       Word best = kNobody;
-      look([&](int e) {
+      look_small([&](int e) {
         const int mine = bits_of(e);
         if (mine > bits || (mine == bits && place(e) < end)) best = max(best, racer(mine, rest[e], place(e)));
       });
       best = max_all(best);
       const int code = int(~uint32_t(best));
       if (share <= 0 || best == kNobody) return code;
-      look([&](int e) {
+      look_small([&](int e) {
         if (place(e) == code) shared.bits = bits_of(e);
       });
       __syncthreads();
       bits = shared.bits;
       end = code;
       Word before = 0;
-      look([&](int e) {
+      look_small([&](int e) {
         const int mine = bits_of(e);
         if (mine > bits || (mine == bits && place(e) < end)) before += row.mass(mine);
       });
@@ -427,9 +435,7 @@ __global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1) sample_
 template <typename T>
 cudaError_t launch_rows(const SampleArgs& args, cudaStream_t stream) {
   const unsigned blocks = unsigned(args.rows);
-  if (args.vocabulary <= 128 * kOwn) {
-    sample_codes_kernel<T, 128, true><<<blocks, 128, 0, stream>>>(args);
-  } else if (args.vocabulary <= 256 * kOwn) {
+  if (args.vocabulary <= 256 * kOwn) {
     sample_codes_kernel<T, 256, true><<<blocks, 256, 0, stream>>>(args);
   } else if (args.vocabulary <= 512 * kOwn) {
     sample_codes_kernel<T, 512, true><<<blocks, 512, 0, stream>>>(args);

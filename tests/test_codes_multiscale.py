@@ -30,7 +30,9 @@ triton_float32 = pytest.mark.parametrize(
     [case for case in kernel_rooms() if case.values[0][0] == "triton" and case.values[0][2] == torch.float32],
     indirect=True,
 )
-gpu_cuda = pytest.mark.parametrize("room", [case for case in kernel_rooms() if case.values[0][0] == "cuda"], indirect=True)
+gpu_cuda = pytest.mark.parametrize(
+    "room", [case for case in kernel_rooms() if case.values[0][0] == "cuda"], indirect=True
+)
 gpu_triton = pytest.mark.parametrize(
     "room",
     [case for case in kernel_rooms() if case.values[0] == ("triton", "cuda", torch.float32)],

@@ -29,7 +29,9 @@ def library(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("convolved", [True, False], ids=["phi", "no phi"])
-@pytest.mark.parametrize("sizes", [((1, 1), (2, 2), (16, 16)), ((2, 3), (5, 9), (5, 9)), ((4, 1), (1, 1), (7, 3))], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [((1, 1), (2, 2), (16, 16)), ((2, 3), (5, 9), (5, 9)), ((4, 1), (1, 1), (7, 3))], ids=str
+)
 def test_step(library, sizes, convolved, dtype):
     generator = torch.Generator().manual_seed(0)
 
@@ -52,10 +54,20 @@ def test_step(library, sizes, convolved, dtype):
             total = torch.full((batch, height * width, 32), torch.nan)
             out = torch.full((batch, 32, height, width), torch.nan, dtype=dtype)
             following = torch.full((batch, next_h * next_w, 32), torch.nan, dtype=dtype)
-            numbers = [features.stride(0), codes.stride(0), vectors.stride(0) if given is vectors else 0, table.stride(-2)]
+            numbers = [
+                features.stride(0),
+                codes.stride(0),
+                vectors.stride(0) if given is vectors else 0,
+                table.stride(-2),
+            ]
             numbers += [*features.stride()[1:], table.stride(-1), batch, height, width, h, w, next_h, next_w]
             numbers += [40 if given is codes else 2**31 - 1]
-            tensors = (features, codes if given is codes else None, table, *((phi.weight, phi.bias) if phi else (None, None)))
+            tensors = (
+                features,
+                codes if given is codes else None,
+                table,
+                *((phi.weight, phi.bias) if phi else (None, None)),
+            )
             tensors += (total, out, following if next_h else None)
             status = library.step(
                 *(ctypes.c_void_p(None if one is None else one.data_ptr()) for one in tensors),

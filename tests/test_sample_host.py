@@ -1,4 +1,4 @@
-"""The kernel of the family `sample` on the host, thread by thread: draws equal to the definition's, whatever the scores."""
+"""The kernel of the family `sample` on the host, thread by thread: the definition's draws, whatever the scores."""
 
 import ctypes
 import math
@@ -83,7 +83,12 @@ def draw(library, logits, noise, guidance=None, temperature=1.0, top_k=0, top_p=
     out = torch.full((rows,), -1)
     dtype = (torch.float32, torch.bfloat16, torch.float16).index(logits.dtype)
     numbers = [rows, rows // len(by_rows[0]) if by_rows else 1, logits.stride(0), noise.stride(0), number(top_k)]
-    numbers += [logits.shape[1], guidance is not None, dtype, isinstance(top_p, torch.Tensor) and top_p.dtype == torch.float64]
+    numbers += [
+        logits.shape[1],
+        guidance is not None,
+        dtype,
+        isinstance(top_p, torch.Tensor) and top_p.dtype == torch.float64,
+    ]
     status = library.sample(
         *map(pointer, (logits, noise, guidance, top_k, top_p, out)),
         (ctypes.c_int64 * 9)(*numbers),
