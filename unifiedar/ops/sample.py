@@ -308,8 +308,9 @@ def sample_codes(
 
         Backends give equal codes for equal noise: the race, the cut of top-k and that of top-p are decided by the same
         numbers, exactly. The one thing left to a device is its float64 exponential, whose last bit shows in the float32
-        weight of one entry in 10^8. Triton's kernel takes a row a program, in registers up to 16,384 entries, up to
-        2^18 in 17 to 280 MB of memory beside; logits or noise whose rows no strides describe are copied.
+        weight of one entry in 10^8. The kernels take up to 2^18 entries a row. The compiled one takes float32 noise; up
+        to 16,384 entries are in registers, of more a row is read several times. Triton's has those in 17 to 280 MB of
+        memory beside. Logits or noise whose rows no strides describe are copied.
     """
     function = "sample_codes"
     shape, mix, cuts = _settings(function, logits, guidance, top_k, top_p)
