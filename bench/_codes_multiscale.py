@@ -2,10 +2,10 @@
 
 `encode` is a map of features to the codes of all ten scales (what training a transformer does with every batch);
 `inputs` is codes to what the transformer reads under teacher forcing, `steps` the same in a generation, one scale after
-the other, and the last sum. Least traffic of `encode`: features, codebook and
-convolutions read once, codes written; of `inputs`: the codes of nine scales, the codebook rows they are expected to
-touch, convolutions, the result; of `steps` the sum so far is read and written at every scale. The work that counts is the search (2 L K C) and the convolutions of nine scales; the
-search could run on matrix units, so its floor is theirs.
+the other, and the last sum. Least traffic of `encode`: features, codebook and convolutions read once, codes written; of
+`inputs`: the codes of nine scales, the codebook rows they are expected to touch, convolutions, the result; of `steps`
+the sum so far is read and written at every scale. The work that counts is the search (2 L K C) and the convolutions of
+nine scales; the search could run on matrix units, so its floor is theirs.
 """
 
 from __future__ import annotations

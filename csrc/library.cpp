@@ -406,7 +406,7 @@ void next_scale_input(const Tensor& base, const Tensor& codes, const Tensor& cod
   args.base_c = int_of(base.stride(1));
   args.base_y = int_of(base.stride(2));
   args.base_x = int_of(base.stride(3));
-  args.table_entry = table.stride(table.dim() - 2);
+  args.table_entry = int_of(table.stride(table.dim() - 2));
   args.table_c = int_of(table.stride(table.dim() - 1));
   if (vectors) {
     args.table_b = table.stride(0);

@@ -46,18 +46,6 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
   __shared__ float parts[kPhi ? kWarps : 1][kPixels][kChannels];
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int across = (args.width + kWide - 1) / kWide, tiles = (args.height + kTall - 1) / kTall * across;
-  const T* table = static_cast<const T*>(args.table);
-  if constexpr (kPhi) {
-    const T* from = static_cast<const T*>(args.weight);
-    for (int pack = int(threadIdx.x); pack < kChannels * kSum / 4; pack += kThreads) {
-      struct alignas(4 * sizeof(T)) Four {
-        T value[4];
-      };
-      const Four four = *reinterpret_cast<const Four*>(from + 4 * pack);
-      *reinterpret_cast<float4*>(weights + weight_at(pack / (kSum / 4), pack % (kSum / 4))) = {
-          widened(four.value[0]), widened(four.value[1]), widened(four.value[2]), widened(four.value[3])};
-    }
-  }
 
   for (int tile = int(blockIdx.x); tile < tiles * args.batch; tile += int(gridDim.x)) {
     const int64_t picture = tile / tiles;
@@ -67,11 +55,12 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
     const bool present = my_y < args.height && my_x < args.width;
     float base = 0, bias = 0;
     if (present)
-      base = widened(static_cast<const T*>(args.base)[picture * args.base_b + lane * args.base_c + my_y * args.base_y + my_x * args.base_x]);
+      base = widened(static_cast<const T*>(args.base)[picture * args.base_b + lane * args.base_c + my_y * args.base_y +
+                                                      my_x * args.base_x]);
     if (kPhi) bias = widened(static_cast<const T*>(args.bias)[lane]);
 
     constexpr int kOwn = (kSpots + kWarps - 1) / kWarps;
-    int source[kOwn];  // lanes 0 to 15: the row of the table of one of a spot's 16 neighbours, -1: zeros
+    int source[kOwn];  // lanes 0 to 15: where the row of one of a spot's 16 neighbours begins, -1: zeros
 #pragma unroll
     for (int s = 0; s < kOwn; ++s) {
       const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
@@ -81,21 +70,31 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
       const float at_x = (float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f;
       const int i = min(max(int(floorf(at_y)) + lane / 4 - 1, 0), args.h - 1);
       const int j = min(max(int(floorf(at_x)) + lane % 4 - 1, 0), args.w - 1);
-      source[s] = i * args.w + j;
-      if (args.codes) {
-        const int64_t code = args.codes[picture * args.code_b + source[s]];
-        source[s] = code >= 0 && code < args.num_codes ? int(code) : -1;
-      }
+      int64_t row = i * args.w + j;
+      if (args.codes) row = args.codes[picture * args.code_b + row];
+      if (row >= 0 && row < args.num_codes) source[s] = int(row) * args.table_entry;
+    }
+    struct alignas(4 * sizeof(T)) Four {
+      T value[4];
+    };
+    constexpr int kPacks = kChannels * kSum / 4 / kThreads;
+    Four held[kPacks];  // the convolution, once; on its way while codes and rows are
+    const bool first = kPhi && tile == int(blockIdx.x);
+    if (first) {
+#pragma unroll
+      for (int n = 0; n < kPacks; ++n)
+        held[n] = static_cast<const Four*>(args.weight)[int(threadIdx.x) + n * kThreads];
     }
     __syncthreads();  // nobody reads the last tile's any more
+    const T* table = static_cast<const T*>(args.table) + picture * args.table_b + lane * args.table_c;
 #pragma unroll
     for (int s = 0; s < kOwn; ++s) {
       const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
       float value[16];
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const int row = __shfl_sync(~0u, source[s], n);
-        value[n] = row < 0 ? 0 : widened(table[picture * args.table_b + row * args.table_entry + lane * args.table_c]);
+        const int at = __shfl_sync(~0u, source[s], n);
+        value[n] = at < 0 ? 0 : widened(table[at]);
       }
       float down[4], along[4], sum = 0;
       cubic((float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f, down);
@@ -108,6 +107,14 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
         sum += down[a] * line;
       }
       if (spot < kSpots) spots[spot][lane] = sum;
+    }
+    if (first) {
+#pragma unroll
+      for (int n = 0; n < kPacks; ++n) {
+        const int pack = int(threadIdx.x) + n * kThreads;
+        *reinterpret_cast<float4*>(weights + weight_at(pack / (kSum / 4), pack % (kSum / 4))) = {
+            widened(held[n].value[0]), widened(held[n].value[1]), widened(held[n].value[2]), widened(held[n].value[3])};
+      }
     }
     __syncthreads();
 

@@ -11,7 +11,7 @@ namespace unifiedar {
 
 constexpr int kPyramidChannels = 32;
 
-// All floating tensors have the launch's type but for `total`. Offsets within a picture are 32-bit.
+// All floating tensors have the launch's type but for `total`. Offsets within a picture and in the table are 32-bit.
 struct PyramidArgs {
   const void* base;      // [batch, 32, height, width], strides base_b, base_c, base_y, base_x: the sum so far
   const int64_t* codes;  // [batch, h w], strides code_b, 1; one outside [0, num_codes) stands for zeros; or null: vectors
@@ -21,8 +21,8 @@ struct PyramidArgs {
   float* total;          // [batch, height width, 32]: the new sum, not rounded
   void* out;             // [batch, 32, height, width]: the new sum
   void* following;       // [batch, next_h next_w, 32]; or null
-  int64_t base_b, code_b, table_b, table_entry;
-  int base_c, base_y, base_x, table_c;
+  int64_t base_b, code_b, table_b;
+  int base_c, base_y, base_x, table_entry, table_c;
   int batch, height, width, h, w, next_h, next_w, num_codes;
   float ratio;
 };

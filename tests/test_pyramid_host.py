@@ -12,10 +12,10 @@ EXPORTS = """
 extern "C" int step(const void* base, const int64_t* codes, const void* table, const void* weight, const void* bias,
                     float* total, void* out, void* following, const int64_t* n, float ratio, int dtype) {
   host_waits = true;
-  unifiedar::PyramidArgs args{base, codes, table, weight, bias, total, out, following, n[0], n[1], n[2], n[3]};
-  int* sizes[] = {&args.base_c, &args.base_y, &args.base_x, &args.table_c, &args.batch, &args.height, &args.width,
-                  &args.h, &args.w, &args.next_h, &args.next_w, &args.num_codes};
-  for (int i = 0; i < 12; ++i) *sizes[i] = n[4 + i];
+  unifiedar::PyramidArgs args{base, codes, table, weight, bias, total, out, following, n[0], n[1], n[2]};
+  int* sizes[] = {&args.base_c, &args.base_y, &args.base_x, &args.table_entry, &args.table_c, &args.batch,
+                  &args.height, &args.width, &args.h, &args.w, &args.next_h, &args.next_w, &args.num_codes};
+  for (int i = 0; i < 13; ++i) *sizes[i] = n[3 + i];
   args.ratio = ratio;
   return unifiedar::launch_next_scale_input(args, unifiedar::DType(dtype), nullptr);
 }
@@ -54,13 +54,9 @@ def test_step(library, sizes, convolved, dtype):
             total = torch.full((batch, height * width, 32), torch.nan)
             out = torch.full((batch, 32, height, width), torch.nan, dtype=dtype)
             following = torch.full((batch, next_h * next_w, 32), torch.nan, dtype=dtype)
-            numbers = [
-                features.stride(0),
-                codes.stride(0),
-                vectors.stride(0) if given is vectors else 0,
-                table.stride(-2),
-            ]
-            numbers += [*features.stride()[1:], table.stride(-1), batch, height, width, h, w, next_h, next_w]
+            numbers = [features.stride(0), codes.stride(0), vectors.stride(0) if given is vectors else 0]
+            numbers += [*features.stride()[1:], table.stride(-2), table.stride(-1)]
+            numbers += [batch, height, width, h, w, next_h, next_w]
             numbers += [40 if given is codes else 2**31 - 1]
             tensors = (
                 features,

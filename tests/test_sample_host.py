@@ -18,7 +18,7 @@ inline float fast_exp2(float x) {
   return value < 0x1p-126f ? 0 : value;
 }
 inline float fast_inverse(float x) { return std::fabs(x) < 0x1p-126f ? INFINITY : 1 / x; }
-inline float anew(float value) { return value; }
+template <class T> T anew(T value) { return value; }
 }  // namespace unifiedar
 inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
 inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
@@ -26,6 +26,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 template <class T> T __ldcg(const T* p) { return __ldg(p); }
 inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
   return *at += value, *at - value;

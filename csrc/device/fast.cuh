@@ -23,4 +23,9 @@ __device__ __forceinline__ float anew(float value) {
   return value;
 }
 
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace unifiedar

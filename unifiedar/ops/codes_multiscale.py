@@ -509,7 +509,7 @@ _next_scale_input = Op(
     eager=_next_eager,
     fake=_next_fake,
     backends=(
-        Backend("cuda", _run_next_cuda, _next_unfit_cuda, on_request="not run on a GPU yet"),
+        Backend("cuda", _run_next_cuda, _next_unfit_cuda),
         Backend("triton", _run_next_triton, _next_unfit_triton),
     ),
 )

@@ -242,7 +242,7 @@ _sample_codes = Op(
     eager=_sample_eager,
     fake=_sample_fake,
     backends=(
-        Backend("cuda", _run_cuda, _unfit_cuda, on_request="not run on a GPU yet"),
+        Backend("cuda", _run_cuda, _unfit_cuda),
         Backend("triton", _run_triton, _unfit_triton),
     ),
 )
