@@ -135,7 +135,8 @@ struct Block {
     const uint32_t upto = sum_up(sum);
     tell(kBefore, __shfl_sync(~0u, upto, 31));
     __syncthreads();
-    uint32_t above = __reduce_add_sync(~0u, threadIdx.x % 32 < threadIdx.x / 32 ? uint32_t(hear(kBefore, 0)) : 0u) + upto - sum;
+    const bool earlier = threadIdx.x % 32 < threadIdx.x / 32;  // whether the warp of this lane's number is
+    uint32_t above = __reduce_add_sync(~0u, earlier ? uint32_t(hear(kBefore, 0)) : 0u) + upto - sum;
     if (above < goal && above + sum >= goal) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -513,7 +514,8 @@ struct Sampler {
 };
 
 template <typename T, int kThreads, bool kHeld>
-__global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1) sample_codes_kernel(const __grid_constant__ SampleArgs args) {
+__global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
+    sample_codes_kernel(const __grid_constant__ SampleArgs args) {
   __shared__ typename Sampler<T, kThreads, kHeld>::Memory block;
   const int64_t row = blockIdx.x, group = row / args.inner;
   int64_t k = args.top_k_rows ? args.top_k_rows[group] : args.top_k;
