@@ -1,10 +1,11 @@
 """Cases of the family `codes` that are VAR's residual pyramid, at the sizes of its published tokenizer for 256 pixels.
 
 `encode` is a map of features to the codes of all ten scales (what training a transformer does with every batch);
-`inputs` is codes to what the transformer reads under teacher forcing. Least traffic of `encode`: features, codebook and
-convolutions read once, codes written; of `inputs`: the codes of nine scales, the codebook rows they are expected to
-touch, convolutions, the result. The work that counts is the search (2 L K C) and the convolutions of nine scales; the
-search could run on matrix units, so its floor is theirs.
+`inputs` is codes to what the transformer reads under teacher forcing, `steps` the same in a generation, one scale after
+the other, and the last sum. Least traffic of `encode`: features, codebook and convolutions read once, codes written; of
+`inputs`: the codes of nine scales, the codebook rows they are expected to touch, convolutions, the result; of `steps`
+the sum so far is read and written at every scale. The work that counts is the search (2 L K C) and the convolutions of
+nine scales; the search could run on matrix units, so its floor is theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from bench._case import OURS, Case, Check, Variant, against, tensors
-from unifiedar.ops import Phi, multiscale_inputs, multiscale_lookup, multiscale_quantize, registry
+from unifiedar.ops import (
+    Phi,
+    multiscale_inputs,
+    multiscale_lookup,
+    multiscale_quantize,
+    next_scale_input,
+    registry,
+)
 
 __all__ = ["cases"]
 
@@ -39,7 +47,7 @@ def cases(device: torch.device) -> list[Case]:
     """One picture and 32; on the CPU one, with 512 codes."""
     small = device.type != "cuda"
     batches = (1,) if small else (1, 32)
-    return [make(batch, 512 if small else CODES, small) for make in (_encode, _inputs) for batch in batches]
+    return [make(batch, 512 if small else CODES, small) for make in (_encode, _inputs, _steps) for batch in batches]
 
 
 def _make(batch: int, num_codes: int) -> Callable[[int, torch.device], Inputs]:
@@ -71,13 +79,22 @@ def _operator_arguments(one: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.
 Work = Callable[[Inputs], object]
 
 
-def _case(name: str, batch: int, num_codes: int, small: bool, ours: Callable[[str], Work], peer: Work, **rest) -> Case:
+def _case(
+    name: str,
+    batch: int,
+    num_codes: int,
+    small: bool,
+    ours: Callable[[str], Work],
+    peer: Work,
+    kernels: tuple[str, ...] = ("triton",),
+    **rest,
+) -> Case:
     def variant(title: str, role: str, work: Work) -> Variant:
         return Variant(title, role, lambda inputs: lambda: work(inputs))
 
     variants = [variant(OURS, "ours", ours("auto"))]
     if not small:
-        variants += [variant(f"{OURS} {one}", "backend", ours(one)) for one in ("triton", "eager")]
+        variants += [variant(f"{OURS} {one}", "backend", ours(one)) for one in (*kernels, "eager")]
         variants.append(variant("torch.compile", "peer", torch.compile(peer, dynamic=False)))
     variants.append(variant("published code", "peer", peer))
     return Case(
@@ -224,12 +241,58 @@ def _inputs(batch: int, num_codes: int, small: bool) -> Case:
 
 
 def _published_inputs(one: Inputs) -> torch.Tensor:
-    """As VAR computes them: a sum in place, scale after scale."""
+    return torch.cat(_published_steps(one)[1:], 1)
+
+
+# ---- a generation ----------------------------------------------------------------------------------------------------
+
+
+def _steps(batch: int, num_codes: int, small: bool) -> Case:
+    def ours(backend: str) -> Work:
+        def work(one: Inputs) -> list[torch.Tensor]:
+            total, phi = torch.zeros_like(one.features), Phi(one.weight, one.bias)
+            found: list[torch.Tensor] = []
+            for s, codes in enumerate(one.codes.split(LENGTHS, dim=1)):
+                total, following = next_scale_input(total, codes, one.codebook, phi, SIDES, s, backend=backend)
+                found += [] if following is None else [following]
+            return [total, *found]
+
+        return work
+
+    def check(one: Inputs) -> Check:
+        features, codebook, weight, bias = (part.double() for part in one[:4])
+        wide = Inputs(features, codebook, weight, bias, one.codes)
+        return against(_published_steps(wide), _published_steps(one), peer_tolerance=2e-3)
+
+    touched = num_codes * (1 - (1 - 1 / num_codes) ** (batch * sum(LENGTHS)))
+    maps = 2 * len(SIDES) * batch * LENGTHS[-1]
+    return _case(
+        "steps",
+        batch,
+        num_codes,
+        small,
+        ours,
+        _published_steps,
+        ("cuda", "triton"),
+        bytes=round(8 * batch * sum(LENGTHS) + 4 * CHANNELS * (touched + maps + batch * sum(LENGTHS)) + _phi_bytes()),
+        flops=_convolution_flops(batch) * len(SIDES) // (len(SIDES) - 1),
+        check=check,
+        backend=lambda one: (
+            registry["next_scale_input"]
+            .choose("auto", one.features, one.codes[:, :1], *_operator_arguments(one), 0)
+            .name
+        ),
+    )
+
+
+def _published_steps(one: Inputs) -> list[torch.Tensor]:
+    """As VAR computes them, a sum in place, scale after scale: the last sum, and what is read before each scale."""
     total, found = torch.zeros_like(one.features), []
     codes = one.codes.split(LENGTHS, dim=1)
     indices = Phi.indices_of(CONVOLUTIONS, len(SIDES))
-    for s in range(len(SIDES) - 1):
-        total += _part(F.embedding(codes[s], one.codebook), SIDES[s], one, indices[s])
-        pooled = F.interpolate(total, size=(SIDES[s + 1], SIDES[s + 1]), mode="area")
-        found.append(pooled.flatten(2).transpose(1, 2))
-    return torch.cat(found, 1)
+    for s, side in enumerate(SIDES):
+        total += _part(F.embedding(codes[s], one.codebook), side, one, indices[s])
+        if s + 1 < len(SIDES):
+            pooled = F.interpolate(total, size=(SIDES[s + 1], SIDES[s + 1]), mode="area")
+            found.append(pooled.flatten(2).transpose(1, 2))
+    return [total, *found]

@@ -70,7 +70,7 @@ def _case(draw: Draw, small: bool) -> Case:
 
     variants = [variant(OURS, "ours", "auto")]
     if not small:
-        variants += [variant(f"{OURS} {name}", "backend", name) for name in ("triton", "eager")]
+        variants += [variant(f"{OURS} {name}", "backend", name) for name in ("cuda", "triton", "eager")]
         compiled = torch.compile(published, dynamic=False)
         variants.append(Variant("torch.compile", "peer", lambda inputs: lambda: compiled(*inputs)))
     variants.append(Variant("published code", "peer", lambda inputs: lambda: published(*inputs)))

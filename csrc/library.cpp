@@ -18,6 +18,8 @@
 #include "attention_sm90.h"
 #include "codes.h"
 #include "depth.h"
+#include "pyramid.h"
+#include "sample.h"
 
 // These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA
 // tensor exists and they are never called.
@@ -371,6 +373,104 @@ void depth_decode(const Tensor& hidden, const Tensor& packed, const Tensor& code
   STD_CUDA_CHECK(launch_depth_decode(args, dtype_of(hidden), current_stream(hidden)));
 }
 
+// codes: [batch, h w] int64, or [batch, h w, 32] in place of the codebook's rows. scales: height, width, h, w, next h, w.
+void next_scale_input(const Tensor& base, const Tensor& codes, const Tensor& codebook, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, double ratio, int64_t height, int64_t width, int64_t h, int64_t w,
+                      int64_t next_h, int64_t next_w, Tensor total, Tensor out, Tensor following) {
+  PyramidArgs args{};
+  const bool vectors = codes.dim() == 3;
+  const Tensor& table = vectors ? codes : codebook;
+  args.base = base.data_ptr();
+  args.table = table.data_ptr();
+  args.total = static_cast<float*>(total.data_ptr());
+  args.out = out.data_ptr();
+  args.batch = int_of(base.size(0));
+  args.height = int_of(height);
+  args.width = int_of(width);
+  args.h = int_of(h);
+  args.w = int_of(w);
+  args.next_h = int_of(next_h);
+  args.next_w = int_of(next_w);
+  args.ratio = static_cast<float>(ratio);
+  const int64_t pixels = args.batch * height * width;
+  bool matches = base.dim() == 4 && base.size(1) == kPyramidChannels && base.size(2) == height && base.size(3) == width &&
+                 pixels > 0 && h > 0 && w > 0 && codes.dim() >= 2 && codes.size(0) == args.batch && codes.size(1) == h * w &&
+                 table.size(table.dim() - 1) == kPyramidChannels && total.is_contiguous() && out.is_contiguous() &&
+                 following.is_contiguous() && total.scalar_type() == ScalarType::Float &&
+                 total.numel() == pixels * kPyramidChannels && out.numel() == total.numel() &&
+                 following.numel() == args.batch * next_h * next_w * kPyramidChannels && following.numel() <= INT_MAX;
+  for (const Tensor* other : {&table, &std::as_const(out), &std::as_const(following)})
+    matches = matches && other->scalar_type() == base.scalar_type();
+  STD_TORCH_CHECK(matches, "next_scale_input_cuda: sizes or dtypes do not match, or are not such as it takes");
+  args.base_b = base.stride(0);
+  args.base_c = int_of(base.stride(1));
+  args.base_y = int_of(base.stride(2));
+  args.base_x = int_of(base.stride(3));
+  args.table_entry = int_of(table.stride(table.dim() - 2));
+  args.table_c = int_of(table.stride(table.dim() - 1));
+  if (vectors) {
+    args.table_b = table.stride(0);
+    args.num_codes = INT_MAX;
+  } else {
+    args.codes = codes.const_data_ptr<int64_t>();
+    args.code_b = codes.stride(0);
+    args.num_codes = int_of(codebook.size(0));
+    matches = codes.stride(1) == 1 || codes.size(1) == 1;
+  }
+  if (weight.has_value()) {
+    args.weight = weight->data_ptr();
+    args.bias = bias.has_value() ? bias->data_ptr() : nullptr;
+    matches = matches && weight->is_contiguous() && weight->scalar_type() == base.scalar_type() &&
+              weight->numel() == 9 * kPyramidChannels * kPyramidChannels &&
+              reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && bias.has_value() && bias->is_contiguous() &&
+              bias->scalar_type() == base.scalar_type() && bias->numel() == kPyramidChannels;
+  }
+  if (following.numel() > 0) args.following = following.data_ptr();
+  STD_TORCH_CHECK(matches, "next_scale_input_cuda: strides do not fit, or the convolution does not");
+  const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
+  STD_CUDA_CHECK(launch_next_scale_input(args, dtype_of(base), current_stream(base)));
+}
+
+void sample_codes(const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& guidance_rows,
+                  const std::optional<Tensor>& top_k_rows, const std::optional<Tensor>& top_p_rows, bool guided, bool greedy,
+                  double guidance, double temperature, int64_t top_k, double top_p, int64_t inner, Tensor out) {
+  SampleArgs args{};
+  args.logits = logits.data_ptr();
+  args.out = static_cast<int64_t*>(out.data_ptr());
+  args.rows = out.numel();
+  args.inner = inner;
+  args.guided = guided;
+  args.greedy = greedy;
+  args.guidance = static_cast<float>(guidance);
+  args.inverse_temperature = greedy ? 1.f : static_cast<float>(1 / temperature);
+  args.top_k = top_k;
+  args.top_p = top_p;
+  bool matches = logits.dim() == 2 && args.rows > 0 && inner > 0 && args.rows % inner == 0 && args.rows <= INT_MAX &&
+                 logits.size(0) == args.rows * (guided ? 2 : 1) && logits.size(1) > 0 && logits.size(1) <= 1 << 18 &&
+                 (logits.stride(1) == 1 || logits.size(1) == 1) && out.is_contiguous() &&
+                 out.scalar_type() == ScalarType::Long && (greedy || noise.has_value());
+  args.vocabulary = static_cast<int>(logits.size(1));
+  args.logits_row = logits.stride(0);
+  if (noise.has_value()) {
+    args.noise = static_cast<const float*>(noise->data_ptr());
+    args.noise_row = noise->stride(0);
+    matches = matches && noise->scalar_type() == ScalarType::Float && noise->dim() == 2 && noise->size(0) == args.rows &&
+              noise->size(1) == args.vocabulary && (noise->stride(1) == 1 || args.vocabulary == 1);
+  }
+  const auto one_a_row = [&](const std::optional<Tensor>& values, ScalarType dtype) -> const void* {
+    if (!values.has_value()) return nullptr;
+    matches = matches && values->is_contiguous() && values->scalar_type() == dtype && values->numel() == args.rows / inner;
+    return values->data_ptr();
+  };
+  args.guidance_rows = static_cast<const float*>(one_a_row(guidance_rows, ScalarType::Float));
+  args.top_k_rows = static_cast<const int64_t*>(one_a_row(top_k_rows, ScalarType::Long));
+  args.wide_top_p = top_p_rows.has_value() && top_p_rows->scalar_type() == ScalarType::Double;
+  args.top_p_rows = one_a_row(top_p_rows, args.wide_top_p ? ScalarType::Double : ScalarType::Float);
+  STD_TORCH_CHECK(matches, "sample_codes_cuda: sizes, strides or dtypes do not match");
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  STD_CUDA_CHECK(launch_sample_codes(args, dtype_of(logits), current_stream(logits)));
+}
+
 }  // namespace
 }  // namespace unifiedar
 
@@ -379,6 +479,8 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
   m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
   m.impl("depth_decode_cuda", TORCH_BOX(&unifiedar::depth_decode));
+  m.impl("next_scale_input_cuda", TORCH_BOX(&unifiedar::next_scale_input));
+  m.impl("sample_codes_cuda", TORCH_BOX(&unifiedar::sample_codes));
   m.impl("depth_decode_plan_cuda", TORCH_BOX(&unifiedar::depth_decode_plan));
   m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
   m.impl("block_attention_cuda", TORCH_BOX(&unifiedar::block_attention));

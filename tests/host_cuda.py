@@ -36,10 +36,16 @@ SHIM = """
 #undef __global__
 #undef __device__
 #undef __forceinline__
+#undef __shared__
+#undef __noinline__
+#undef __grid_constant__
 #define __launch_bounds__(...)
 #define __global__ static
 #define __device__
 #define __forceinline__ inline
+#define __shared__ static  // of kernels whose blocks come in turn
+#define __noinline__
+#define __grid_constant__
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 using std::max;
@@ -51,10 +57,16 @@ inline float __uint_as_float(unsigned word) { float value; std::memcpy(&value, &
 inline unsigned __float_as_uint(float value) { unsigned word; std::memcpy(&word, &value, 4); return word; }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline int __ffs(unsigned word) { return __builtin_ffs(word); }
+inline bool host_waits = false;  // whether threads of kernels launched without clusters wait for each other
+inline void run_waiting(unsigned block, unsigned threads, std::function<void()> kernel);
 template <class Kernel> cudaError_t launch(dim3 grid, dim3 block, Kernel kernel) {
   if (!grid.x || !grid.y || !block.x || !block.y || block.x * block.y > 1024) return cudaErrorInvalidConfiguration;
   gridDim = grid;
   blockDim = block;
+  if (host_waits) {
+    for (unsigned b = grid.x; b-- > 0;) run_waiting(b, block.x, kernel);
+    return cudaSuccess;
+  }
   for (unsigned b = grid.x * grid.y; b-- > 0;)
     for (unsigned t = 0; t < block.x * block.y; ++t) {
       blockIdx = {b % grid.x, b / grid.x, 0};
@@ -218,6 +230,13 @@ template <class T> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* conf
     cluster = nullptr;
   }
   return cudaSuccess;
+}
+inline void run_waiting(unsigned block, unsigned threads, std::function<void()> kernel) {
+  Cluster one;
+  one.kernel = kernel;
+  cluster = &one;
+  one.run(1, threads, 0, block);
+  cluster = nullptr;
 }
 inline void __syncthreads() { cluster->wait(cluster->blocks[cluster->running / cluster->threads], cluster->threads); }
 inline void __syncwarp() { cluster->wait(cluster->warps[cluster->running / 32], 32); }

@@ -30,6 +30,9 @@ triton_float32 = pytest.mark.parametrize(
     [case for case in kernel_rooms() if case.values[0][0] == "triton" and case.values[0][2] == torch.float32],
     indirect=True,
 )
+gpu_cuda = pytest.mark.parametrize(
+    "room", [case for case in kernel_rooms() if case.values[0][0] == "cuda"], indirect=True
+)
 gpu_triton = pytest.mark.parametrize(
     "room",
     [case for case in kernel_rooms() if case.values[0] == ("triton", "cuda", torch.float32)],
@@ -241,6 +244,19 @@ def test_inputs(room, shape):
 @shapes
 def test_steps_of_a_generation(room, shape):
     """Codes, and any vectors in their place, from a channel-first map as VAR has them."""
+    check_steps(room, shape)
+
+
+@gpu_cuda
+@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("scales", [VAR, ((1, 1), (3, 5), (17, 23)), ((4, 4), (2, 1), (9, 6))], ids=str)
+@pytest.mark.parametrize("batch", [1, 40])
+def test_steps_of_32_channels(room, batch, scales, count):
+    """What the compiled kernel takes; 40 pictures are more tiles than blocks."""
+    check_steps(room, (batch, 32, 70, scales, count))
+
+
+def check_steps(room, shape):
     backend, device, _ = room
     batch, channels, num_codes, scales, count = shape
     features, codebook, phi = tensors(batch, channels, num_codes, scales, count, room)

@@ -45,9 +45,7 @@ def test_environment_forces_and_the_argument_wins(monkeypatch):
         ValueError, match="residual_lookup: UNIFIEDAR_BACKEND must fit the call, got 'cuda', which needs"
     ):
         residual_lookup(CODES, BOOK)
-    assert registry["sample_codes"].choose("auto", BOOK).name == "eager", (
-        "no such backend: the variable is a preference"
-    )
+    assert registry["cut_logits"].choose("auto", BOOK).name == "eager", "no such backend: the variable is a preference"
     assert torch.equal(residual_lookup(CODES, BOOK, backend="eager")[0], BOOK[0] + BOOK[1])
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "eager")
     assert LOOKUP.choose("auto", CODES, BOOK, False).name == "eager"

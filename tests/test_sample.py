@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from unifiedar.ops import _native, cut_logits, registry, sample_codes
 
 
-def rooms_of(backend=None, *, dtypes=(torch.float32, torch.float16, torch.bfloat16), device=None):
-    """Rooms that the operator has: `room` is (backend, device, dtype)."""
+def rooms_of(*backends, dtypes=(torch.float32, torch.float16, torch.bfloat16), device=None):
+    """Rooms of these backends, or all: `room` is (backend, device, dtype)."""
     chosen = [
         case
         for case in kernel_rooms()
-        if case.values[0][0] in (("eager", "triton") if backend is None else (backend,))
+        if case.values[0][0] in (backends or ("eager", "triton", "cuda"))
         and case.values[0][2] in dtypes
         and device in (None, case.values[0][1])
     ]
@@ -27,9 +27,10 @@ def rooms_of(backend=None, *, dtypes=(torch.float32, torch.float16, torch.bfloat
 
 
 rooms = rooms_of(dtypes=(torch.float32,))
-triton_rooms = rooms_of("triton")
+kernels = rooms_of("triton", "cuda")
+kernels_float32 = rooms_of("triton", "cuda", dtypes=(torch.float32,))
 triton_float32 = rooms_of("triton", dtypes=(torch.float32,))
-gpu_triton = rooms_of("triton", dtypes=(torch.float32,), device="cuda")
+gpu_kernels = rooms_of("triton", "cuda", dtypes=(torch.float32,), device="cuda")
 
 
 def probabilities(logits, *, guidance=None, temperature=1.0, top_k=0, top_p=0.0):
@@ -367,7 +368,7 @@ def assert_same_draw(logits, noise, backend, **options):
     assert torch.equal(sample_codes(logits, noise=noise, backend=backend, **options), want)
 
 
-@triton_rooms
+@kernels
 @pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 1000, 4096, 16384, 16385, 40000])
 def test_sizes(room, size):
     backend, device, dtype = room
@@ -393,7 +394,7 @@ def test_rows_in_memory_are_taken_in_turn(room, monkeypatch):
         assert_same_draw(logits, noise, backend, **options)
 
 
-@triton_float32
+@kernels_float32
 @pytest.mark.parametrize("levels", [0, 1, 2, 40], ids=["random", "ties at 1", "ties at halves", "near ties"])
 def test_many_rows(room, levels):
     """Every combination of cuts; thousands of rows on a GPU."""
@@ -407,7 +408,7 @@ def test_many_rows(room, levels):
             assert_same_draw(logits, noise, backend, top_k=top_k, top_p=top_p)
 
 
-@triton_rooms
+@kernels
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_same_noise_same_draw(room, data):
@@ -452,11 +453,11 @@ def test_same_noise_same_draw(room, data):
     assert_same_draw(logits.to(device, dtype), noise.to(device), backend, **options)
 
 
-@triton_rooms
+@kernels
 def test_noise_of_any_kernel_dtype_and_from_a_generator(room):
     backend, device, dtype = room
     logits = normal(6, 50, seed=5).to(device, dtype)
-    for kind in (torch.float32, torch.float16):
+    for kind in (torch.float32, torch.float16) if backend == "triton" else (torch.float32,):
         assert_same_draw(logits, exponential(6, 50, seed=6).to(device, kind).clamp_min(1e-3), backend, top_k=9)
     drawn = [
         sample_codes(logits, top_p=0.9, generator=torch.Generator(device).manual_seed(7), backend=name)
@@ -491,7 +492,7 @@ PUBLISHED = {
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "options"), PUBLISHED.values(), ids=PUBLISHED)
 def test_published_sizes(room, shape, options, dtype):
@@ -500,18 +501,19 @@ def test_published_sizes(room, shape, options, dtype):
     logits = (4 * torch.randn(shape, generator=generator, device="cuda")).to(dtype)
     half = (shape[0] // 2, *shape[1:]) if "guidance" in options else shape
     noise = torch.empty(half, device="cuda").exponential_(generator=generator)
-    assert_same_draw(logits, noise, "triton", **options)
+    assert_same_draw(logits, noise, room[0], **options)
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 @pytest.mark.parametrize("size", [4096, 16384, 20000])
 def test_two_thousand_launches_agree(room, size):
+    backend = room[0]
     logits = torch.round(2 * normal(64, size, seed=9)).to("cuda") / 2
     noise = exponential(32, size, seed=10).to("cuda")
 
     def run():
-        return sample_codes(logits, guidance=3.0, top_k=900, top_p=0.96, noise=noise, backend="triton")
+        return sample_codes(logits, guidance=3.0, top_k=900, top_p=0.96, noise=noise, backend=backend)
 
     first, differ = run(), torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(2000):
@@ -520,22 +522,22 @@ def test_two_thousand_launches_agree(room, size):
 
 
 @pytest.mark.gpu
-@gpu_triton
+@gpu_kernels
 def test_current_stream(room):
     logits, noise = normal(64, 4096, seed=11).to("cuda"), exponential(64, 4096, seed=12).to("cuda")
-    want = sample_codes(logits, top_p=0.9, noise=noise, backend="triton")
+    want = sample_codes(logits, top_p=0.9, noise=noise, backend=room[0])
     late = torch.zeros_like(logits)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # about 0.1 s: a launch on any other stream would see zeros
         late.copy_(logits)
-        got = sample_codes(late, top_p=0.9, noise=noise, backend="triton")
+        got = sample_codes(late, top_p=0.9, noise=noise, backend=room[0])
     torch.cuda.synchronize()
     assert torch.equal(got, want)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
 def test_no_host_sync_and_cuda_graph(backend):
     logits = torch.randn(8, 1000, device="cuda")
     noise = torch.empty(4, 1000, device="cuda").exponential_()

@@ -411,6 +411,52 @@ def _run_lookup_triton(codes, codebook, weight, bias, ratio, scales, what) -> Te
     return out
 
 
+_next_cuda = _native.define(
+    "next_scale_input_cuda(Tensor base, Tensor codes, Tensor codebook, Tensor? weight, Tensor? bias, float ratio, "
+    "int height, int width, int h, int w, int next_h, int next_w, Tensor(a!) total, Tensor(b!) out, "
+    "Tensor(c!) following) -> ()"
+)
+
+
+def _next_unfit_cuda(features_hat, codes, codebook, weight, bias, ratio, scales, step) -> str | None:
+    reason = _native.cuda_unfit(features_hat)
+    if reason is not None:
+        return reason
+    if codebook.shape[1] != 32:
+        return f"needs 32 channels, got {codebook.shape[1]}"
+    read = [features_hat, codes if codes.ndim == 3 else codebook, *((weight, bias) if weight.shape[0] else ())]
+    dtypes = {tensor.dtype for tensor in read}
+    if len(dtypes) > 1 or torch.float64 in dtypes:
+        return "needs features, codebook or vectors, and phi in one dtype: float32, bfloat16 or float16"
+    return None
+
+
+def _run_next_cuda(features_hat, codes, codebook, weight, bias, ratio, scales, step) -> tuple[Tensor, Tensor]:
+    out, following = _next_fake(features_hat, codes, codebook, weight, bias, ratio, scales, step)
+    if not out.numel():
+        return out, following
+    plan, convolved = _plan(weight, scales), weight.shape[0] > 0
+    batch, channels, height, width = features_hat.shape
+    h, w, p = plan[3 * step : 3 * step + 3]
+    _next_cuda(
+        _near(features_hat),
+        _rows_together(codes) if codes.ndim == 2 else _near(codes),
+        _rows_together(codebook),
+        weight[p].contiguous() if convolved else None,
+        bias[p].contiguous() if convolved else None,
+        ratio,
+        height,
+        width,
+        h,
+        w,
+        *(plan[3 * step + 3 : 3 * step + 5] or (0, 0)),
+        features_hat.new_empty((batch, height * width, channels), dtype=torch.float32),
+        out,
+        following,
+    )
+    return out, following
+
+
 def _run_next_triton(features_hat, codes, codebook, weight, bias, ratio, scales, step) -> tuple[Tensor, Tensor]:
     if codes.ndim == 2:
         _require_codes("next_scale_input", codes, codebook.shape[0])
@@ -462,7 +508,10 @@ _next_scale_input = Op(
     "int[] scales, int step) -> (Tensor, Tensor)",
     eager=_next_eager,
     fake=_next_fake,
-    backends=(Backend("triton", _run_next_triton, _next_unfit_triton),),
+    backends=(
+        Backend("cuda", _run_next_cuda, _next_unfit_cuda),
+        Backend("triton", _run_next_triton, _next_unfit_triton),
+    ),
 )
 
 

@@ -136,6 +136,62 @@ def _cut_fake(logits, guidance, guidance_rows, *_):
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
+_sample_cuda = _native.define(
+    "sample_codes_cuda(Tensor logits, Tensor? noise, Tensor? guidance_rows, Tensor? top_k_rows, Tensor? top_p_rows, "
+    "bool guided, bool greedy, float guidance, float temperature, int top_k, float top_p, int inner, "
+    "Tensor(a!) out) -> ()"
+)
+
+
+def _unfit_cuda(
+    logits, guidance, guidance_rows, temperature, top_k, top_k_rows, top_p, top_p_rows, noise
+) -> str | None:
+    reason = _native.cuda_unfit(logits)
+    if reason is not None:
+        return reason
+    if logits.dtype == torch.float64:
+        return "needs logits of float32 or less, got float64"
+    if noise is not None and noise.dtype != torch.float32:
+        return f"needs noise of float32, got {noise.dtype}"
+    return _too_long(logits)
+
+
+def _run_cuda(logits, guidance, guidance_rows, temperature, top_k, top_k_rows, top_p, top_p_rows, noise) -> Tensor:
+    out = _sample_fake(logits, guidance, guidance_rows)
+    if not out.numel():
+        return out
+    _sample_cuda(
+        _rows(logits),
+        None if noise is None else _rows(noise),
+        None if guidance_rows is None else guidance_rows.float().contiguous(),
+        None if top_k_rows is None else top_k_rows.contiguous(),
+        None if top_p_rows is None else _wide(top_p_rows).contiguous(),
+        guidance is not None or guidance_rows is not None,
+        temperature == 0,
+        0.0 if guidance is None else guidance,
+        temperature,
+        top_k,
+        top_p,
+        _inner(out),
+        out.view(-1),
+    )
+    return out
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _inner(out: Tensor) -> int:
+    """Rows that share an option given one a row."""
+    return out.numel() // out.shape[0] if out.ndim else 1
+
+
+def _too_long(logits: Tensor) -> str | None:
+    size = logits.shape[-1]
+    return None if size <= 2**18 else f"needs at most 2^18 entries a row, got {size}"
+
+
 def _unfit_triton(
     logits, guidance, guidance_rows, temperature, top_k, top_k_rows, top_p, top_p_rows, noise
 ) -> str | None:
@@ -146,9 +202,7 @@ def _unfit_triton(
     for name, tensor in (("logits", logits), ("noise", noise)):
         if tensor is not None and tensor.dtype == torch.float64:
             return f"needs {name} of float32 or less, got float64"
-    if logits.shape[-1] > 2**18:
-        return f"needs at most 2^18 entries a row, got {logits.shape[-1]}"
-    return None
+    return _too_long(logits)
 
 
 def _run_triton(logits, guidance, guidance_rows, temperature, top_k, top_k_rows, top_p, top_p_rows, noise) -> Tensor:
@@ -166,7 +220,7 @@ def _run_triton(logits, guidance, guidance_rows, temperature, top_k, top_k_rows,
             temperature,
             top_k if top_k_rows is None else top_k_rows.contiguous(),
             top_p if top_p_rows is None else top_p_rows.contiguous(),
-            rows // out.shape[0] if out.ndim else 1,
+            _inner(out),
             _units(vocabulary),
             workspace,
             out.view(-1),
@@ -187,7 +241,10 @@ _sample_codes = Op(
     "Tensor? top_k_rows, float top_p, Tensor? top_p_rows, Tensor? noise) -> Tensor",
     eager=_sample_eager,
     fake=_sample_fake,
-    backends=(Backend("triton", _run_triton, _unfit_triton),),
+    backends=(
+        Backend("cuda", _run_cuda, _unfit_cuda),
+        Backend("triton", _run_triton, _unfit_triton),
+    ),
 )
 
 _cut_logits = Op(
@@ -251,8 +308,9 @@ def sample_codes(
 
         Backends give equal codes for equal noise: the race, the cut of top-k and that of top-p are decided by the same
         numbers, exactly. The one thing left to a device is its float64 exponential, whose last bit shows in the float32
-        weight of one entry in 10^8. Triton's kernel takes a row a program, in registers up to 16,384 entries, up to
-        2^18 in 17 to 280 MB of memory beside; logits or noise whose rows no strides describe are copied.
+        weight of one entry in 10^8. The kernels take up to 2^18 entries a row. The compiled one takes float32 noise; up
+        to 16,384 entries are in registers, of more a row is read several times. Triton's has those in 17 to 280 MB of
+        memory beside. Logits or noise whose rows no strides describe are copied.
     """
     function = "sample_codes"
     shape, mix, cuts = _settings(function, logits, guidance, top_k, top_p)
