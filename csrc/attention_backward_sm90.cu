@@ -26,7 +26,6 @@ namespace {
 constexpr uint32_t kHeldBox = kHeldRows * 128;
 constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup waits for its own warps
 constexpr int kTurnName = 4;   // by these for its turn at the matrix units
-constexpr int kNumbers = 2;    // tiles a block may have taken and not all its warps have seen
 
 // How a kernel goes about it: any of these.
 enum How : int {
@@ -120,32 +119,6 @@ __device__ __forceinline__ int passed_begin(const KernelArgs& args, int step) {
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
 
-// Number of the block's next tile, which the warps that calculate find in shared memory. A block takes one when it has
-// asked for all copies of the one before: how long tiles take is not known, and blocks are to end together.
-template <typename Shape>
-__device__ __forceinline__ unsigned take_tile(const KernelArgs& args, uint32_t memory, char* shared, int turn) {
-  unsigned number = blockIdx.x;
-  if (threadIdx.x == 0) {
-    const int at = turn % kNumbers;
-    if (turn > 0) number = gridDim.x + atomicAdd(args.taken, 1u);
-    barrier_wait(memory + Shape::kNumberEmpty + 8 * at, turn / kNumbers % 2 ^ 1);
-    reinterpret_cast<volatile unsigned*>(shared + Shape::kNumberAt)[at] = number;
-    barrier_arrive(memory + Shape::kNumberFull + 8 * at);
-  }
-  return __shfl_sync(kWarp, number, 0);
-}
-
-// What it took.
-template <typename Shape>
-__device__ __forceinline__ unsigned taken_tile(uint32_t memory, const char* shared, int turn) {
-  const int at = turn % kNumbers;
-  barrier_wait(memory + Shape::kNumberFull + 8 * at, turn / kNumbers % 2);
-  const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[at];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * at);
-  return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
-}
-
 // The first warp's work; its first lane copies.
 template <typename Shape>
 __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
@@ -154,7 +127,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
   Stage<Shape::kStages> stage;
   Stage<Shape::kSlots> slot[Shape::kGroups];
   Place place;
-  for (int turn = 0; place_of(args, take_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
+  for (int turn = 0; place_of(args, tell_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place);
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
@@ -316,7 +289,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; place_of(args, taken_tile<Shape>(memory, shared, turn), &place); ++turn) {
+  for (int turn = 0; place_of(args, hear_tile<Shape>(memory, shared, turn), &place); ++turn) {
     const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
     const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
     const int passes = Shape::kMany ? args.share : 1;
