@@ -93,7 +93,8 @@ _blocks_cuda = _native.define(
 _blocks_backward_cuda = _native.define(
     "block_attention_backward_cuda(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor sees, Tensor seen_by, Tensor? offsets, Tensor(a!) workspace, Tensor(b!) plan, "
-    "Tensor(c!) grad_q, Tensor(d!) grad_k, Tensor(e!) grad_v, float softmax_scale, int query_group, int key_group) -> ()"
+    "Tensor(c!) grad_q, Tensor(d!) grad_k, Tensor(e!) grad_v, float softmax_scale, int query_group, int key_group) "
+    "-> ()"
 )
 
 
