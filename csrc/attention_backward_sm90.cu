@@ -57,12 +57,14 @@ struct Tile : Sizes<kKeysAreHeld, kGroupCount, kPassedCount> {
   using T = Element;
   static constexpr int kHow = kManner;
   static constexpr bool kCounted = true;  // there always is a counter
+  static constexpr bool kTable = (kHow & kByTable) != 0;
   static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
   static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
   static constexpr int kStages = kStageCount;
   static constexpr int kSlots = kSlotCount;          // 1, or 2: the next tile is copied while this one is worked on
-  static constexpr bool kTable = (kHow & kByTable) != 0;
   static constexpr int kThreads = 128 * (kGroups + 1);
+  // In loops within loops the compiler forgets that all lanes have an address, if it is not computed anew in each step.
+  static constexpr bool kAnew = (kTable || kMany) && kWidth > 64;
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
   static constexpr int kFewRegisters = kGroups == 2 ? 24 : 32, kManyRegisters = kGroups == 2 ? 240 : 160;
   static constexpr int kBoxes = (kWidth + kBox - 1) / kBox;
@@ -535,7 +537,9 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
           const auto advance = [&](int step, auto is_first, auto masked) {
             constexpr bool kFirst = decltype(is_first)::value, kMasked = decltype(masked)::value;
             const uint32_t passed = of_warp(passed_at(stage.at)), behind = of_warp(passed_at(before.at));
-            const uint32_t own = of_warp(held);
+            const uint32_t own = of_warp(Shape::kAnew ? memory + 2 * Shape::kHeldBytes * (slot.at * Shape::kGroups +
+                                                                                         threadIdx.x / 128 - 1)
+                                                     : held);
             barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
             settle(score);
             settle(grad);
