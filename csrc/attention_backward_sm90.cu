@@ -21,10 +21,10 @@
 // Queries and keys held are counted from the last one, as in the forward; queries passed by too, so that only the first
 // can be missing: there lse' is infinite and weights are 0. Keys passed by are counted from the first.
 //
-// With tables (kByTable) a tile runs through the ranges of its rows one after another, as in the forward: of what they see,
-// or of who sees them. Queries of a range are passed by in the image's own tiles, of which the workspace has the columns.
-// Where a tile's steps begin and end is found before by a kernel of its own, for neither warps that copy nor those that
-// calculate have registers to spare.
+// With tables (kByTable) a tile runs through the ranges of its rows one after another, as in the forward: of what they
+// see, or of who sees them. Queries of a range are passed by in tiles that are counted from the last one of the image, of
+// which the workspace has the columns. Where the steps of a tile begin and end is found before by a kernel of its own, for
+// neither the warp that copies nor those that calculate have registers to spare.
 namespace unifiedar {
 namespace {
 
@@ -34,8 +34,8 @@ constexpr int kTurnName = 4;   // by these for its turn at the matrix units
 
 // How a kernel goes about it: any of these.
 enum How : int {
-  kAlone = 1,   // of keys: no two heads share them, which saves registers
-  kNoLook = 2,  // of queries: the exponentials may be put after the wait for the products that they run under
+  kAlone = 1,    // of keys: no two heads share them, which saves registers
+  kNoLook = 2,   // of queries: the exponentials may be put after the wait for the products that they run under
   kByTable = 4,  // tables say who sees whom, and images may be packed
 };
 
@@ -43,7 +43,7 @@ enum How : int {
 template <bool kKeysAreHeld, int kGroupCount, int kPassedCount>
 struct Sizes {
   static constexpr bool kOfKeys = kKeysAreHeld;
-  static constexpr int kGroups = kGroupCount;  // warpgroups that calculate
+  static constexpr int kGroups = kGroupCount;   // warpgroups that calculate
   static constexpr int kPassed = kPassedCount;  // rows of a step
   static constexpr int kRows = kHeldRows * kGroups;
   static constexpr int kEntry = 2 + kGroups;  // of a plan, in int4
@@ -59,9 +59,9 @@ struct Tile : Sizes<kKeysAreHeld, kGroupCount, kPassedCount> {
   static constexpr bool kCounted = true;  // there always is a counter
   static constexpr bool kTable = (kHow & kByTable) != 0;
   static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
-  static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
+  static constexpr int kWidth = kChannels;  // channels of the products: 64, 96 or 128
   static constexpr int kStages = kStageCount;
-  static constexpr int kSlots = kSlotCount;          // 1, or 2: the next tile is copied while this one is worked on
+  static constexpr int kSlots = kSlotCount;  // 1, or 2: the next tile is copied while this one is worked on
   static constexpr int kThreads = 128 * (kGroups + 1);
   // In loops within loops the compiler forgets that all lanes have an address, if it is not computed anew in each step.
   static constexpr bool kAnew = (kTable || kMany) && kWidth > 64;
@@ -188,7 +188,8 @@ __device__ __forceinline__ void plan_steps(const Planned& args, int entry) {
   for (int group = 0; group < kGroups; ++group) {
     const int row = tile.begin + group * kHeldRows + threadIdx.x % 32;
     const Range one = range_of<Shape>(args, tile, range, row), other = range_of<Shape>(args, tile, range, row + 32);
-    own[group] = {__reduce_min_sync(kWarp, min(one.begin, other.begin)), __reduce_max_sync(kWarp, max(one.end, other.end))};
+    own[group] = {__reduce_min_sync(kWarp, min(one.begin, other.begin)),
+                  __reduce_max_sync(kWarp, max(one.end, other.end))};
     latest[group] = __reduce_max_sync(kWarp, max(one.end > 0 ? one.begin : 0, other.end > 0 ? other.begin : 0));
     first_end[group] = __reduce_min_sync(kWarp, min(one.end, other.end));
     all = {min(all.begin, own[group].begin), max(all.end, own[group].end)};
@@ -280,8 +281,8 @@ __device__ __forceinline__ Span span_of(const KernelArgs& args, int begin_of_sca
   return span;
 }
 
-// Columns, counted from the first step's first, that a thread's two rows have to do with. Without a table only one of the
-// limits counts: ends of what queries see, begins of who sees keys.
+// Columns, counted from the first step's first, that a thread's two rows have to do with. Without a table only one of
+// the limits counts: ends of what queries see, begins of who sees keys.
 template <typename Shape>
 __device__ __forceinline__ void columns_of(const KernelArgs& args, int begin_of_scale, const Held& tile, int range,
                                            int from, int row, int (&begin)[2], int (&end)[2]) {
@@ -511,8 +512,8 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         part = known(part);
       }
       const int steps = works ? part.steps : 0;
-      // Columns of step 0, less the thread's first, that its rows have to do with. Those of a table lie in shared memory:
-      // most steps have no limit, and registers are short.
+      // Columns of step 0, less the thread's first, that its rows have to do with. Those of a table lie in shared
+      // memory: most steps have no limit, and registers are short.
       int begin[2] = {}, end[2] = {};
       const auto limits = [&] {
         return reinterpret_cast<int4*>(shared + Shape::kLimitsAt) + (again(threadIdx.x) - 128);
@@ -861,9 +862,10 @@ template <typename T, int kTables>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
   if (args.width > 96) {
     using OfQueries = Tile<T, false, 2, 128, 96, 3, 1, kTables>;
-    if (args.share == 1)
-      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kAlone | kTables>>(args, dtype, processors, stream);
-    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kTables>>(args, dtype, processors, stream);
+    using OfKeys = Tile<T, true, 2, 128, 64, 4, 1, kTables>;
+    using OfKeysAlone = Tile<T, true, 2, 128, 64, 4, 1, kAlone | kTables>;
+    return args.share == 1 ? launch_tiles<OfQueries, OfKeysAlone>(args, dtype, processors, stream)
+                           : launch_tiles<OfQueries, OfKeys>(args, dtype, processors, stream);
   }
   if (args.width > 64)
     return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1, kTables>, Tile<T, true, 2, 96, 80, 3, 1, kTables>>(
