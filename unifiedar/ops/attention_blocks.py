@@ -186,7 +186,7 @@ _block_attention_backward = Op(
     eager=_blocks_backward_eager,
     fake=_blocks_backward_fake,
     backends=(
-        Backend("cuda", _run_blocks_backward_cuda, _blocks_backward_unfit_cuda, on_request="not run on a GPU yet"),
+        Backend("cuda", _run_blocks_backward_cuda, _blocks_backward_unfit_cuda),
         Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton),
     ),
 )
