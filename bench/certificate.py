@@ -244,8 +244,7 @@ def _unfit(problem: Problem, device: torch.device | str, backend: str, dtype: to
         mask = masks.blocks(problem.rows, problem.sees, causal=problem.causal, device=device)
         who, names = (mask.sees, mask.seen_by, mask.offsets, 1.0), ("block_attention", "block_attention_backward")
     for name, inputs in zip(names, ((q, k, v), (grad, None, q, k, v, q, lse)), strict=True):
-        # An operator that lacks the backend is served by another: gradients of masks are Triton's with CUDA's forward.
-        reason = registry[name].explain(*inputs, *who).get(backend, "fits")
+        reason = registry[name].explain(*inputs, *who)[backend]
         if reason != "fits":
             return reason
     return None

@@ -20,34 +20,51 @@
 //
 // Queries and keys held are counted from the last one, as in the forward; queries passed by too, so that only the first
 // can be missing: there lse' is infinite and weights are 0. Keys passed by are counted from the first.
+//
+// With tables (kByTable) a tile runs through the ranges of its rows one after another, as in the forward: of what they
+// see, or of who sees them. Queries of a range are passed by in tiles that are counted from the last one of the image, of
+// which the workspace has the columns. Where the steps of a tile begin and end is found before by a kernel of its own, for
+// neither the warp that copies nor those that calculate have registers to spare.
 namespace unifiedar {
 namespace {
 
 constexpr uint32_t kHeldBox = kHeldRows * 128;
 constexpr int kGroupName = 1;  // of the named barriers: by these each warpgroup waits for its own warps
 constexpr int kTurnName = 4;   // by these for its turn at the matrix units
-constexpr int kNumbers = 2;    // tiles a block may have taken and not all its warps have seen
 
 // How a kernel goes about it: any of these.
 enum How : int {
-  kAlone = 1,   // of keys: no two heads share them, which saves registers
-  kNoLook = 2,  // of queries: the exponentials may be put after the wait for the products that they run under
+  kAlone = 1,    // of keys: no two heads share them, which saves registers
+  kNoLook = 2,   // of queries: the exponentials may be put after the wait for the products that they run under
+  kByTable = 4,  // tables say who sees whom, and images may be packed
+};
+
+// Rows of a tile and of a step.
+template <bool kKeysAreHeld, int kGroupCount, int kPassedCount>
+struct Sizes {
+  static constexpr bool kOfKeys = kKeysAreHeld;
+  static constexpr int kGroups = kGroupCount;   // warpgroups that calculate
+  static constexpr int kPassed = kPassedCount;  // rows of a step
+  static constexpr int kRows = kHeldRows * kGroups;
+  static constexpr int kEntry = 2 + kGroups;  // of a plan, in int4
 };
 
 template <typename Element, bool kKeysAreHeld, int kGroupCount, int kChannels, int kPassedCount, int kStageCount,
           int kSlotCount, int kManner = 0>
-struct Tile {
+struct Tile : Sizes<kKeysAreHeld, kGroupCount, kPassedCount> {
+  using Size = Sizes<kKeysAreHeld, kGroupCount, kPassedCount>;
+  using Size::kGroups, Size::kOfKeys, Size::kPassed;
   using T = Element;
-  static constexpr bool kOfKeys = kKeysAreHeld;
   static constexpr int kHow = kManner;
+  static constexpr bool kCounted = true;  // there always is a counter
+  static constexpr bool kTable = (kHow & kByTable) != 0;
   static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
-  static constexpr int kGroups = kGroupCount;        // warpgroups that calculate
-  static constexpr int kWidth = kChannels;           // channels of the products: 64, 96 or 128
-  static constexpr int kPassed = kPassedCount;       // rows of a step
+  static constexpr int kWidth = kChannels;  // channels of the products: 64, 96 or 128
   static constexpr int kStages = kStageCount;
-  static constexpr int kSlots = kSlotCount;          // 1, or 2: the next tile is copied while this one is worked on
-  static constexpr int kRows = kHeldRows * kGroups;
+  static constexpr int kSlots = kSlotCount;  // 1, or 2: the next tile is copied while this one is worked on
   static constexpr int kThreads = 128 * (kGroups + 1);
+  // In loops within loops the compiler forgets that all lanes have an address, if it is not computed anew in each step.
+  static constexpr bool kAnew = (kTable || kMany) && kWidth > 64;
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
   static constexpr int kFewRegisters = kGroups == 2 ? 24 : 32, kManyRegisters = kGroups == 2 ? 240 : 160;
   static constexpr int kBoxes = (kWidth + kBox - 1) / kBox;
@@ -56,7 +73,8 @@ struct Tile {
   static constexpr uint32_t kColumnsBytes = kOfKeys ? kPassed * 8 : 0;  // lse' of the queries passed by, then delta
   static constexpr uint32_t kPassedAt = kSlots * kGroups * 2 * kHeldBytes;
   static constexpr uint32_t kColumnsAt = kPassedAt + kStages * 2 * kPassedBytes;
-  static constexpr uint32_t kHeldFull = kColumnsAt + kStages * kColumnsBytes;
+  static constexpr uint32_t kLimitsAt = kColumnsAt + kStages * kColumnsBytes;  // with a table: those of each thread
+  static constexpr uint32_t kHeldFull = kLimitsAt + (kTable ? 128 * kGroups * sizeof(int4) : 0);
   static constexpr uint32_t kHeldEmpty = kHeldFull + 8 * kSlots * kGroups;
   static constexpr uint32_t kPassedFull = kHeldEmpty + 8 * kSlots * kGroups;
   static constexpr uint32_t kPassedEmpty = kPassedFull + 8 * kStages;
@@ -73,17 +91,27 @@ struct Result {
   int64_t batch_stride, head_stride, row_stride;  // in elements
 };
 
+// What the plan of a kernel is made of: [tiles or slots, ranges, an entry], which is the tile's Held, its Span and each
+// warpgroup's Part, with zeros behind.
+struct Planned {
+  const int *table, *offsets;  // [ranges, 2, keys] of what queries see, or who sees keys; [images]
+  int4* plan;
+  int queries, keys, images, ranges, tiles, columns_of_tile;
+};
+
 struct KernelArgs {
   CUtensorMap held[2], passed[2];
   Result result[2];  // the second of keys only
   const void* lengths;
+  const int* table;  // of what queries see, or who sees keys
+  const int4* plan;
   const void* out;   // of queries only, as lse and grad_lse
   int64_t out_batch, out_head, out_row;
   const float *lse, *grad_lse;
-  float* columns;    // [batch, heads, column_tiles, 2, columns of a tile]: lse' and delta of every query
+  float* columns;    // [batch, heads, column_tiles, 2, columns of a tile]: lse' and delta of every query, or of slots
   int column_tiles, columns_of_tile;
   unsigned* taken;   // tiles, but for the first of each block
-  int queries, keys, width, share, scales, prefix;
+  int queries, keys, width, share, scales, prefix, ranges;
   int tiles, rows, group, heads;  // what place_of wants: of what is held
   float factor, softmax_scale;    // the former in base 2
   bool wide_lengths;
@@ -91,11 +119,117 @@ struct KernelArgs {
 
 // ---- where to work ---------------------------------------------------------------------------------------------------
 
-// First row of a tile, which may be before 0. What is seen by most, or sees most, goes first.
+// Rows of a tile, and of the image that they belong to.
+struct Held {
+  int begin;      // first row of the tile, which may be before `low`
+  int low, high;  // queries of the image, and where it is packed with others its keys: before `low` a tile has no rows
+  int columns;    // the first of the image's tiles of columns
+};
+
+// Steps by what the rows of a tile see, or by who sees them: those of one range.
+struct Span {
+  int from;     // first row passed by in the first step
+  int steps;    // of the tile; 0 if it has no rows
+  int columns;  // of keys: the tile of columns of the first step
+};
+
+// A warpgroup's part of them.
+struct Part {
+  int steps;        // up to the last one that one of its rows has to do with
+  int open, whole;  // from step `open` to `whole` no row has a limit
+};
+
+// The same, of which the compiler knows that all lanes have it. The warp that copies has no registers for that.
+__device__ __forceinline__ Held known(const Held& tile) {
+  return {int(of_warp(tile.begin)), int(of_warp(tile.low)), int(of_warp(tile.high)), int(of_warp(tile.columns))};
+}
+__device__ __forceinline__ Span known(const Span& span) {
+  return {int(of_warp(span.from)), int(of_warp(span.steps)), int(of_warp(span.columns))};
+}
+__device__ __forceinline__ Part known(const Part& part) {
+  return {int(of_warp(part.steps)), int(of_warp(part.open)), int(of_warp(part.whole))};
+}
+
+__device__ __forceinline__ int steps_for(int rows, int passed) { return (rows + passed - 1) / passed; }
+
+// First row of a tile of `tiles` up to `high`. What is seen by most, or sees most, goes first.
 template <typename Shape>
-__device__ __forceinline__ int begin_of(const KernelArgs& args, const Place& place) {
-  return Shape::kOfKeys ? args.keys - (args.tiles - place.rank) * Shape::kRows
-                        : args.queries - (place.rank + 1) * Shape::kRows;
+__device__ __forceinline__ int begin_of(int tiles, int rank, int high) {
+  return high - (Shape::kOfKeys ? tiles - rank : rank + 1) * Shape::kRows;
+}
+
+// By the table, of a row or in place of one that is not there: keys that it sees, or queries that see it.
+template <typename Shape, typename Args>
+__device__ __forceinline__ Range range_of(const Args& args, const Held& tile, int range, int row) {
+  const int offset = args.keys - args.queries;
+  if constexpr (!Shape::kOfKeys)
+    return non_empty(read_range(args.table, args.keys, range, min(max(row, tile.low), args.queries - 1) + offset));
+  const Range seen = read_range(args.table, args.keys, range, min(max(row, tile.low), args.keys - 1));
+  return non_empty({max(seen.begin - offset, tile.low), min(seen.end - offset, tile.high)});
+}
+
+// Makes an entry of a plan; all lanes of a warp together.
+template <typename Shape>
+__device__ __forceinline__ void plan_steps(const Planned& args, int entry) {
+  constexpr int kPassed = Shape::kPassed, kGroups = Shape::kGroups;
+  const int slot = entry / args.ranges, range = entry - slot * args.ranges;
+  Held tile{begin_of<Shape>(args.tiles, slot, Shape::kOfKeys ? args.keys : args.queries), 0, args.queries, 0};
+  if (args.offsets != nullptr) {
+    const Image image = image_of<Shape::kRows>(args, slot);
+    const int tiles = steps_for(image.high - image.low, Shape::kRows);
+    const int rank = slot - image.low / Shape::kRows - image.number;
+    // A slot that is left over has a tile in front of the image.
+    const int begin = rank < tiles ? begin_of<Shape>(tiles, rank, image.high) : image.low - Shape::kRows;
+    tile = {begin, image.low, image.high, image.low / args.columns_of_tile + image.number};
+  }
+  Range all{INT_MAX, 0}, own[kGroups];  // from the first to the last
+  int latest[kGroups], first_end[kGroups];
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int row = tile.begin + group * kHeldRows + threadIdx.x % 32;
+    const Range one = range_of<Shape>(args, tile, range, row), other = range_of<Shape>(args, tile, range, row + 32);
+    own[group] = {__reduce_min_sync(kWarp, min(one.begin, other.begin)),
+                  __reduce_max_sync(kWarp, max(one.end, other.end))};
+    latest[group] = __reduce_max_sync(kWarp, max(one.end > 0 ? one.begin : 0, other.end > 0 ? other.begin : 0));
+    first_end[group] = __reduce_min_sync(kWarp, min(one.end, other.end));
+    all = {min(all.begin, own[group].begin), max(all.end, own[group].end)};
+  }
+  // Queries are passed by from the step with the last one on, keys from the first one on.
+  const int behind = (tile.high - all.end) / kPassed, top = tile.high - behind * kPassed;
+  const auto steps_to = [&](const Range& to) {
+    return steps_for(max(Shape::kOfKeys ? top - to.begin : to.end - all.begin, 0), kPassed);
+  };
+  Span span{all.begin, steps_to(all), 0};
+  if (Shape::kOfKeys)
+    span = {top - kPassed, span.steps, tile.columns + steps_for(tile.high - tile.low, kPassed) - 1 - behind};
+  if (tile.begin + Shape::kRows <= tile.low) span.steps = 0;
+  int4* const to = args.plan + int64_t(entry) * Shape::kEntry;
+  if (threadIdx.x % 32 != 0) return;
+  to[0] = {tile.begin, tile.low, tile.high, tile.columns};
+  to[1] = {span.from, span.steps, span.columns, 0};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    Part part{steps_to(own[group]), steps_to({first_end[group], latest[group]}), 0};
+    if constexpr (Shape::kOfKeys)  // rows before the first query need no limit
+      part.whole = latest[group] <= tile.low ? part.steps : (top - latest[group]) / kPassed;
+    else
+      part.whole = (first_end[group] - span.from) / kPassed;
+    to[2 + group] = {part.steps, part.open, part.whole, 0};
+  }
+}
+
+template <typename Shape>
+__device__ __forceinline__ const int4* plan_of(const KernelArgs& args, const Place& place, int range) {
+  return args.plan + unsigned(place.rank * args.ranges + range) * Shape::kEntry;
+}
+
+template <typename Shape>
+__device__ __forceinline__ Held rows_of(const KernelArgs& args, const Place& place) {
+  if constexpr (Shape::kTable) {
+    const int4 tile = plan_of<Shape>(args, place, 0)[0];
+    return {tile.x, tile.y, tile.z, tile.w};
+  }
+  return {begin_of<Shape>(args.tiles, place.rank, Shape::kOfKeys ? args.keys : args.queries), 0, args.queries, 0};
 }
 
 // Query from which on a key's scale is seen.
@@ -103,66 +237,94 @@ __device__ __forceinline__ int first_query(const KernelArgs& args, int begin_of_
   return max(begin_seen_from(begin_of_scale, max(key, 0)) - (args.keys - args.queries), 0);
 }
 
-// Steps of the rows held from `first` on, `count` of them.
-template <typename Shape>
-__device__ __forceinline__ int steps_of(const KernelArgs& args, int begin_of_scale, int first, int count) {
-  const int passed = Shape::kOfKeys
-                         ? args.queries - first_query(args, begin_of_scale, first)
-                         : end_of(begin_of_scale, first + count - 1 + args.keys - args.queries, args.keys);
-  return (passed + Shape::kPassed - 1) / Shape::kPassed;
-}
-
 // First row of what is passed by in a step.
 template <typename Shape>
-__device__ __forceinline__ int passed_begin(const KernelArgs& args, int step) {
-  return Shape::kOfKeys ? args.queries - (step + 1) * Shape::kPassed : step * Shape::kPassed;
+__device__ __forceinline__ int passed_begin(const Span& span, int step) {
+  return span.from + (Shape::kOfKeys ? -step : step) * Shape::kPassed;
+}
+
+// Of all rows of a tile, and the part of warpgroup `group`.
+template <typename Shape>
+__device__ __forceinline__ Span span_of(const KernelArgs& args, int begin_of_scale, const Place& place,
+                                        const Held& tile, int range, int group, Part* part) {
+  constexpr int kPassed = Shape::kPassed;
+  if constexpr (Shape::kTable) {
+    const int4* const plan = plan_of<Shape>(args, place, range);
+    const int4 all = plan[1];
+    if (part != nullptr) {
+      const int4 own = plan[2 + group];
+      *part = {own.x, own.y, own.z};
+    }
+    return {all.x, all.y, all.z};
+  }
+  const int first = tile.begin + group * kHeldRows;
+  Span span{};
+  if constexpr (Shape::kOfKeys) {
+    const auto steps_of = [&](int row) {
+      return steps_for(args.queries - first_query(args, begin_of_scale, row), kPassed);
+    };
+    span = {args.queries - kPassed, steps_of(tile.begin), args.column_tiles - 1};
+    if (part != nullptr) {
+      const int last = first_query(args, begin_of_scale, first + kHeldRows - 1);
+      part->steps = steps_of(first);
+      part->whole = last == 0 ? part->steps : (args.queries - last) / kPassed;
+    }
+  } else {
+    const int offset = args.keys - args.queries;
+    const auto end_at = [&](int row) { return end_of(begin_of_scale, row + offset, args.keys); };
+    span.steps = steps_for(end_at(tile.begin + Shape::kRows - 1), kPassed);
+    if (part != nullptr) {
+      part->steps = steps_for(end_at(first + kHeldRows - 1), kPassed);
+      part->whole = end_at(max(first, 0)) / kPassed;
+    }
+  }
+  return span;
+}
+
+// Columns, counted from the first step's first, that a thread's two rows have to do with. Without a table only one of
+// the limits counts: ends of what queries see, begins of who sees keys.
+template <typename Shape>
+__device__ __forceinline__ void columns_of(const KernelArgs& args, int begin_of_scale, const Held& tile, int range,
+                                           int from, int row, int (&begin)[2], int (&end)[2]) {
+  if constexpr (Shape::kTable) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Range seen = range_of<Shape>(args, tile, range, row + 8 * h);
+      begin[h] = min(seen.begin, seen.end) - from;
+      end[h] = seen.end - from;
+    }
+  } else {
+    const int ahead = Shape::kOfKeys ? 0 : args.keys - args.queries;
+    const int position[2] = {max(row, 0) + ahead, max(row + 8, 0) + ahead};
+    if constexpr (Shape::kOfKeys) {
+      begins_seen_from(begin_of_scale, args.scales, position, begin);
+      begin[0] -= args.keys - args.queries + from;
+      begin[1] -= args.keys - args.queries + from;
+    } else {
+      ends_of(begin_of_scale, args.scales, position, args.keys, end);
+    }
+  }
 }
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
-
-// Number of the block's next tile, which the warps that calculate find in shared memory. A block takes one when it has
-// asked for all copies of the one before: how long tiles take is not known, and blocks are to end together.
-template <typename Shape>
-__device__ __forceinline__ unsigned take_tile(const KernelArgs& args, uint32_t memory, char* shared, int turn) {
-  unsigned number = blockIdx.x;
-  if (threadIdx.x == 0) {
-    const int at = turn % kNumbers;
-    if (turn > 0) number = gridDim.x + atomicAdd(args.taken, 1u);
-    barrier_wait(memory + Shape::kNumberEmpty + 8 * at, turn / kNumbers % 2 ^ 1);
-    reinterpret_cast<volatile unsigned*>(shared + Shape::kNumberAt)[at] = number;
-    barrier_arrive(memory + Shape::kNumberFull + 8 * at);
-  }
-  return __shfl_sync(kWarp, number, 0);
-}
-
-// What it took.
-template <typename Shape>
-__device__ __forceinline__ unsigned taken_tile(uint32_t memory, const char* shared, int turn) {
-  const int at = turn % kNumbers;
-  barrier_wait(memory + Shape::kNumberFull + 8 * at, turn / kNumbers % 2);
-  const unsigned number = reinterpret_cast<const volatile unsigned*>(shared + Shape::kNumberAt)[at];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * at);
-  return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
-}
 
 // The first warp's work; its first lane copies.
 template <typename Shape>
 __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   const bool leads = threadIdx.x == 0;
-  const int begin_of_scale = scale_begin(args);
+  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
   Stage<Shape::kStages> stage;
-  Stage<Shape::kSlots> slot[Shape::kGroups];
+  uint32_t held[Shape::kGroups] = {};  // tiles that each warpgroup had
   Place place;
-  for (int turn = 0; place_of(args, take_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
-    const int begin = begin_of<Shape>(args, place);
+  for (int turn = 0; place_of(args, tell_tile<Shape>(args, memory, shared, turn), &place); ++turn) {
+    const Held tile = rows_of<Shape>(args, place);
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
-      const int first = begin + group * kHeldRows;
-      if (first <= -kHeldRows) continue;
-      const uint32_t at = slot[group].at * Shape::kGroups + group;
-      barrier_wait(memory + Shape::kHeldEmpty + 8 * at, slot[group].parity ^ 1);
-      slot[group].next();
+      const int first = tile.begin + group * kHeldRows;
+      if (first + kHeldRows <= tile.low) continue;
+      const uint32_t at = held[group] % Shape::kSlots * Shape::kGroups + group;
+      barrier_wait(memory + Shape::kHeldEmpty + 8 * at, held[group] / Shape::kSlots % 2 ^ 1);
+      ++held[group];
       if (leads) {
         const uint32_t full = memory + Shape::kHeldFull + 8 * at;
         barrier_expect(full, 2 * Shape::kHeldBytes);
@@ -173,31 +335,35 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
       }
       __syncwarp();
     }
-    const int steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
     const int passes = Shape::kMany ? args.share : 1;
 #pragma unroll 1
-    for (int pass = 0; pass < passes; ++pass) {
-      const int head = Shape::kOfKeys ? place.head * args.share + pass : place.head / args.share;
+    for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      const Span span = span_of<Shape>(args, begin_of_scale, place, tile, range, 0, nullptr);
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        barrier_wait(memory + Shape::kPassedEmpty + 8 * stage.at, stage.parity ^ 1);
-        if (leads) {
-          const uint32_t full = memory + Shape::kPassedFull + 8 * stage.at;
-          const uint32_t to = memory + Shape::kPassedAt + stage.at * 2 * Shape::kPassedBytes;
-          barrier_expect(full, 2 * Shape::kPassedBytes + Shape::kColumnsBytes);
+      for (int pass = 0; pass < passes; ++pass) {
+        const int head = Shape::kOfKeys ? place.head * args.share + pass : place.head / args.share;
+#pragma unroll 1
+        for (int step = 0; step < span.steps; ++step) {
+          barrier_wait(memory + Shape::kPassedEmpty + 8 * stage.at, stage.parity ^ 1);
+          if (leads) {
+            const uint32_t full = memory + Shape::kPassedFull + 8 * stage.at;
+            const uint32_t to = memory + Shape::kPassedAt + stage.at * 2 * Shape::kPassedBytes;
+            barrier_expect(full, 2 * Shape::kPassedBytes + Shape::kColumnsBytes);
 #pragma unroll
-          for (int box = 0; box < 2 * Shape::kBoxes; ++box)
-            load_box(to + box * Shape::kPassedBox, args.passed[box / Shape::kBoxes], full, box % Shape::kBoxes * kBox,
-                     passed_begin<Shape>(args, step), head, place.batch);
-          if constexpr (Shape::kOfKeys) {
-            const int64_t row = int64_t(place.batch) * args.heads * args.share + head;
-            load_bytes(memory + Shape::kColumnsAt + stage.at * Shape::kColumnsBytes,
-                       args.columns + (row * args.column_tiles + args.column_tiles - 1 - step) * 2 * Shape::kPassed,
-                       Shape::kColumnsBytes, full);
+            for (int box = 0; box < 2 * Shape::kBoxes; ++box)
+              load_box(to + box * Shape::kPassedBox, args.passed[box / Shape::kBoxes], full, box % Shape::kBoxes * kBox,
+                       passed_begin<Shape>(span, step), head, place.batch);
+            if constexpr (Shape::kOfKeys) {
+              const int row = place.row * args.share + pass;
+              load_bytes(memory + Shape::kColumnsAt + stage.at * Shape::kColumnsBytes,
+                         args.columns +
+                             (int64_t(row) * args.column_tiles + (span.columns - step)) * (2 * Shape::kPassed),
+                         Shape::kColumnsBytes, full);
+            }
           }
+          __syncwarp();
+          stage.next();
         }
-        __syncwarp();
-        stage.next();
       }
     }
   }
@@ -238,17 +404,20 @@ struct Rows {
 // delta and lse' of a thread's two rows, which are written for the kernel of the keys as well. `grad` is the
 // warpgroup's tile of it in shared memory.
 template <typename Shape>
-__device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& place, int first, const char* grad,
-                                          Rows& rows) {
+__device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& place, const Held& tile, int first,
+                                          const char* grad, Rows& rows) {
   using T = typename Shape::T;
   const int thread = again(threadIdx.x) % 128, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
   const T* const out =
       static_cast<const T*>(args.out) + place.batch * args.out_batch + place.head * args.out_head;
-  const int missing = args.column_tiles * args.columns_of_tile - args.queries;
-  float* const columns = args.columns + int64_t(place.row) * args.column_tiles * 2 * args.columns_of_tile;
+  const int low = tile.low, length = tile.high - tile.low;
+  const int tiles = Shape::kTable ? steps_for(length, args.columns_of_tile) : args.column_tiles;
+  const int missing = tiles * args.columns_of_tile - length;
+  float* const columns =
+      args.columns + (int64_t(place.row) * args.column_tiles + tile.columns) * 2 * args.columns_of_tile;
   const auto leave = [&](int query, float lse, float delta, bool is_there) {
-    const int at = query + missing, tile = at / args.columns_of_tile;
-    float* const to = columns + at + tile * args.columns_of_tile;
+    const int at = query - low + missing;
+    float* const to = columns + at + at / args.columns_of_tile * args.columns_of_tile;
     if (is_there) to[0] = lse;
     if (is_there) to[args.columns_of_tile] = delta;
   };
@@ -260,7 +429,7 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
     for (int i = 0; i < Shape::kWidth / 32; ++i) {
       const int unit = 4 * i + lane % 4;
       uint4 one{};
-      if (row >= 0 && unit * 8 < args.width)
+      if (row >= low && unit * 8 < args.width)
         one = __ldg(reinterpret_cast<const uint4*>(out + row * args.out_row) + unit);
       const uint4 other = *reinterpret_cast<const uint4*>(grad + unit / 8 * kHeldBox + (own_row + 8 * h) * 128 +
                                                           ((unit % 8 ^ own_row % 8) << 4));
@@ -273,14 +442,14 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
       }
     }
     sum = quad_sum(sum);
-    const int64_t at = int64_t(place.row) * args.queries + max(row, 0);
+    const int64_t at = int64_t(place.row) * args.queries + max(row, low);
     const float lse = args.lse[at] * kLog2E, grad_lse = args.grad_lse == nullptr ? 0.0f : args.grad_lse[at];
-    rows.lse[h] = row >= 0 ? lse : INFINITY;
-    rows.delta[h] = row >= 0 ? sum - grad_lse : 0.0f;
-    leave(row, rows.lse[h], rows.delta[h], row >= 0 && lane % 4 == 0);
+    rows.lse[h] = row >= low ? lse : INFINITY;
+    rows.delta[h] = row >= low ? sum - grad_lse : 0.0f;
+    leave(row, rows.lse[h], rows.delta[h], row >= low && lane % 4 == 0);
   }
   // The columns of queries that are not there.
-  leave(thread - missing, INFINITY, 0.0f, first <= 0 && thread < missing);
+  leave(low + thread - missing, INFINITY, 0.0f, first <= low && thread < missing);
 }
 
 template <typename Shape>
@@ -289,8 +458,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   constexpr bool kOfKeys = Shape::kOfKeys;
   constexpr int kPassed = Shape::kPassed, kWidth = Shape::kWidth;
   const int group = __shfl_sync(kWarp, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  const int begin_of_scale = scale_begin(args);
-  const int offset = args.keys - args.queries;
+  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
 
   const auto passed_at = [&](uint32_t stage) { return memory + Shape::kPassedAt + stage * 2 * Shape::kPassedBytes; };
   const auto done_with = [&](uint32_t stage) {  // each warp says so
@@ -316,37 +484,16 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
 
   Stage<Shape::kStages> stage;
   Place place;
-  for (int turn = 0; place_of(args, taken_tile<Shape>(memory, shared, turn), &place); ++turn) {
-    const int begin = begin_of<Shape>(args, place), first = begin + group * kHeldRows;
-    const int all_steps = steps_of<Shape>(args, begin_of_scale, begin, Shape::kRows);
+  for (int turn = 0; place_of(args, hear_tile<Shape>(memory, shared, turn), &place); ++turn) {
+    Held tile = rows_of<Shape>(args, place);
+    if constexpr (Shape::kTable) tile = known(tile);
+    const int first = tile.begin + group * kHeldRows;
     const int passes = Shape::kMany ? args.share : 1;
-    const bool works = first > -kHeldRows;
-    const int steps = works ? steps_of<Shape>(args, begin_of_scale, first, kHeldRows) : 0;
+    const bool works = first + kHeldRows > tile.low;
     const uint32_t at = slot.at * Shape::kGroups + group;
     const uint32_t held = memory + 2 * at * Shape::kHeldBytes;
     char* const held_data = shared + 2 * at * Shape::kHeldBytes;
-
-    // Where what a row sees ends, or where those who see it begin, as columns of step 0; and the steps, the first ones,
-    // that no row has a limit in.
-    int limit[2] = {}, whole = 0;
-    if (works) {
-      const int fresh = again(threadIdx.x) % 128;
-      const int own_row = fresh / 32 * 16 + fresh % 32 / 4, own_column = fresh % 4 * 2;
-      const int ahead = kOfKeys ? 0 : offset;
-      const int position[2] = {max(first + own_row, 0) + ahead, max(first + own_row + 8, 0) + ahead};
-      if constexpr (kOfKeys) {
-        begins_seen_from(begin_of_scale, args.scales, position, limit);
-        const int last = first_query(args, begin_of_scale, first + kHeldRows - 1);
-        whole = last == 0 ? steps : (args.queries - last) / kPassed;
-        limit[0] -= offset + passed_begin<Shape>(args, 0) + own_column;
-        limit[1] -= offset + passed_begin<Shape>(args, 0) + own_column;
-      } else {
-        ends_of(begin_of_scale, args.scales, position, args.keys, limit);
-        whole = end_of(begin_of_scale, max(first, 0) + offset, args.keys) / kPassed;
-        limit[0] -= own_column;
-        limit[1] -= own_column;
-      }
-    }
+    if (Shape::kTable && works) barrier_wait(memory + Shape::kHeldFull + 8 * at, slot.parity);
 
     Rows rows;
     float sum[kWidth / 2], value_sum[kOfKeys ? kWidth / 2 : 2];
@@ -357,112 +504,154 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
       for (int i = 0; i < kWidth / 2; ++i) value_sum[i] = 0.0f;
     }
 #pragma unroll 1
-    for (int pass = 0; pass < passes; ++pass) {
-      if (works) {
-        float score[kPassed / 2], grad[kPassed / 2];
-        uint32_t word[kPassed / 4];
-        Stage<Shape::kStages> before;
-        const auto advance = [&](int step, auto is_first, auto masked) {
-          constexpr bool kFirst = decltype(is_first)::value, kMasked = decltype(masked)::value;
-          const uint32_t passed = of_warp(passed_at(stage.at)), behind = of_warp(passed_at(before.at));
-          const uint32_t own = of_warp(held);
-          barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
-          settle(score);
-          settle(grad);
-          settle(sum);
-          wait_for_turn();
-          products_begin();
-          score_products<Shape>(score, own, passed);
-          if constexpr (!kFirst) sum_products<Shape>(sum, word, behind);  // with the dS of the step before
-          score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
-          give_turn();
-          if constexpr (kFirst && !kOfKeys)
-            find_rows<Shape>(args, place, first, held_data + Shape::kHeldBytes, rows);
-          products_wait<kFirst ? 1 : 2>();
-          settle(score);
-
-          // Two at a time; the compiler makes two loads of a float2.
-          const uint64_t* const columns = reinterpret_cast<const uint64_t*>(shared + Shape::kColumnsAt +
-                                                                            stage.at * Shape::kColumnsBytes) +
-                                          threadIdx.x % 4;
-          const auto column_of = [&](int from, int i) {
-            return __uint_as_float(uint32_t(columns[from / 2 + i / 4 * 4] >> i % 2 * 32));
-          };
-          const int moved = kOfKeys ? -step * kPassed : step * kPassed;
-          uint32_t signs = 0;
+    for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      Part part{};
+      Span span = span_of<Shape>(args, begin_of_scale, place, tile, range, group, &part);
+      if constexpr (Shape::kTable) {
+        span = known(span);
+        part = known(part);
+      }
+      const int steps = works ? part.steps : 0;
+      // Columns of step 0, less the thread's first, that its rows have to do with. Those of a table lie in shared
+      // memory: most steps have no limit, and registers are short.
+      int begin[2] = {}, end[2] = {};
+      const auto limits = [&] {
+        return reinterpret_cast<int4*>(shared + Shape::kLimitsAt) + (again(threadIdx.x) - 128);
+      };
+      if (Shape::kTable ? steps > 0 : works) {
+        const int fresh = again(threadIdx.x) % 128, own_column = fresh % 4 * 2;
+        columns_of<Shape>(args, begin_of_scale, tile, range, span.from, first + fresh / 32 * 16 + fresh % 32 / 4,
+                          begin, end);
 #pragma unroll
-          for (int i = 0; i < kPassed / 2; ++i) {
-            const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
-            const float lse = kOfKeys ? column_of(0, i) : rows.lse[h];
-            score[i] = exp2_of(fmaf(score[i], args.factor, -lse));
-            if constexpr (kMasked) {
-              const bool seen = kOfKeys ? column >= limit[h] - moved : column < limit[h] - moved;
-              score[i] = seen ? score[i] : 0.0f;
-            }
-            signs |= __float_as_uint(score[i]);
-          }
-          // The exponentials are to run under the products: see the forward. Weights are not negative.
-          const auto look = [&] { barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8); };
-          if constexpr (kOfKeys) {
-            // Weights are packed where dS were, whose products have to be over.
-            if constexpr (!kFirst) {
-              look();
-              products_wait<1>();
-              settle(score);
-              settle(sum);
-              done_with(before.at);
-            }
-            pack<T>(score, word);
-            settle(value_sum);
-            products_begin();
-            sum_products<Shape>(value_sum, word, passed + Shape::kPassedBytes);
-            products_wait<0>();
-            settle(grad);
-            settle(value_sum);
-          } else {
-            if constexpr ((Shape::kHow & kNoLook) == 0) look();
-            products_wait<0>();
+        for (int h = 0; h < 2; ++h) {
+          begin[h] -= own_column;
+          end[h] -= own_column;
+        }
+        if constexpr (Shape::kTable) *limits() = {begin[0], begin[1], end[0], end[1]};
+      }
+#pragma unroll 1
+      for (int pass = 0; pass < passes; ++pass) {
+        if (Shape::kTable ? steps > 0 : works) {
+          float score[kPassed / 2], grad[kPassed / 2];
+          uint32_t word[kPassed / 4];
+          Stage<Shape::kStages> before;
+          const auto advance = [&](int step, auto is_first, auto masked) {
+            constexpr bool kFirst = decltype(is_first)::value, kMasked = decltype(masked)::value;
+            const uint32_t passed = of_warp(passed_at(stage.at)), behind = of_warp(passed_at(before.at));
+            const uint32_t own = of_warp(Shape::kAnew ? memory + 2 * Shape::kHeldBytes * (slot.at * Shape::kGroups +
+                                                                                         threadIdx.x / 128 - 1)
+                                                     : held);
+            barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
+            settle(score);
             settle(grad);
             settle(sum);
-            if constexpr (!kFirst) done_with(before.at);
-          }
+            wait_for_turn();
+            products_begin();
+            score_products<Shape>(score, own, passed);
+            if constexpr (!kFirst) sum_products<Shape>(sum, word, behind);  // with the dS of the step before
+            score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+            give_turn();
+            if constexpr (kFirst && !kOfKeys)
+              find_rows<Shape>(args, place, tile, first, held_data + Shape::kHeldBytes, rows);
+            products_wait<kFirst ? 1 : 2>();
+            settle(score);
+
+            // Two at a time; the compiler makes two loads of a float2.
+            const uint64_t* const columns = reinterpret_cast<const uint64_t*>(shared + Shape::kColumnsAt +
+                                                                              stage.at * Shape::kColumnsBytes) +
+                                            threadIdx.x % 4;
+            const auto column_of = [&](int from, int i) {
+              return __uint_as_float(uint32_t(columns[from / 2 + i / 4 * 4] >> i % 2 * 32));
+            };
+            const int moved = kOfKeys ? -step * kPassed : step * kPassed;
+            if constexpr (kMasked && Shape::kTable) {
+              const int4 limit = *limits();
+              begin[0] = limit.x;
+              begin[1] = limit.y;
+              end[0] = limit.z;
+              end[1] = limit.w;
+            }
+            uint32_t signs = 0;
 #pragma unroll
-          for (int i = 0; i < kPassed / 2; ++i) {
-            const float delta = kOfKeys ? column_of(kPassed, i) : rows.delta[i / 2 % 2];
-            grad[i] = score[i] * (grad[i] - delta);
+            for (int i = 0; i < kPassed / 2; ++i) {
+              const int column = i / 4 * 8 + i % 2, h = i / 2 % 2;
+              const float lse = kOfKeys ? column_of(0, i) : rows.lse[h];
+              score[i] = exp2_of(fmaf(score[i], args.factor, -lse));
+              if constexpr (kMasked) {
+                const bool begun = !Shape::kTable && !kOfKeys || column >= begin[h] - moved;
+                const bool lasts = !Shape::kTable && kOfKeys || column < end[h] - moved;
+                score[i] = begun && lasts ? score[i] : 0.0f;
+              }
+              signs |= __float_as_uint(score[i]);
+            }
+            // The exponentials are to run under the products: see the forward. Weights are not negative.
+            const auto look = [&] { barrier_look(memory + Shape::kHeldFull + (signs >> 31) * 8); };
+            if constexpr (kOfKeys) {
+              // Weights are packed where dS were, whose products have to be over.
+              if constexpr (!kFirst) {
+                look();
+                products_wait<1>();
+                settle(score);
+                settle(sum);
+                done_with(before.at);
+              }
+              pack<T>(score, word);
+              settle(value_sum);
+              products_begin();
+              sum_products<Shape>(value_sum, word, passed + Shape::kPassedBytes);
+              products_wait<0>();
+              settle(grad);
+              settle(value_sum);
+            } else {
+              if constexpr ((Shape::kHow & kNoLook) == 0) look();
+              products_wait<0>();
+              settle(grad);
+              settle(sum);
+              if constexpr (!kFirst) done_with(before.at);
+            }
+#pragma unroll
+            for (int i = 0; i < kPassed / 2; ++i) {
+              const float delta = kOfKeys ? column_of(kPassed, i) : rows.delta[i / 2 % 2];
+              grad[i] = score[i] * (grad[i] - delta);
+            }
+            pack<T>(grad, word);
+            before = stage;
+            stage.next();
+          };
+
+          if (!Shape::kTable && pass == 0) barrier_wait(memory + Shape::kHeldFull + 8 * at, slot.parity);
+          advance(0, std::true_type{}, std::true_type{});
+          if (Shape::kSlots > 1 && pass == 0) free_held();
+          int step = 1;
+          if constexpr (Shape::kTable) {
+#pragma unroll 1
+            for (; step < min(part.open, steps); ++step) advance(step, std::false_type{}, std::true_type{});
           }
-          pack<T>(grad, word);
-          before = stage;
+#pragma unroll 1
+          for (; step < part.whole; ++step) advance(step, std::false_type{}, std::false_type{});
+#pragma unroll 1
+          for (; step < steps; ++step) advance(step, std::false_type{}, std::true_type{});
+
+          settle(sum);
+          products_begin();
+          sum_products<Shape>(sum, word, passed_at(before.at));
+          products_wait<0>();
+          settle(sum);
+          done_with(before.at);
+        }
+        // Those that other warpgroups need.
+#pragma unroll 1
+        for (int step = steps; step < span.steps; ++step) {
+          barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
+          wait_for_turn();
+          give_turn();
+          done_with(stage.at);
           stage.next();
-        };
-
-        if (pass == 0) barrier_wait(memory + Shape::kHeldFull + 8 * at, slot.parity);
-        advance(0, std::true_type{}, std::true_type{});
-        if (Shape::kSlots > 1 && pass == 0) free_held();
-        int step = 1;
-#pragma unroll 1
-        for (; step < whole; ++step) advance(step, std::false_type{}, std::false_type{});
-#pragma unroll 1
-        for (; step < steps; ++step) advance(step, std::false_type{}, std::true_type{});
-
-        settle(sum);
-        products_begin();
-        sum_products<Shape>(sum, word, passed_at(before.at));
-        products_wait<0>();
-        settle(sum);
-        done_with(before.at);
-      }
-      // Those that other warpgroups need.
-#pragma unroll 1
-      for (int step = steps; step < all_steps; ++step) {
-        barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
-        wait_for_turn();
-        give_turn();
-        done_with(stage.at);
-        stage.next();
+        }
       }
     }
     if (!works) continue;
+    if (Shape::kTable && Shape::kSlots > 1) free_held();  // if there was no step
 
     // Results, through the place of what was held, where no warp of the group reads any more.
     uint32_t word[kWidth / 4], value_word[kOfKeys ? kWidth / 4 : 1];
@@ -470,11 +659,12 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
     for (int i = 0; i < kWidth / 2; ++i) sum[i] *= args.softmax_scale;
     pack<T>(sum, word);
     if constexpr (kOfKeys) pack<T>(value_sum, value_word);
-    const auto rows_of = [&](const Result& result) {
-      return static_cast<T*>(result.data) + place.batch * result.batch_stride + place.head * result.head_stride;
+    const auto rows_to = [&](const Result& result) {
+      return static_cast<T*>(result.data) + place.batch * result.batch_stride + place.head * result.head_stride +
+             tile.low * result.row_stride;
     };
     named_sync(kGroupName + group, 128);
-    if (first >= 0) {
+    if (first >= tile.low) {
       write_boxes(word, held_data);
       if constexpr (kOfKeys) write_boxes(value_word, held_data + Shape::kHeldBytes);
       shared_written();
@@ -487,9 +677,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
         store_commit();
       }
     } else {
-      write_rows(word, rows_of(args.result[0]), args.result[0].row_stride, first, args.width);
+      const int skipped = first - tile.low;
+      write_rows(word, rows_to(args.result[0]), args.result[0].row_stride, skipped, args.width);
       if constexpr (kOfKeys)
-        write_rows(value_word, rows_of(args.result[1]), args.result[1].row_stride, first, args.width);
+        write_rows(value_word, rows_to(args.result[1]), args.result[1].row_stride, skipped, args.width);
     }
     leaving = true;
     slot.next();
@@ -538,6 +729,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 }
 
+// Makes both kernels' plans, a warp an entry, and sets their counters to 0.
+struct PlanArgs {
+  Planned of_queries, of_keys;
+  unsigned* taken;
+};
+template <typename OfQueries, typename OfKeys>
+__global__ void __launch_bounds__(128) attention_backward_plan_sm90_kernel(PlanArgs args) {
+  if (blockIdx.x == 0 && threadIdx.x < 2) args.taken[threadIdx.x] = 0;
+  const int warp = int(of_warp((blockIdx.x * blockDim.x + threadIdx.x) / 32));
+  const int queries = args.of_queries.tiles * args.of_queries.ranges, keys = args.of_keys.tiles * args.of_keys.ranges;
+  if (warp < queries)
+    plan_steps<OfQueries>(args.of_queries, warp);
+  else if (warp < queries + keys)
+    plan_steps<OfKeys>(args.of_keys, warp - queries);
+}
+
 // ---- launcher --------------------------------------------------------------------------------------------------------
 
 int tiles_of(int length, int rows) { return (length + rows - 1) / rows; }
@@ -545,13 +752,20 @@ int tiles_of(int length, int rows) { return (length + rows - 1) / rows; }
 // The kernels' two counters lie in the last 16 bytes of the workspace: no tile of columns has more than 112, which
 // leaves 32 numbers a head.
 unsigned* counters_of(const AttentionBackwardArgs& args) {
-  return reinterpret_cast<unsigned*>(args.workspace + int64_t(args.batch) * args.heads * 2 * (args.queries + 127) - 4);
+  return reinterpret_cast<unsigned*>(args.workspace + int64_t(args.batch) * args.heads * 2 *
+                                                          (args.queries + 127 * int64_t(std::max(args.images, 1))) -
+                                     4);
+}
+
+// Tiles of a length, or slots for those of all images.
+int64_t slots_of(const AttentionBackwardArgs& args, int length, int rows) {
+  return args.offsets != nullptr ? int64_t(length / rows) + args.images : tiles_of(length, rows);
 }
 
 // One of the two kernels. `columns_of_tile` is what the kernel of the keys passes by in a step.
 template <typename Shape>
-cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int columns_of_tile, int processors,
-                        cudaStream_t stream) {
+cudaError_t launch_tile(const AttentionBackwardArgs& args, const Planned& planned, DType dtype, int columns_of_tile,
+                        int processors, cudaStream_t stream) {
   constexpr bool kOfKeys = Shape::kOfKeys;
   KernelArgs kernel_args{};
   const int key_heads = args.heads / args.share;
@@ -576,6 +790,9 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   if (error != cudaSuccess) return error;
   kernel_args.lengths = args.lengths;
   kernel_args.wide_lengths = args.wide_lengths;
+  kernel_args.table = planned.table;
+  kernel_args.plan = planned.plan;
+  kernel_args.ranges = planned.ranges;
   kernel_args.out = args.out.data;
   kernel_args.out_batch = args.out.batch_stride;
   kernel_args.out_head = args.out.head_stride;
@@ -584,7 +801,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   kernel_args.grad_lse = args.grad_lse;
   kernel_args.columns = args.workspace;
   kernel_args.columns_of_tile = columns_of_tile;
-  kernel_args.column_tiles = tiles_of(args.queries, columns_of_tile);
+  kernel_args.column_tiles = int(slots_of(args, args.queries, columns_of_tile));
   kernel_args.taken = counters_of(args) + kOfKeys;
   kernel_args.queries = args.queries;
   kernel_args.keys = args.keys;
@@ -592,7 +809,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
   kernel_args.share = args.share;
   kernel_args.scales = args.scales;
   kernel_args.prefix = args.prefix;
-  kernel_args.tiles = tiles_of(held_length, Shape::kRows);
+  kernel_args.tiles = int(slots_of(args, held_length, Shape::kRows));
   kernel_args.rows = args.batch * held_heads;
   kernel_args.heads = held_heads;
   kernel_args.group = kOfKeys ? args.key_group : args.query_group;
@@ -610,25 +827,57 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, DType dtype, int colu
 
 template <typename OfQueries, typename OfKeys>
 cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
-  static_assert(OfKeys::kPassed <= 112);
-  cudaError_t error = cudaMemsetAsync(counters_of(args), 0, 2 * sizeof(unsigned), stream);
-  if (error == cudaSuccess) error = launch_tile<OfQueries>(args, dtype, OfKeys::kPassed, processors, stream);
+  static_assert(OfKeys::kPassed <= 112 && OfQueries::kTable == OfKeys::kTable);
+  // Slots are no more than rows and images, so that these are numbers of 32 bits.
+  Planned of_queries{}, of_keys{};
+  cudaError_t error = cudaSuccess;
+  if constexpr (OfQueries::kTable) {
+    int4* plan = args.plan;
+    int64_t entries = 0;
+    const auto describe = [&](const int* table, int ranges, int length, int rows, int entry) {
+      const int64_t slots = slots_of(args, length, rows);
+      const Planned planned{table,       args.offsets, plan,       args.queries,    args.keys,
+                            args.images, ranges,       int(slots), OfKeys::kPassed};
+      plan += slots * ranges * entry;
+      entries += slots * ranges;
+      return planned;
+    };
+    of_queries = describe(args.sees, args.ranges, args.queries, OfQueries::kRows, OfQueries::kEntry);
+    of_keys = describe(args.seen_by, args.seen_by_ranges, args.keys, OfKeys::kRows, OfKeys::kEntry);
+    if (entries > INT32_MAX / 128) return cudaErrorNotSupported;
+    const PlanArgs plan_args{of_queries, of_keys, counters_of(args)};
+    attention_backward_plan_sm90_kernel<typename OfQueries::Size, typename OfKeys::Size>
+        <<<int((entries + 3) / 4), 128, 0, stream>>>(plan_args);
+    error = cudaGetLastError();
+  } else {
+    error = cudaMemsetAsync(counters_of(args), 0, 2 * sizeof(unsigned), stream);
+  }
+  if (error == cudaSuccess)
+    error = launch_tile<OfQueries>(args, of_queries, dtype, OfKeys::kPassed, processors, stream);
   if (error != cudaSuccess) return error;
-  return launch_tile<OfKeys>(args, dtype, OfKeys::kPassed, processors, stream);
+  return launch_tile<OfKeys>(args, of_keys, dtype, OfKeys::kPassed, processors, stream);
+}
+
+template <typename T, int kTables>
+cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
+  if (args.width > 96) {
+    using OfQueries = Tile<T, false, 2, 128, 96, 3, 1, kTables>;
+    using OfKeys = Tile<T, true, 2, 128, 64, 4, 1, kTables>;
+    using OfKeysAlone = Tile<T, true, 2, 128, 64, 4, 1, kAlone | kTables>;
+    return args.share == 1 ? launch_tiles<OfQueries, OfKeysAlone>(args, dtype, processors, stream)
+                           : launch_tiles<OfQueries, OfKeys>(args, dtype, processors, stream);
+  }
+  if (args.width > 64)
+    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1, kTables>, Tile<T, true, 2, 96, 80, 3, 1, kTables>>(
+        args, dtype, processors, stream);
+  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook | kTables>, Tile<T, true, 2, 64, 96, 4, 2, kTables>>(
+      args, dtype, processors, stream);
 }
 
 template <typename T>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
-  if (args.width > 96) {
-    using OfQueries = Tile<T, false, 2, 128, 96, 3, 1>;
-    if (args.share == 1)
-      return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1, kAlone>>(args, dtype, processors, stream);
-    return launch_tiles<OfQueries, Tile<T, true, 2, 128, 64, 4, 1>>(args, dtype, processors, stream);
-  }
-  if (args.width > 64)
-    return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1>, Tile<T, true, 2, 96, 80, 3, 1>>(args, dtype, processors, stream);
-  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook>, Tile<T, true, 2, 64, 96, 4, 2>>(args, dtype, processors,
-                                                                                                stream);
+  return args.sees != nullptr ? launch_backward<T, kByTable>(args, dtype, processors, stream)
+                              : launch_backward<T, 0>(args, dtype, processors, stream);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ constexpr int kGroupName = 4;  // by these each waits for its own warps
 template <typename Element, int kChannels, int kGroupCount, int kKeyCount, int kStageCount, bool kHasTable = false>
 struct Tile {
   static constexpr bool kTable = kHasTable;
+  static constexpr bool kCounted = false;  // whether there is a counter is seen at run time
   using T = Element;
   static constexpr int kWidth = kChannels;    // channels of the products: 64, 96 or 128
   static constexpr int kGroups = kGroupCount;  // warpgroups that calculate
@@ -90,32 +91,16 @@ __device__ __forceinline__ int position_of(const KernelArgs& args, const Held& r
   return min(max(row, rows.low), args.queries - 1) + args.keys - args.queries;
 }
 
-// What a position sees: [begin, end) of a range; from afar to 0 if that is empty.
-struct Range {
-  int begin, end;
-};
 __device__ __forceinline__ Range range_of(const KernelArgs& args, int range, int position) {
-  const int* const at = args.sees + (int64_t(2) * range * args.keys + position);
-  const int begin = at[0], end = at[args.keys];
-  return begin < end ? Range{begin, end} : Range{INT_MAX, 0};
+  return non_empty(read_range(args.sees, args.keys, range, position));
 }
 
-// Images and slots: those of an image begin at first / kRows + image, which leaves room for all its tiles without
-// counting those of others; a slot that is left over has a tile in front of the image.
+// A slot that is left over has a tile in front of the image.
 template <typename Shape>
 __device__ __forceinline__ Held rows_of(const KernelArgs& args, const Place& place) {
   if (!Shape::kTable || args.offsets == nullptr) return {args.queries - (place.rank + 1) * Shape::kRows, 0};
-  const auto first_of = [&](int image) {
-    return image < args.images ? min(args.offsets[image], args.queries) : args.queries;
-  };
-  int image = 0;
-  for (int at = 0; at < args.images; at += 32) {
-    const int other = at + threadIdx.x % 32;
-    const bool begun = other < args.images && first_of(other) / Shape::kRows + other <= place.rank;
-    image = max(image, __reduce_max_sync(kWarp, begun ? other : 0));
-  }
-  const int low = of_warp(first_of(image)), high = of_warp(first_of(image + 1));
-  return {high - (place.rank - low / Shape::kRows - image + 1) * Shape::kRows, low};
+  const Image image = image_of<Shape::kRows>(args, place.rank);
+  return {image.high - (place.rank - image.low / Shape::kRows - image.number + 1) * Shape::kRows, image.low};
 }
 
 // What the rows of a tile see, and of them those of warpgroup `group`.

@@ -73,8 +73,8 @@ __device__ __forceinline__ unsigned tell_tile(const Args& args, uint32_t memory,
   unsigned number = 0;
   if (threadIdx.x == 0) {
     const unsigned blocks = gridDim.x, block = blockIdx.x, slot = turn % kNumbers;
-    if (turn == 0 || args.taken == nullptr)
-      number = turn * blocks + (turn % 2 ? blocks - 1 - block : block);
+    if (turn == 0 || (!Shape::kCounted && args.taken == nullptr))
+      number = Shape::kCounted ? block : turn * blocks + (turn % 2 ? blocks - 1 - block : block);
     else
       number = blocks + atomicAdd(args.taken, 1u);
     barrier_wait(memory + Shape::kNumberEmpty + 8 * slot, turn / kNumbers % 2 ^ 1);
@@ -93,6 +93,41 @@ __device__ __forceinline__ unsigned hear_tile(uint32_t memory, const char* share
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(memory + Shape::kNumberEmpty + 8 * slot);
   return __shfl_sync(kWarp, number, 0);  // the compiler learns that it is the same for all
+}
+
+// Rows of one image of several that are packed one after another, and its number.
+struct Image {
+  int number, low, high;
+};
+
+// The image of a slot. Those of an image begin at low / kRows + number, which leaves room for all its tiles without
+// counting those of others: at most one of them is left over.
+template <int kRows, typename Args>
+__device__ __forceinline__ Image image_of(const Args& args, int slot) {
+  const auto first_of = [&](int image) {
+    return image < args.images ? min(args.offsets[image], args.queries) : args.queries;
+  };
+  int image = 0;
+  for (int at = 0; at < args.images; at += 32) {
+    const int other = at + threadIdx.x % 32;
+    const bool begun = other < args.images && first_of(other) / kRows + other <= slot;
+    image = max(image, __reduce_max_sync(kWarp, begun ? other : 0));
+  }
+  return {image, int(of_warp(first_of(image))), int(of_warp(first_of(image + 1)))};
+}
+
+// What a position sees, or who sees it: [begin, end) of a range.
+struct Range {
+  int begin, end;
+};
+
+// Of a table [ranges, 2, keys]; from afar to 0 if it is empty.
+__device__ __forceinline__ Range non_empty(Range range) {
+  return range.begin < range.end ? range : Range{INT_MAX, 0};
+}
+__device__ __forceinline__ Range read_range(const int* table, int keys, int range, int position) {
+  const int* const at = table + (int64_t(2) * range * keys + position);
+  return {at[0], at[keys]};
 }
 
 // First token of the scale of this lane's number; of scales that are not there, a place that no token has.

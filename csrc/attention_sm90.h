@@ -49,9 +49,13 @@ struct AttentionBackwardArgs {
   HeadsView q, k, v;                 // as the forward's
   HeadsView grad_q, grad_k, grad_v;  // like q, k, v; written
   const float *lse, *grad_lse;       // [batch, heads, queries], contiguous; grad_lse may be null
-  float* workspace;                  // aligned to 16 bytes, 2 (queries + 127) numbers a head; written
-  const void* lengths;               // these and what follows as the forward's
+  float* workspace;     // aligned to 16 bytes, 2 (queries + 127 max(images, 1)) numbers a head; written
+  const void* lengths;  // these and what follows as the forward's
   bool wide_lengths;
+  // In their place, or null: as the forward's; likewise [seen_by_ranges, 2, keys], of who sees each token.
+  const int *sees, *seen_by, *offsets;
+  int ranges, seen_by_ranges, images;
+  int4* plan;  // with them, 5 (queries / 128 + max(images, 1)) ranges and as many by keys and seen_by_ranges; written
   int batch, heads, share, queries, keys, width, scales, prefix;
   int query_group, key_group;        // as the forward's group, of heads of queries and of heads of keys
   float softmax_scale;

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <climits>
 #include <optional>
 #include <utility>
@@ -218,24 +219,63 @@ void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   attend(args, q, taken, group, tile);
 }
 
+// [ranges, 2, keys] of a mask; returns how many ranges.
+int attention_table(const int** to, const Tensor& table, int keys) {
+  STD_TORCH_CHECK(table.dim() == 3 && table.size(0) > 0 && table.size(1) == 2 && table.size(2) == keys &&
+                      table.is_contiguous() && table.scalar_type() == ScalarType::Int,
+                  "block_attention_cuda: needs tables [ranges, 2, keys], int32, contiguous");
+  *to = static_cast<const int*>(table.data_ptr());
+  return int_of(table.size(0));
+}
+
+template <typename Args>
+void attention_images(Args& args, const std::optional<Tensor>& offsets) {
+  if (!offsets.has_value()) return;
+  STD_TORCH_CHECK(offsets->is_contiguous() && offsets->scalar_type() == ScalarType::Int && offsets->numel() > 0 &&
+                      args.queries == args.keys,
+                  "block_attention_cuda: needs offsets of images in int32, contiguous, and as many queries as keys");
+  args.offsets = static_cast<const int*>(offsets->data_ptr());
+  args.images = int_of(offsets->numel());
+}
+
 void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees,
                      const std::optional<Tensor>& offsets, Tensor out, Tensor lse, const std::optional<Tensor>& taken,
                      double softmax_scale, int64_t group, int64_t tile) {
   AttentionArgs args{};
   attention_sizes(args, q, k, v, out, lse, softmax_scale);
-  STD_TORCH_CHECK(sees.dim() == 3 && sees.size(0) > 0 && sees.size(1) == 2 && sees.size(2) == args.keys &&
-                      sees.is_contiguous() && sees.scalar_type() == ScalarType::Int,
-                  "block_attention_cuda: needs sees [ranges, 2, keys], int32, contiguous");
-  args.sees = static_cast<const int*>(sees.data_ptr());
-  args.ranges = int_of(sees.size(0));
-  if (offsets.has_value()) {
-    STD_TORCH_CHECK(offsets->is_contiguous() && offsets->scalar_type() == ScalarType::Int && offsets->numel() > 0 &&
-                        args.queries == args.keys,
-                    "block_attention_cuda: needs offsets of images in int32, contiguous, and as many queries as keys");
-    args.offsets = static_cast<const int*>(offsets->data_ptr());
-    args.images = int_of(offsets->numel());
-  }
+  args.ranges = attention_table(&args.sees, sees, args.keys);
+  attention_images(args, offsets);
   attend(args, q, taken, group, tile);
+}
+
+// The gradients' launch: `args` has the mask, and what forward and backward have in common.
+void attend_backward(AttentionBackwardArgs& args, const Tensor& grad, const std::optional<Tensor>& grad_lse,
+                     const Tensor& q, const Tensor& k, const Tensor& workspace, const Tensor& grad_q,
+                     const Tensor& grad_k, const Tensor& grad_v, int64_t query_group, int64_t key_group) {
+  args.grad = heads_view(grad);
+  args.grad_q = heads_view(grad_q);
+  args.grad_k = heads_view(grad_k);
+  args.grad_v = heads_view(grad_v);
+  args.query_group = group_of(query_group);
+  args.key_group = group_of(key_group);
+  const int64_t columns = args.queries + 127 * int64_t(std::max(args.images, 1));
+  bool matches = workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Float &&
+                 workspace.numel() >= 2 * int64_t(args.batch) * args.heads * columns &&
+                 reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0;
+  for (int i = 0; i < 4; ++i)
+    matches = matches && grad.size(i) == q.size(i) && grad_q.size(i) == q.size(i) && grad_k.size(i) == k.size(i) &&
+              grad_v.size(i) == k.size(i);
+  for (const Tensor* other : {&grad, &grad_q, &grad_k, &grad_v})
+    matches = matches && other->scalar_type() == q.scalar_type();
+  if (grad_lse.has_value()) {
+    matches = matches && grad_lse->is_contiguous() && grad_lse->scalar_type() == ScalarType::Float &&
+              grad_lse->numel() == int64_t(args.batch) * args.heads * args.queries;
+    args.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
+  }
+  STD_TORCH_CHECK(matches, "block_causal_attention_backward_cuda: sizes or dtypes do not match");
+  args.workspace = static_cast<float*>(workspace.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  STD_CUDA_CHECK(launch_attention_backward(args, dtype_of(q), current_stream(q)));
 }
 
 void block_causal_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q,
@@ -246,29 +286,27 @@ void block_causal_attention_backward(const Tensor& grad, const std::optional<Ten
   AttentionBackwardArgs args{};
   attention_sizes(args, q, k, v, out, lse, softmax_scale);
   attention_schedule(args, lengths, prefix);
-  args.grad = heads_view(grad);
-  args.grad_q = heads_view(grad_q);
-  args.grad_k = heads_view(grad_k);
-  args.grad_v = heads_view(grad_v);
-  args.query_group = group_of(query_group);
-  args.key_group = group_of(key_group);
-  bool matches = workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Float &&
-                 workspace.numel() >= 2 * int64_t(args.batch) * args.heads * (args.queries + 127) &&
-                 reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0;
-  for (int i = 0; i < 4; ++i)
-    matches = matches && grad.size(i) == q.size(i) && grad_q.size(i) == q.size(i) && grad_k.size(i) == k.size(i) &&
-              grad_v.size(i) == k.size(i);
-  for (const Tensor* other : {&grad, &std::as_const(grad_q), &std::as_const(grad_k), &std::as_const(grad_v)})
-    matches = matches && other->scalar_type() == q.scalar_type();
-  if (grad_lse.has_value()) {
-    matches = matches && grad_lse->is_contiguous() && grad_lse->scalar_type() == ScalarType::Float &&
-              grad_lse->numel() == lse.numel();
-    args.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
-  }
-  STD_TORCH_CHECK(matches, "block_causal_attention_backward_cuda: sizes or dtypes do not match");
-  args.workspace = static_cast<float*>(workspace.data_ptr());
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  STD_CUDA_CHECK(launch_attention_backward(args, dtype_of(q), current_stream(q)));
+  attend_backward(args, grad, grad_lse, q, k, workspace, grad_q, grad_k, grad_v, query_group, key_group);
+}
+
+void block_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q,
+                              const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                              const Tensor& sees, const Tensor& seen_by, const std::optional<Tensor>& offsets,
+                              Tensor workspace, Tensor plan, Tensor grad_q, Tensor grad_k, Tensor grad_v,
+                              double softmax_scale, int64_t query_group, int64_t key_group) {
+  AttentionBackwardArgs args{};
+  attention_sizes(args, q, k, v, out, lse, softmax_scale);
+  args.ranges = attention_table(&args.sees, sees, args.keys);
+  args.seen_by_ranges = attention_table(&args.seen_by, seen_by, args.keys);
+  attention_images(args, offsets);
+  const int64_t images = std::max(args.images, 1);
+  const int64_t entries =
+      (args.queries / 128 + images) * args.ranges + (args.keys / 128 + images) * args.seen_by_ranges;
+  STD_TORCH_CHECK(plan.is_contiguous() && plan.scalar_type() == ScalarType::Int && plan.numel() >= 20 * entries &&
+                      reinterpret_cast<uintptr_t>(plan.data_ptr()) % 16 == 0,
+                  "block_attention_backward_cuda: needs a plan of ", 20 * entries, " int32");
+  args.plan = static_cast<int4*>(plan.data_ptr());
+  attend_backward(args, grad, grad_lse, q, k, workspace, grad_q, grad_k, grad_v, query_group, key_group);
 }
 
 DepthSizes depth_sizes(int64_t rows, int64_t dim, int64_t layers, int64_t depth, int64_t num_codes, int64_t code_dim,
@@ -485,6 +523,7 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("block_causal_attention_cuda", TORCH_BOX(&unifiedar::block_causal_attention));
   m.impl("block_attention_cuda", TORCH_BOX(&unifiedar::block_attention));
   m.impl("block_causal_attention_backward_cuda", TORCH_BOX(&unifiedar::block_causal_attention_backward));
+  m.impl("block_attention_backward_cuda", TORCH_BOX(&unifiedar::block_attention_backward));
   m.impl("residual_lookup_backward_workspace_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward_workspace));
 }
 #endif  // USE_CUDA

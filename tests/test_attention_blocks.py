@@ -14,6 +14,7 @@ from unifiedar.ops import attention_blocks as family
 from unifiedar.ops.attention import CHOSEN
 
 FORWARD, BACKWARD = registry["block_attention"], registry["block_attention_backward"]
+SCHEDULED = registry["block_causal_attention_backward"]
 
 
 def chosen(accept):
@@ -370,7 +371,7 @@ def test_causal_is_causal_attention(room, width):
 
 @kernel
 def test_one_image_is_the_schedule(room):
-    """The table of a schedule, and the schedule itself: one range a row, begun at 0. (CUDA has no gradients here.)"""
+    """The table of a schedule, and the schedule itself: one range a row, begun at 0."""
     lengths = [1, 4, 9, 16, 100]
     *inputs, grad, grad_lse = tensors(room, 13, 2, 2, 1, 130, 130, 64)
     mask = masks.packed(lengths, device=room[1])
@@ -380,8 +381,7 @@ def test_one_image_is_the_schedule(room):
     want = everything(
         lambda *args: block_causal_attention(*args, lengths, return_lse=True, backend=room[0]), inputs, grad, grad_lse
     )
-    compared = 2 if room[0] == "cuda" else len(NAMES)
-    for one, other in zip(got[:compared], want[:compared], strict=True):
+    for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 
 
@@ -644,6 +644,80 @@ def test_an_image_comes_out_of_a_tile_as_alone(room, width, tile):
                 alone = run_cuda(*(x[:, :, part].contiguous() for x in (q, k, v)), row, tile=tile)
                 for one, other in zip(want, alone, strict=True):
                     assert torch.equal(one[:, :, part], other), row
+
+
+def gradients_blocks_cuda(values, mask, groups=(None, None)):
+    """Gradients of the CUDA version, heads in groups of that many, in guarded buffers, from its own out and lse."""
+    q, k, v, grad, grad_lse = values
+    out, lse = block_attention(q, k, v, mask, return_lse=True, backend="cuda")
+    batch, heads, queries, width = q.shape
+    images = 1 if mask.offsets is None else len(mask.offsets)
+    sizes = batch * heads * 2 * (queries + 127 * images), family._plan_size(q, k, mask.sees, mask.seen_by, mask.offsets)
+    workspace = torch.full((sizes[0] + 64,), torch.nan, device="cuda")
+    plan = torch.full((sizes[1] + 64,), -12345, dtype=torch.int32, device="cuda")
+    filled = [guarded(x.shape, x.dtype, "cuda") for x in (q, k, v)]
+    family._blocks_backward_cuda(
+        grad, grad_lse, q, k, v, out, lse, mask.sees, mask.seen_by, mask.offsets, workspace[: sizes[0]],
+        plan[: sizes[1]], *[buffer for buffer, _ in filled], width**-0.5,
+        groups[0] or batch * heads, groups[1] or batch * k.shape[1],
+    )  # fmt: skip
+    assert workspace[sizes[0] :].isnan().all(), "wrote behind the workspace"
+    assert (plan[sizes[1] :] == -12345).all(), "wrote behind the plan"
+    for _, ok in filled:
+        ok()
+    return [buffer for buffer, _ in filled]
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("width", [64, 96, 128, 40])
+@kinds
+def test_gradients_of_every_mask(room, kind, width):
+    """Held against the definition, and the same in any order of heads and in every launch."""
+    mask, rows, sees, stepped = kind
+    mask, seen = mask.to("cuda"), seen_by_sets(rows, sees, stepped).to("cuda")
+    values = tensors(room, 26, 2, 4, 2, len(seen), len(seen), width)
+    *inputs, grad, grad_lse = values
+    exact = everything(
+        lambda *args: oracle(*args, seen, width**-0.5), [x.double() for x in inputs], grad.double(), grad_lse
+    )
+    eager = everything(
+        lambda *args: block_attention(*args, mask, return_lse=True, backend="eager"), inputs, grad, grad_lse
+    )
+    got = gradients_blocks_cuda(values, mask)
+    for name, *triple in zip(NAMES[2:], got, eager[2:], exact[2:], strict=True):
+        try:
+            assert_as_good_as_eager(*triple)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, D {width}: {error}") from error
+    for groups in ((1, 1), (3, 2), (8, 3)):
+        for one, other in zip(gradients_blocks_cuda(values, mask, groups), got, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_gradients_of_an_image_come_out_as_alone(room, width, key_heads):
+    """Bit for bit, from the same out and lse; one row more or less than a tile, empty images, forty of them."""
+    for rows in (*PACKS.values(), [[n // 3, n - n // 3] for n in (63, 64, 65, 95, 96, 97, 127, 128, 129, 193, 680)]):
+        total = sum(map(sum, rows))
+        values = tensors(room, 27, 2, 4, key_heads, total, total, width)
+        *inputs, grad, grad_lse = values
+        mask = masks.packed(rows, device="cuda")
+        out, lse = block_attention(*inputs, mask, return_lse=True, backend="cuda")
+        got = gradients_blocks_cuda(values, mask)
+        begin = 0
+        for row in rows:
+            part = slice(begin, begin := begin + sum(row))
+            if not sum(row):
+                continue
+            alone = [x[:, :, part].contiguous() for x in (grad, grad_lse, *inputs, out, lse)]
+            schedule = torch.tensor(row, dtype=torch.int32, device="cuda")
+            want = SCHEDULED(*alone, [], schedule, 0, width**-0.5, "cuda")
+            for name, one, other in zip(NAMES[2:], got, want, strict=True):
+                assert torch.equal(one[:, :, part], other), f"{name} of {row}"
 
 
 @pytest.mark.gpu

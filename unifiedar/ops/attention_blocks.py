@@ -24,6 +24,7 @@ from unifiedar.ops.attention import (
     _check_inputs,
     _forward_plan,
     _gradients,
+    _group,
     _in_boxes,
     _outputs,
     _readable,
@@ -76,9 +77,8 @@ def _blocks_gradient(ctx, grad, grad_lse):
         return None, None, None, *nothing
     if grad is None:
         grad = torch.zeros_like(out)
-    backend = "triton" if ctx.backend == "cuda" else ctx.backend  # CUDA has the forward alone
     gradients = _block_attention_backward(
-        grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, ctx.softmax_scale, backend
+        grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, ctx.softmax_scale, ctx.backend
     )
     return *gradients, *nothing
 
@@ -89,6 +89,12 @@ def _blocks_gradient(ctx, grad, grad_lse):
 _blocks_cuda = _native.define(
     "block_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor sees, Tensor? offsets, Tensor(a!) out, Tensor(b!) lse, "
     "Tensor(c!)? taken, float softmax_scale, int group, int tile) -> ()"
+)
+_blocks_backward_cuda = _native.define(
+    "block_attention_backward_cuda(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor sees, Tensor seen_by, Tensor? offsets, Tensor(a!) workspace, Tensor(b!) plan, "
+    "Tensor(c!) grad_q, Tensor(d!) grad_k, Tensor(e!) grad_v, float softmax_scale, int query_group, int key_group) "
+    "-> ()"
 )
 
 
@@ -101,6 +107,33 @@ def _run_blocks_cuda(q, k, v, sees, seen_by, offsets, softmax_scale):
             q.new_empty(1, dtype=torch.int32) if plan.counted else None, softmax_scale, plan.group, plan.tile,
         )  # fmt: skip
     return out, lse
+
+
+def _blocks_backward_unfit_cuda(grad, grad_lse, q, k, v, *_mask) -> str | None:
+    return _attention_unfit_cuda(q, k, v)
+
+
+def _plan_size(q: Tensor, k: Tensor, sees: Tensor, seen_by: Tensor, offsets: Tensor | None) -> int:
+    """Integers of the plan of the CUDA gradients: at most 20 a tile and range, in tiles of at least 128 rows."""
+    images = 1 if offsets is None else offsets.shape[0]
+    return 20 * sum((x.shape[2] // 128 + images) * table.shape[0] for x, table in ((q, sees), (k, seen_by)))
+
+
+def _run_blocks_backward_cuda(grad, grad_lse, q, k, v, out, lse, sees, seen_by, offsets, softmax_scale):
+    gradients = _gradients(q, k, v)
+    if not lse.numel():
+        return _all_zero(gradients)
+    batch, heads, queries, width = q.shape
+    groups, keys = k.shape[1:3]
+    images = 1 if offsets is None else offsets.shape[0]
+    _blocks_backward_cuda(
+        _in_boxes(grad), None if grad_lse is None else grad_lse.contiguous(),
+        _in_boxes(q), _in_boxes(k), _in_boxes(v), _in_boxes(out), lse.contiguous(), sees, seen_by, offsets,
+        lse.new_empty(batch * heads * 2 * (queries + 127 * images)),
+        sees.new_empty(_plan_size(q, k, sees, seen_by, offsets)), *gradients, softmax_scale,
+        _group(batch * heads, keys, width), _group(batch * groups, heads // groups * queries, width),
+    )  # fmt: skip
+    return gradients
 
 
 def _blocks_backward_unfit_triton(grad, grad_lse, q, k, v, *_mask) -> str | None:
@@ -152,7 +185,10 @@ _block_attention_backward = Op(
     f"{_MASK}, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     eager=_blocks_backward_eager,
     fake=_blocks_backward_fake,
-    backends=(Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton),),
+    backends=(
+        Backend("cuda", _run_blocks_backward_cuda, _blocks_backward_unfit_cuda),
+        Backend("triton", _run_blocks_backward_triton, _blocks_backward_unfit_triton),
+    ),
 )
 
 
@@ -201,8 +237,7 @@ def block_attention(
         mask: of `ops.masks`, on the device of q.
         softmax_scale: factor on the scores, at least 0; None is 1 / sqrt(D).
         return_lse: whether to return the logarithm of the sum of exponentials too.
-        backend: "auto", "cuda" (compute capability 9.0, bfloat16 or float16; gradients are Triton's), "triton" or
-            "eager".
+        backend: "auto", "cuda" (compute capability 9.0, bfloat16 or float16), "triton" or "eager".
 
     Returns:
         (B, H, Lq, D) in q's dtype and, if D is innermost there, memory order; with `return_lse` also lse (B, H, Lq),
