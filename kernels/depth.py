@@ -1,0 +1,615 @@
+"""Triton kernels of the family `depth`: what a depth transformer of any form does with a few rows, in few launches.
+
+A layer is five launches: norm and the products of queries, keys and values; norms and turns of these with attention;
+projection; norm, gate and up with the activation; down. Few rows read all weights once a depth, so that the weights'
+bytes and the waits between launches are the time. A product is shared out over enough programs to keep all of a GPU
+busy, each with whole rows of the weights: no sum is shared, and runs are bit-equal.
+
+A launch may begin before the one ahead of it has ended (PDL, sm_90): its weights are on their way to registers by the
+time it is allowed to look at its rows. Every kernel here waits before it reads or writes anything but weights, so each
+sees all that was launched before it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["COMPILE_CASES", "Tile", "attend", "enter", "linear", "tile"]
+
+_PACK: tl.constexpr = tl.constexpr(8)  # entries of a row of weights that a thread multiplies on its own
+_VECTOR = 4  # rows, at most, that are multiplied without matrix units
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is shared out.
+
+    Args:
+        rows: of x that a program holds: 1, 2 or 4 without matrix units, 16 or 32 with them.
+        outputs: rows of the weights that a program has.
+        inputs: entries that it takes at a time; with matrix units a quarter of them is each warp's.
+        warps: of a program.
+        ahead: times `inputs` that are loaded before the launch ahead is waited for, at most 4.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    ahead: int
+
+    @property
+    def units(self) -> bool:
+        """Whether matrix units multiply."""
+        return self.rows > _VECTOR
+
+
+def tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
+    """The tile for rows of x and weights (outputs, inputs), or two such weights."""
+    wide = triton.next_power_of_2(inputs)
+    if rows <= _VECTOR:
+        held, chunk = triton.next_power_of_2(rows), min(1024, max(wide, 8))
+        chunks = triton.cdiv(inputs, chunk)
+        return Tile(held, 8, chunk, 4 if chunks == 1 else 8, min(chunks, 2 if gated else 4))
+    held, chunk = 16 if rows <= 16 else 32, min(1024, max(wide, 64))
+    chunks = triton.cdiv(inputs, chunk)
+    return Tile(held, 8, chunk, 4, min(chunks, 2 if gated else 4))
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _activated(x, KIND: tl.constexpr):
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if KIND == "gelu_tanh":
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _entries(chunk, UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which inputs a chunk is: [PARTS, 1, BLOCK_K / PARTS], or [1, 1, BLOCK_K / pack, pack]."""
+    if UNITS:
+        part = tl.arange(0, PARTS)[:, None, None] * (BLOCK_K // PARTS)
+        return chunk * BLOCK_K + part + tl.arange(0, BLOCK_K // PARTS)[None, None, :]
+    pack = tl.arange(0, BLOCK_K // _PACK)[None, None, :, None] * _PACK
+    return chunk * BLOCK_K + pack + tl.arange(0, _PACK)[None, None, None, :]
+
+
+@triton.jit
+def _fetched(weight, output, chunk, INPUTS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
+             BLOCK_K: tl.constexpr):  # fmt: skip
+    """A chunk of the weights' rows `output`: [PARTS, rows, BLOCK_K / PARTS], or [1, rows, BLOCK_K / pack, pack]."""
+    entry = _entries(chunk, UNITS, PARTS, BLOCK_K)
+    if UNITS:
+        at = weight + output[None, :, None] * INPUTS + entry
+    else:
+        at = weight + output[None, :, None, None] * INPUTS + entry
+    if INPUTS % BLOCK_K == 0:
+        return tl.load(at)
+    return tl.load(at, mask=entry < INPUTS, other=0.0)
+
+
+@triton.jit
+def _statistics(
+    x, row, rows, x_row, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Mean (0 for RMSNorm) and inverse deviation of rows, [BLOCK_M] each."""
+    entry = tl.arange(0, BLOCK_S)[None, :]
+    at = x + row[:, None] * x_row + entry
+    inside = (row < rows)[:, None]
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    if NORM == "layer":
+        total = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
+        for begin in tl.static_range(0, INPUTS, BLOCK_S):
+            total += tl.load(at + begin, mask=inside & (begin + entry < INPUTS), other=0.0).to(tl.float32)
+        mean = tl.sum(total, 1) * (1.0 / INPUTS)
+    total = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
+    for begin in tl.static_range(0, INPUTS, BLOCK_S):
+        within = inside & (begin + entry < INPUTS)
+        value = tl.load(at + begin, mask=within, other=0.0).to(tl.float32)
+        if NORM == "layer":
+            value = tl.where(within, value - mean[:, None], 0.0)
+        total += value * value
+    return mean, 1.0 / tl.sqrt_rn(tl.sum(total, 1) * (1.0 / INPUTS) + eps)
+
+
+@triton.jit
+def _chunk(
+    x, gain, shift, mean, inverse, row, rows, x_row, chunk, INPUTS: tl.constexpr, NORM: tl.constexpr,
+    UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A chunk of rows, normalised: [PARTS, BLOCK_M, BLOCK_K / PARTS] as the weights are, or float32 [BLOCK_M, 1,
+    BLOCK_K / pack, pack]."""
+    entry = _entries(chunk, UNITS, PARTS, BLOCK_K)
+    if UNITS:
+        own = row[None, :, None]
+        mean = mean[None, :, None]
+        inverse = inverse[None, :, None]
+    else:
+        own = row[:, None, None, None]
+        mean = mean[:, None, None, None]
+        inverse = inverse[:, None, None, None]
+    y = tl.load(x + own * x_row + entry, mask=(own < rows) & (entry < INPUTS), other=0.0)
+    if NORM != "none":
+        y = y.to(tl.float32)
+        if NORM == "layer":
+            y -= mean
+        y *= inverse
+        if gain is not None:
+            y *= tl.load(gain + entry, mask=entry < INPUTS, other=0.0).to(tl.float32)
+        if shift is not None:
+            y += tl.load(shift + entry, mask=entry < INPUTS, other=0.0).to(tl.float32)
+    if UNITS:
+        return y.to(x.dtype.element_ty)
+    return y.to(tl.float32)
+
+
+@triton.jit
+def _product(total, y, weights, UNITS: tl.constexpr):
+    if UNITS:
+        return tl.dot(y, tl.permute(weights, (0, 2, 1)), total, input_precision="ieee")
+    return total + tl.sum(y * weights.to(tl.float32), 3)
+
+
+@triton.jit(do_not_specialize=["rows", "x_row", "residual_row", "out_row"])
+def depth_linear_kernel(
+    x,  # [rows, INPUTS], strides x_row, 1
+    gain,  # [INPUTS], of the norm, or None
+    shift,  # [INPUTS], its bias, or None
+    weight,  # [OUTPUTS, INPUTS]
+    weight2,  # KIND beside: [OUTPUTS2, INPUTS], gated: the gate's; else None
+    weight3,  # KIND beside: [OUTPUTS3, INPUTS], else None
+    bias,  # [OUTPUTS], or None
+    bias2,  # like weight2, None if bias is
+    bias3,
+    place,  # [OUTPUTS], added at the end, or None
+    residual,  # [rows, OUTPUTS], strides residual_row, 1, added at the end, or None; may be out
+    out,  # [rows, all outputs], strides out_row, 1; written
+    rows,
+    x_row,
+    residual_row,
+    out_row,
+    eps,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    OUTPUTS2: tl.constexpr,
+    OUTPUTS3: tl.constexpr,
+    KIND: tl.constexpr,  # one, beside, gated
+    NORM: tl.constexpr,  # none, rms, layer
+    ACTIVATION: tl.constexpr,  # none, gelu, gelu_tanh, silu
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+    UNITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Grid: (tiles of all outputs, tiles of rows)."""
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    column = tile * 0
+    outputs = column + OUTPUTS
+    if KIND == "beside":
+        second = tl.cdiv(OUTPUTS, BLOCK_N)
+        third = second + tl.cdiv(OUTPUTS2, BLOCK_N)
+        if tile >= third:
+            weight = weight3
+            if bias is not None:
+                bias = bias3
+            outputs = column + OUTPUTS3
+            column = column + (OUTPUTS + OUTPUTS2)
+            tile = tile - third
+        elif tile >= second:
+            weight = weight2
+            if bias is not None:
+                bias = bias2
+            outputs = column + OUTPUTS2
+            column = column + OUTPUTS
+            tile = tile - second
+    output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    near = tl.minimum(output, outputs - 1)  # loads need no mask, and nobody stores what comes of the rest
+
+    CHUNKS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
+    part0 = _fetched(weight, near, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 1:
+        part1 = _fetched(weight, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 2:
+        part2 = _fetched(weight, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 3:
+        part3 = _fetched(weight, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+    if KIND == "gated":
+        gate0 = _fetched(weight2, near, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+        if AHEAD > 1:
+            gate1 = _fetched(weight2, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+        if AHEAD > 2:
+            gate2 = _fetched(weight2, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+        if AHEAD > 3:
+            gate3 = _fetched(weight2, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+    if PDL:
+        gdc_wait()
+
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    inverse = mean
+    if NORM != "none":
+        mean, inverse = _statistics(x, row, rows, x_row, eps, INPUTS, NORM, BLOCK_M, BLOCK_S)
+    if UNITS:
+        total = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K // _PACK], tl.float32)
+    total2 = total
+    y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 0, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+    total = _product(total, y, part0, UNITS)
+    if KIND == "gated":
+        total2 = _product(total2, y, gate0, UNITS)
+    if AHEAD > 1:
+        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 1, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, part1, UNITS)
+        if KIND == "gated":
+            total2 = _product(total2, y, gate1, UNITS)
+    if AHEAD > 2:
+        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 2, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, part2, UNITS)
+        if KIND == "gated":
+            total2 = _product(total2, y, gate2, UNITS)
+    if AHEAD > 3:
+        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 3, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, part3, UNITS)
+        if KIND == "gated":
+            total2 = _product(total2, y, gate3, UNITS)
+    for chunk in range(AHEAD, CHUNKS):
+        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, chunk, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, _fetched(weight, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K), UNITS)
+        if KIND == "gated":
+            total2 = _product(total2, y, _fetched(weight2, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K), UNITS)
+
+    AXIS: tl.constexpr = 0 if UNITS else 2
+    result = tl.sum(total, AXIS)
+    if bias is not None:
+        result += tl.load(bias + near).to(tl.float32)[None, :]
+    if KIND == "gated":
+        gate = tl.sum(total2, AXIS)
+        if bias2 is not None:
+            gate += tl.load(bias2 + near).to(tl.float32)[None, :]
+        result *= _activated(gate, ACTIVATION)
+    elif ACTIVATION != "none":
+        result = _activated(result, ACTIVATION)
+    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    if place is not None:
+        result += tl.load(place + near).to(tl.float32)[None, :]
+    if residual is not None:
+        at = residual + row[:, None] * residual_row + output[None, :]
+        result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    to = out + row.to(tl.int64)[:, None] * out_row + (column + output)[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=inside)
+
+
+def linear(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor] | None,
+    out: torch.Tensor,
+    *,
+    norm: str = "none",
+    gain: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
+    gated: bool = False,
+    place: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    early: bool = False,
+    use: Tile | None = None,
+) -> None:
+    """Fills out (rows, all outputs) = activation(norm(x) weights^T + biases) + place + residual.
+
+    Args:
+        x: (rows, inputs), entries contiguous, like out and residual.
+        weights: one or three (outputs, inputs), whose products go side by side; with `gated` two, and the product is
+            that of the first times the activation of the second's. Contiguous, in the dtype of x.
+        biases: as many (outputs,), or None.
+        out: written; may be the residual, and must not be x.
+        norm: "none", "rms" or "layer", of x, with gain and shift (inputs,) or None, and eps.
+        activation: "none", "gelu", "gelu_tanh" or "silu".
+        place: (outputs,), or None.
+        residual: (rows, outputs), or None.
+        early: whether to begin before the launch ahead has ended, which must be a kernel of this file or none that
+            anything is read of (sm_90).
+        use: the tile, None for what `tile` says.
+    """
+    rows, inputs = x.shape
+    sizes = [len(one) for one in weights] + [0, 0]
+    one = tile(rows, sizes[0], inputs, gated) if use is None else use
+    kind = "gated" if gated else "beside" if len(weights) > 1 else "one"
+    tiles = sum(triton.cdiv(size, one.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
+    given = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
+    depth_linear_kernel[tiles, triton.cdiv(rows, one.rows)](
+        x, gain, shift, *given[0], *given[1], place, residual, out,
+        rows, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), eps,
+        **_constants(one, inputs, sizes, kind, norm, activation, early),
+        num_warps=one.warps, num_stages=2, **_launch(early),
+    )  # fmt: skip
+
+
+def _constants(one: Tile, inputs: int, sizes: list[int], kind: str, norm: str, activation: str, early: bool) -> dict:
+    return {
+        "INPUTS": inputs,
+        "OUTPUTS": sizes[0],
+        "OUTPUTS2": sizes[1] if kind == "beside" else 0,
+        "OUTPUTS3": sizes[2] if kind == "beside" else 0,
+        "KIND": kind,
+        "NORM": norm,
+        "ACTIVATION": activation,
+        "AHEAD": one.ahead,
+        "PDL": early,
+        "UNITS": one.units,
+        "PARTS": 4,
+        "BLOCK_M": one.rows,
+        "BLOCK_N": one.outputs,
+        "BLOCK_K": one.inputs,
+        "BLOCK_S": min(one.inputs, 4096 // one.rows),
+    }
+
+
+def _launch(early: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if early else {}
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _prepared(
+    x, gain, rope, token, length, eps, channel, NORM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """A query or a key of one head, [BLOCK_D]: normalised, then neighbouring channels turned."""
+    y = x.to(tl.float32)
+    if NORM:
+        y *= 1.0 / tl.sqrt_rn(tl.sum(y * y, 0) * (1.0 / WIDTH) + eps)
+        if gain is not None:
+            y *= tl.load(gain + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
+    if rope is not None:
+        half = tl.arange(0, BLOCK_D // 2)
+        at = rope + token * (WIDTH // 2) + half
+        cosine = tl.load(at, mask=half < WIDTH // 2, other=0.0)
+        sine = tl.load(at + length * (WIDTH // 2), mask=half < WIDTH // 2, other=0.0)
+        even, odd = tl.split(tl.reshape(y, (BLOCK_D // 2, 2)))
+        y = tl.reshape(tl.join(cosine * even - sine * odd, sine * even + cosine * odd), (BLOCK_D,))
+    return y
+
+
+@triton.jit(do_not_specialize=["rows", "begin", "length", "qkv_row"])
+def depth_attend_kernel(
+    qkv,  # [TOKENS * rows, (HEADS + 2 GROUPS) * WIDTH], strides qkv_row, 1; token by token
+    q_gain,  # [WIDTH], or None
+    k_gain,  # [WIDTH], or None
+    rope,  # [2, length, WIDTH / 2] float32, or None
+    cache,  # [2, rows, GROUPS, length, WIDTH]; places before `begin` are read, those of the tokens written
+    out,  # [TOKENS * rows, HEADS * WIDTH]; written
+    rows,
+    begin,
+    length,
+    qkv_row,
+    eps,
+    scale,
+    NORM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (rows * HEADS,). Of the heads that share keys each makes the new ones itself, and the first keeps them."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    SHARE: tl.constexpr = HEADS // GROUPS
+    group = head // SHARE
+    channel = tl.arange(0, BLOCK_D)
+    place = tl.arange(0, BLOCK_T)
+    own = (row * GROUPS + group) * length * WIDTH
+    keys_at = cache + own
+    values_at = keys_at + rows * GROUPS * length * WIDTH
+    inside = (place < begin)[:, None] & (channel < WIDTH)[None, :]
+    at = place[:, None] * WIDTH + channel[None, :]
+    keys = tl.load(keys_at + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(values_at + at, mask=inside, other=0.0).to(tl.float32)
+    for token in tl.static_range(TOKENS):
+        now = begin + token
+        line = qkv + (token * rows + row) * qkv_row + channel
+        query = tl.load(line + head * WIDTH, mask=channel < WIDTH, other=0.0)
+        key = tl.load(line + (HEADS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
+        value = tl.load(line + (HEADS + GROUPS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
+        kind = out.dtype.element_ty
+        query = _prepared(query, q_gain, rope, now, length, eps, channel, NORM, WIDTH, BLOCK_D).to(kind)
+        key = _prepared(key, k_gain, rope, now, length, eps, channel, NORM, WIDTH, BLOCK_D).to(kind)
+        if head % SHARE == 0:
+            tl.store(keys_at + now * WIDTH + channel, key, mask=channel < WIDTH)
+            tl.store(values_at + now * WIDTH + channel, value, mask=channel < WIDTH)
+        keys = tl.where((place == now)[:, None], key.to(tl.float32)[None, :], keys)
+        values = tl.where((place == now)[:, None], value.to(tl.float32)[None, :], values)
+        scores = tl.sum(keys * query.to(tl.float32)[None, :], 1) * scale
+        scores = tl.where(place <= now, scores, float("-inf"))
+        weights = tl.exp(scores - tl.max(scores, 0))
+        weights = weights / tl.sum(weights, 0)
+        mixed = tl.sum(weights[:, None] * values, 0)
+        to = out + (token * rows + row) * (HEADS * WIDTH) + head * WIDTH + channel
+        tl.store(to, mixed.to(kind), mask=channel < WIDTH)
+
+
+def attend(
+    qkv: torch.Tensor,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    cache: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    tokens: int,
+    begin: int,
+    heads: int,
+    norm: bool,
+    eps: float,
+    early: bool = False,
+    warps: int | None = None,
+) -> None:
+    """Attention of new tokens of each row to themselves and those before, whose keys and values are in the cache.
+
+    Args:
+        qkv: (tokens * rows, (heads + 2 groups) * width), queries, keys and values side by side, token by token; entries
+            contiguous.
+        q_gain, k_gain: (width,) of the norms of queries and keys, or None.
+        rope: (2, length, width / 2) float32, cosines and sines of all places, or None.
+        cache: (2, rows, groups, length, width), contiguous; the new keys, normalised and turned, and values are written
+            from `begin` on.
+        out: (tokens * rows, heads * width), contiguous; written.
+        tokens: of each row, 1 or 2.
+        begin: the first one's place.
+        heads: of queries.
+        norm: whether queries and keys go through an RMSNorm with eps.
+        early: as `linear` takes it.
+        warps: of a program, None for 4.
+    """
+    rows, groups, length, width = cache.shape[1:]
+    depth_attend_kernel[(rows * heads,)](
+        qkv, q_gain, k_gain, rope, cache, out, rows, begin, length, qkv.stride(0), eps, width**-0.5,
+        NORM=norm, TOKENS=tokens, HEADS=heads, GROUPS=groups, WIDTH=width, PDL=early,
+        BLOCK_T=triton.next_power_of_2(length), BLOCK_D=triton.next_power_of_2(width),
+        num_warps=warps or 4, **_launch(early),
+    )  # fmt: skip
+
+
+# ---- the next token --------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "depth", "entries", "logits_row", "book_row"])
+def depth_enter_kernel(
+    drawn,  # [count] int64, stride drawn_row
+    logits,  # [rows, NUM_CODES], strides logits_row, 1: what was drawn from; None if nothing was
+    codebook,  # [entries, WIDTH], strides book_row, 1
+    start,  # [rows, WIDTH], added to what enters, or None
+    place,  # [WIDTH], added to it, or None
+    state,  # [rows, WIDTH], strides state_row, 1, added to it, or None
+    codes,  # [count, all depths] int64; [:, depth] is written
+    total,  # [count, WIDTH]; the code's row of the codebook is added
+    unsound,  # [count] int32; depth is written where the first NaN is
+    entered,  # [rows, WIDTH]; written; None at the last depth
+    count,  # of positions: rows, or half of them if GUIDED
+    depth,
+    entries,
+    drawn_row,
+    logits_row,
+    book_row,
+    state_row,
+    codes_row,
+    NUM_CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GUIDED: tl.constexpr,
+    LAST: tl.constexpr,  # whether the code's row enters, not the sum
+    PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (count, tiles of channels)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    code = tl.load(drawn + row * drawn_row)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < WIDTH
+    known = (code >= 0) & (code < entries)
+    found = tl.load(codebook + tl.where(known, code, 0) * book_row + channel, mask=inside & known, other=0.0)
+    at = total + row * WIDTH + channel
+    summed = (tl.load(at, mask=inside, other=0.0).to(tl.float32) + found.to(tl.float32)).to(found.dtype)
+    tl.store(at, summed, mask=inside)
+    if entered is not None:
+        kind = entered.dtype.element_ty
+        for half in tl.static_range(1 + GUIDED):
+            own = row + half * count
+            one = (found if LAST else summed).to(kind)
+            if start is not None:
+                one = (one.to(tl.float32) + tl.load(start + own * WIDTH + channel, mask=inside).to(tl.float32)).to(kind)
+            if state is not None:
+                more = tl.load(state + own * state_row + channel, mask=inside).to(tl.float32)
+                one = (one.to(tl.float32) + more).to(kind)
+            if place is not None:
+                one = (one.to(tl.float32) + tl.load(place + channel, mask=inside).to(tl.float32)).to(kind)
+            tl.store(entered + own * WIDTH + channel, one, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(codes + row * codes_row + depth, code)
+        if logits is not None:
+            entry = tl.arange(0, BLOCK_V)
+            bad = tl.zeros([BLOCK_V], tl.int32)
+            for begin in range(0, NUM_CODES, BLOCK_V):
+                within = begin + entry < NUM_CODES
+                score = tl.load(logits + row * logits_row + begin + entry, mask=within, other=0.0).to(tl.float32)
+                if GUIDED:
+                    base = tl.load(logits + (row + count) * logits_row + begin + entry, mask=within, other=0.0)
+                    score = (score - base.to(tl.float32)).to(logits.dtype.element_ty).to(tl.float32)
+                    score += base.to(tl.float32)
+                bad |= (score != score).to(tl.int32)
+            if tl.max(bad, 0) > 0:
+                first = tl.load(unsound + row)
+                tl.store(unsound + row, tl.where(first < 0, depth, first))
+
+
+def enter(
+    drawn: torch.Tensor,
+    logits: torch.Tensor | None,
+    codebook: torch.Tensor,
+    depth: int,
+    codes: torch.Tensor,
+    total: torch.Tensor,
+    unsound: torch.Tensor,
+    entered: torch.Tensor | None,
+    *,
+    guided: bool,
+    last: bool,
+    start: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
+    early: bool = False,
+) -> None:
+    """What follows a draw: keeps the codes, looks for NaN in what they were drawn from, and makes what enters next.
+
+    Args:
+        drawn: (N,) int64, of any stride.
+        logits: (rows, K), entries contiguous, rows N or 2N if `guided`; None if nothing was drawn.
+        codebook: (entries, C), entries contiguous; a code without a row adds nothing.
+        depth: of the codes.
+        codes: (N, D) int64, contiguous; their column is written.
+        total: (N, C), contiguous; the codes' rows are added, rounded to its dtype, which is the codebook's.
+        unsound: (N,) int32; depth is written where scores have NaN for the first time.
+        entered: (rows, C), contiguous; written: total, or with `last` the code's row, then start, state and place
+            added in this order, each rounded; None for nothing.
+        start, state: (rows, C), state of any row stride; or None.
+        place: (C,), or None.
+        early: as `linear` takes it.
+    """
+    count, width = total.shape
+    block = min(1024, triton.next_power_of_2(width))
+    num_codes = 0 if logits is None else logits.shape[1]
+    depth_enter_kernel[count, triton.cdiv(width, block)](
+        drawn, logits, codebook, start, place, state, codes, total, unsound, entered, count, depth, len(codebook),
+        drawn.stride(0), 0 if logits is None else logits.stride(0), codebook.stride(0),
+        0 if state is None else state.stride(0), codes.stride(0),
+        NUM_CODES=num_codes, WIDTH=width, GUIDED=guided, LAST=last, PDL=early,
+        BLOCK_V=min(4096, triton.next_power_of_2(max(num_codes, 16))), BLOCK_C=block,
+        num_warps=4, **_launch(early),
+    )  # fmt: skip
+
+
+COMPILE_CASES: list[tuple] = []
