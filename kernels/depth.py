@@ -30,7 +30,7 @@ class Tile:
     Args:
         rows: of x that a program holds: 1, 2 or 4 without matrix units, 16 or 32 with them.
         outputs: rows of the weights that a program has.
-        inputs: entries that it takes at a time; with matrix units a quarter of them is each warp's.
+        inputs: entries that it takes at a time; with matrix units they are shared out over its warps.
         warps: of a program.
         ahead: times `inputs` that are loaded before the launch ahead is waited for, at most 4.
     """
@@ -53,10 +53,10 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
     if rows <= _VECTOR:
         held, chunk = triton.next_power_of_2(rows), min(1024, max(wide, 8))
         chunks = triton.cdiv(inputs, chunk)
-        return Tile(held, 8, chunk, 4 if chunks == 1 else 8, min(chunks, 2 if gated else 4))
-    held, chunk = 16 if rows <= 16 else 32, min(1024, max(wide, 64))
+        return Tile(held, 8, chunk, 4, min(chunks, 2 if gated else 4))
+    held, chunk = (16, min(1024, max(wide, 128))) if rows <= 16 else (32, min(512, max(wide, 128)))
     chunks = triton.cdiv(inputs, chunk)
-    return Tile(held, 8, chunk, 4, min(chunks, 2 if gated else 4))
+    return Tile(held, 8, chunk, 8, min(chunks, 2 if gated else 4))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -65,43 +65,56 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
 @triton.jit
 def _activated(x, KIND: tl.constexpr):
     if KIND == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if KIND == "gelu_tanh":
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return x * tl.sigmoid(x)
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        y = x * tl.sigmoid(x)
+    return y
 
 
 @triton.jit
 def _entries(chunk, UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which inputs a chunk is: [PARTS, 1, BLOCK_K / PARTS], or [1, 1, BLOCK_K / pack, pack]."""
+    """Which inputs a chunk is: [PARTS, 1, BLOCK_K / PARTS], or [1, 1, BLOCK_K]."""
     if UNITS:
         part = tl.arange(0, PARTS)[:, None, None] * (BLOCK_K // PARTS)
-        return chunk * BLOCK_K + part + tl.arange(0, BLOCK_K // PARTS)[None, None, :]
-    pack = tl.arange(0, BLOCK_K // _PACK)[None, None, :, None] * _PACK
-    return chunk * BLOCK_K + pack + tl.arange(0, _PACK)[None, None, None, :]
+        entry = part + tl.arange(0, BLOCK_K // PARTS)[None, None, :]
+    else:
+        entry = tl.arange(0, BLOCK_K)[None, None, :]
+    return chunk * BLOCK_K + entry
 
 
 @triton.jit
 def _fetched(weight, output, chunk, INPUTS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
              BLOCK_K: tl.constexpr):  # fmt: skip
-    """A chunk of the weights' rows `output`: [PARTS, rows, BLOCK_K / PARTS], or [1, rows, BLOCK_K / pack, pack]."""
+    """A chunk of the weights' rows `output`: [PARTS, rows, BLOCK_K / PARTS], or [1, rows, BLOCK_K]."""
     entry = _entries(chunk, UNITS, PARTS, BLOCK_K)
-    if UNITS:
-        at = weight + output[None, :, None] * INPUTS + entry
-    else:
-        at = weight + output[None, :, None, None] * INPUTS + entry
+    at = weight + output[None, :, None] * INPUTS + entry
     if INPUTS % BLOCK_K == 0:
-        return tl.load(at)
-    return tl.load(at, mask=entry < INPUTS, other=0.0)
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=entry < INPUTS, other=0.0)
+    return found
+
+
+@triton.jit
+def _vector(given, chunk, INPUTS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A chunk of a norm's gains or biases, like `_entries`; None if there are none."""
+    if given is not None:
+        entry = _entries(chunk, UNITS, PARTS, BLOCK_K)
+        found = tl.load(given + entry, mask=entry < INPUTS, other=0.0).to(tl.float32)
+    else:
+        found = None
+    return found
 
 
 @triton.jit
 def _statistics(
-    x, row, rows, x_row, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
+    x, row, rows, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
 ):
     """Mean (0 for RMSNorm) and inverse deviation of rows, [BLOCK_M] each."""
     entry = tl.arange(0, BLOCK_S)[None, :]
-    at = x + row[:, None] * x_row + entry
+    at = x + row[:, None] * INPUTS + entry
     inside = (row < rows)[:, None]
     mean = tl.zeros([BLOCK_M], tl.float32)
     if NORM == "layer":
@@ -121,45 +134,61 @@ def _statistics(
 
 @triton.jit
 def _chunk(
-    x, gain, shift, mean, inverse, row, rows, x_row, chunk, INPUTS: tl.constexpr, NORM: tl.constexpr,
+    x, gain, shift, mean, inverse, row, rows, chunk, INPUTS: tl.constexpr, NORM: tl.constexpr,
     UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of rows, normalised: [PARTS, BLOCK_M, BLOCK_K / PARTS] as the weights are, or float32 [BLOCK_M, 1,
-    BLOCK_K / pack, pack]."""
+    """A chunk of rows, normalised with its gains and biases: [PARTS, BLOCK_M, BLOCK_K / PARTS] as the weights are, or
+    float32 [BLOCK_M, 1, BLOCK_K]."""
     entry = _entries(chunk, UNITS, PARTS, BLOCK_K)
     if UNITS:
         own = row[None, :, None]
         mean = mean[None, :, None]
         inverse = inverse[None, :, None]
     else:
-        own = row[:, None, None, None]
-        mean = mean[:, None, None, None]
-        inverse = inverse[:, None, None, None]
-    y = tl.load(x + own * x_row + entry, mask=(own < rows) & (entry < INPUTS), other=0.0)
+        own = row[:, None, None]
+        mean = mean[:, None, None]
+        inverse = inverse[:, None, None]
+    y = tl.load(x + own * INPUTS + entry, mask=(own < rows) & (entry < INPUTS), other=0.0)
     if NORM != "none":
         y = y.to(tl.float32)
         if NORM == "layer":
             y -= mean
         y *= inverse
         if gain is not None:
-            y *= tl.load(gain + entry, mask=entry < INPUTS, other=0.0).to(tl.float32)
+            y *= gain
         if shift is not None:
-            y += tl.load(shift + entry, mask=entry < INPUTS, other=0.0).to(tl.float32)
+            y += shift
     if UNITS:
-        return y.to(x.dtype.element_ty)
-    return y.to(tl.float32)
+        y = y.to(x.dtype.element_ty)
+    else:
+        y = y.to(tl.float32)
+    return y
 
 
 @triton.jit
-def _product(total, y, weights, UNITS: tl.constexpr):
+def _pinned(weights):
+    """The same, of half precision, no sooner than here: what turns them to the matrix units' order would else be moved
+    up to their load and hold up the loads that follow."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weights], weights.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def _product(
+    total, y, weights, UNITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """total and y weights^T: [PARTS, BLOCK_M, BLOCK_N], or [BLOCK_M, BLOCK_N, BLOCK_K / pack]; the first or last
+    dimension is still to be summed."""
     if UNITS:
-        return tl.dot(y, tl.permute(weights, (0, 2, 1)), total, input_precision="ieee")
-    return total + tl.sum(y * weights.to(tl.float32), 3)
+        total = tl.dot(y, tl.permute(weights, (0, 2, 1)), total, input_precision="ieee")
+    else:
+        product = y * weights.to(tl.float32)
+        total += tl.sum(tl.reshape(product, (BLOCK_M, BLOCK_N, BLOCK_K // _PACK, _PACK)), 3)
+    return total
 
 
-@triton.jit(do_not_specialize=["rows", "x_row", "residual_row", "out_row"])
+@triton.jit(do_not_specialize=["rows"])
 def depth_linear_kernel(
-    x,  # [rows, INPUTS], strides x_row, 1
+    x,  # [rows, INPUTS]
     gain,  # [INPUTS], of the norm, or None
     shift,  # [INPUTS], its bias, or None
     weight,  # [OUTPUTS, INPUTS]
@@ -172,7 +201,6 @@ def depth_linear_kernel(
     residual,  # [rows, OUTPUTS], strides residual_row, 1, added at the end, or None; may be out
     out,  # [rows, all outputs], strides out_row, 1; written
     rows,
-    x_row,
     residual_row,
     out_row,
     eps,
@@ -184,6 +212,7 @@ def depth_linear_kernel(
     NORM: tl.constexpr,  # none, rms, layer
     ACTIVATION: tl.constexpr,  # none, gelu, gelu_tanh, silu
     AHEAD: tl.constexpr,
+    PIN: tl.constexpr,
     PDL: tl.constexpr,
     UNITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -193,7 +222,7 @@ def depth_linear_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Grid: (tiles of all outputs, tiles of rows)."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     tile = tl.program_id(0)
     column = tile * 0
@@ -218,77 +247,116 @@ def depth_linear_kernel(
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(output, outputs - 1)  # loads need no mask, and nobody stores what comes of the rest
 
+    # What no launch writes is on its way before the one ahead is waited for.
     CHUNKS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
     part0 = _fetched(weight, near, 0, INPUTS, UNITS, PARTS, BLOCK_K)
-    if AHEAD > 1:
-        part1 = _fetched(weight, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
-    if AHEAD > 2:
-        part2 = _fetched(weight, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
-    if AHEAD > 3:
-        part3 = _fetched(weight, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
     if KIND == "gated":
         gate0 = _fetched(weight2, near, 0, INPUTS, UNITS, PARTS, BLOCK_K)
-        if AHEAD > 1:
+    gain0 = _vector(gain, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    shift0 = _vector(shift, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 1:
+        part1 = _fetched(weight, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+        if KIND == "gated":
             gate1 = _fetched(weight2, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
-        if AHEAD > 2:
+        gain1 = _vector(gain, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+        shift1 = _vector(shift, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 2:
+        part2 = _fetched(weight, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+        if KIND == "gated":
             gate2 = _fetched(weight2, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
-        if AHEAD > 3:
+        gain2 = _vector(gain, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+        shift2 = _vector(shift, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 3:
+        part3 = _fetched(weight, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+        if KIND == "gated":
             gate3 = _fetched(weight2, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+        gain3 = _vector(gain, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+        shift3 = _vector(shift, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+    if bias is not None:
+        added = tl.load(bias + near).to(tl.float32)[None, :]
+    if bias2 is not None and KIND == "gated":
+        added2 = tl.load(bias2 + near).to(tl.float32)[None, :]
+    if place is not None:
+        placed = tl.load(place + near).to(tl.float32)[None, :]
     if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
+    if PIN:
+        part0 = _pinned(part0)
+        if KIND == "gated":
+            gate0 = _pinned(gate0)
+        if AHEAD > 1:
+            part1 = _pinned(part1)
+            if KIND == "gated":
+                gate1 = _pinned(gate1)
+        if AHEAD > 2:
+            part2 = _pinned(part2)
+            if KIND == "gated":
+                gate2 = _pinned(gate2)
+        if AHEAD > 3:
+            part3 = _pinned(part3)
+            if KIND == "gated":
+                gate3 = _pinned(gate3)
 
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    if residual is not None:
+        at = residual + row[:, None] * residual_row + output[None, :]
+        kept = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     inverse = mean
     if NORM != "none":
-        mean, inverse = _statistics(x, row, rows, x_row, eps, INPUTS, NORM, BLOCK_M, BLOCK_S)
+        mean, inverse = _statistics(x, row, rows, eps, INPUTS, NORM, BLOCK_M, BLOCK_S)
     if UNITS:
         total = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K // _PACK], tl.float32)
     total2 = total
-    y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 0, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
-    total = _product(total, y, part0, UNITS)
+    y = _chunk(x, gain0, shift0, mean, inverse, row, rows, 0, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+    total = _product(total, y, part0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if KIND == "gated":
-        total2 = _product(total2, y, gate0, UNITS)
+        total2 = _product(total2, y, gate0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 1:
-        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 1, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
-        total = _product(total, y, part1, UNITS)
+        y = _chunk(x, gain1, shift1, mean, inverse, row, rows, 1, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, part1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, gate1, UNITS)
+            total2 = _product(total2, y, gate1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 2:
-        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 2, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
-        total = _product(total, y, part2, UNITS)
+        y = _chunk(x, gain2, shift2, mean, inverse, row, rows, 2, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, part2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, gate2, UNITS)
+            total2 = _product(total2, y, gate2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 3:
-        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, 3, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
-        total = _product(total, y, part3, UNITS)
+        y = _chunk(x, gain3, shift3, mean, inverse, row, rows, 3, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, part3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, gate3, UNITS)
+            total2 = _product(total2, y, gate3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     for chunk in range(AHEAD, CHUNKS):
-        y = _chunk(x, gain, shift, mean, inverse, row, rows, x_row, chunk, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
-        total = _product(total, y, _fetched(weight, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K), UNITS)
+        gains = _vector(gain, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+        shifts = _vector(shift, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+        y = _chunk(x, gains, shifts, mean, inverse, row, rows, chunk, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        more = _fetched(weight, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+        total = _product(total, y, more, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, _fetched(weight2, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K), UNITS)
+            more = _fetched(weight2, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+            total2 = _product(total2, y, more, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
 
     AXIS: tl.constexpr = 0 if UNITS else 2
     result = tl.sum(total, AXIS)
     if bias is not None:
-        result += tl.load(bias + near).to(tl.float32)[None, :]
+        result += added
     if KIND == "gated":
         gate = tl.sum(total2, AXIS)
         if bias2 is not None:
-            gate += tl.load(bias2 + near).to(tl.float32)[None, :]
+            gate += added2
         result *= _activated(gate, ACTIVATION)
     elif ACTIVATION != "none":
         result = _activated(result, ACTIVATION)
-    inside = (row < rows)[:, None] & (output < outputs)[None, :]
     if place is not None:
-        result += tl.load(place + near).to(tl.float32)[None, :]
+        result += placed
     if residual is not None:
-        at = residual + row[:, None] * residual_row + output[None, :]
-        result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        result += kept
     to = out + row.to(tl.int64)[:, None] * out_row + (column + output)[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=inside)
 
@@ -313,7 +381,7 @@ def linear(
     """Fills out (rows, all outputs) = activation(norm(x) weights^T + biases) + place + residual.
 
     Args:
-        x: (rows, inputs), entries contiguous, like out and residual.
+        x: (rows, inputs), contiguous; of out and residual the entries are.
         weights: one or three (outputs, inputs), whose products go side by side; with `gated` two, and the product is
             that of the first times the activation of the second's. Contiguous, in the dtype of x.
         biases: as many (outputs,), or None.
@@ -334,13 +402,15 @@ def linear(
     given = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
     depth_linear_kernel[tiles, triton.cdiv(rows, one.rows)](
         x, gain, shift, *given[0], *given[1], place, residual, out,
-        rows, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), eps,
-        **_constants(one, inputs, sizes, kind, norm, activation, early),
+        rows, 0 if residual is None else residual.stride(0), out.stride(0), eps,
+        **_constants(one, inputs, sizes, kind, norm, activation, x.is_cuda and x.element_size() == 2, early),
         num_warps=one.warps, num_stages=2, **_launch(early),
     )  # fmt: skip
 
 
-def _constants(one: Tile, inputs: int, sizes: list[int], kind: str, norm: str, activation: str, early: bool) -> dict:
+def _constants(
+    one: Tile, inputs: int, sizes: list[int], kind: str, norm: str, activation: str, half: bool, early: bool
+) -> dict:
     return {
         "INPUTS": inputs,
         "OUTPUTS": sizes[0],
@@ -350,9 +420,10 @@ def _constants(one: Tile, inputs: int, sizes: list[int], kind: str, norm: str, a
         "NORM": norm,
         "ACTIVATION": activation,
         "AHEAD": one.ahead,
-        "PDL": early,
+        "PIN": one.units and half,
+        "PDL": int(early),
         "UNITS": one.units,
-        "PARTS": 4,
+        "PARTS": one.warps,
         "BLOCK_M": one.rows,
         "BLOCK_N": one.outputs,
         "BLOCK_K": one.inputs,
@@ -411,9 +482,12 @@ def depth_attend_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: (rows * HEADS,). Of the heads that share keys each makes the new ones itself, and the first keeps them."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
+    if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     SHARE: tl.constexpr = HEADS // GROUPS
     group = head // SHARE
@@ -485,7 +559,7 @@ def attend(
     rows, groups, length, width = cache.shape[1:]
     depth_attend_kernel[(rows * heads,)](
         qkv, q_gain, k_gain, rope, cache, out, rows, begin, length, qkv.stride(0), eps, width**-0.5,
-        NORM=norm, TOKENS=tokens, HEADS=heads, GROUPS=groups, WIDTH=width, PDL=early,
+        NORM=norm, TOKENS=tokens, HEADS=heads, GROUPS=groups, WIDTH=width, PDL=int(early),
         BLOCK_T=triton.next_power_of_2(length), BLOCK_D=triton.next_power_of_2(width),
         num_warps=warps or 4, **_launch(early),
     )  # fmt: skip
@@ -523,9 +597,12 @@ def depth_enter_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (count, tiles of channels)."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
+    if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     code = tl.load(drawn + row * drawn_row)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -606,7 +683,7 @@ def enter(
         drawn, logits, codebook, start, place, state, codes, total, unsound, entered, count, depth, len(codebook),
         drawn.stride(0), 0 if logits is None else logits.stride(0), codebook.stride(0),
         0 if state is None else state.stride(0), codes.stride(0),
-        NUM_CODES=num_codes, WIDTH=width, GUIDED=guided, LAST=last, PDL=early,
+        NUM_CODES=num_codes, WIDTH=width, GUIDED=guided, LAST=last, PDL=int(early),
         BLOCK_V=min(4096, triton.next_power_of_2(max(num_codes, 16))), BLOCK_C=block,
         num_warps=4, **_launch(early),
     )  # fmt: skip
