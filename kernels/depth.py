@@ -47,8 +47,8 @@ class Tile:
         return self.rows > _VECTOR
 
 
-def tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
-    """The tile for rows of x and weights (outputs, inputs), or two such weights."""
+def tile(rows: int, outputs: int, inputs: int, gated: bool = False, normed: bool = False) -> Tile:
+    """The tile for rows of x, normalised or not, and weights (outputs, inputs), or two such weights."""
     wide = triton.next_power_of_2(inputs)
     if rows <= _VECTOR:
         held, chunk = triton.next_power_of_2(rows), min(1024, max(wide, 8))
@@ -56,7 +56,7 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
         return Tile(held, 8, chunk, 4, min(chunks, 2 if gated else 4))
     held, chunk = (16, min(1024, max(wide, 128))) if rows <= 16 else (32, min(512, max(wide, 128)))
     chunks = triton.cdiv(inputs, chunk)
-    return Tile(held, 8, chunk, 8, min(chunks, 2 if gated else 4))
+    return Tile(held, 8, chunk, 8, min(chunks, 2 if gated or normed else 4))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def linear(
     """
     rows, inputs = x.shape
     sizes = [len(one) for one in weights] + [0, 0]
-    one = tile(rows, sizes[0], inputs, gated) if use is None else use
+    one = tile(rows, sizes[0], inputs, gated, norm != "none") if use is None else use
     kind = "gated" if gated else "beside" if len(weights) > 1 else "one"
     tiles = sum(triton.cdiv(size, one.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
     given = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
@@ -568,7 +568,7 @@ def attend(
 # ---- the next token --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "depth", "entries", "logits_row", "book_row"])
+@triton.jit(do_not_specialize=["count", "depth", "entries"])
 def depth_enter_kernel(
     drawn,  # [count] int64, stride drawn_row
     logits,  # [rows, NUM_CODES], strides logits_row, 1: what was drawn from; None if nothing was
@@ -689,4 +689,90 @@ def enter(
     )  # fmt: skip
 
 
-COMPILE_CASES: list[tuple] = []
+def _case(kernel, types: dict[str, str | None], constants: dict, options: dict, divisors: tuple[str, ...]) -> tuple:
+    """A case of the compile test; arguments of type None are absent."""
+    given = {name: kind for name, kind in types.items() if kind is not None}
+    constants = {**constants, **{name: None for name, kind in types.items() if kind is None}}
+    signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
+    archs = (90,) if constants["PDL"] else (80, 90)
+    return kernel, signature, constants, options, dict.fromkeys(divisors, 16), archs
+
+
+def _linear_case(dtype: str, rows: int, inputs: int, sizes: tuple[int, ...], early: bool, **how) -> tuple:
+    kind = "gated" if how.get("gated") else "beside" if len(sizes) > 1 else "one"
+    norm, activation = how.get("norm", "none"), how.get("activation", "none")
+    one = tile(rows, sizes[0], inputs, kind == "gated", norm != "none")
+    pointer, bias = f"*{dtype}", f"*{dtype}" if how.get("bias") else None
+    types = {
+        "x": pointer,
+        "gain": None if norm == "none" else pointer,
+        "shift": pointer if norm == "layer" else None,
+        "weight": pointer,
+        "weight2": pointer if len(sizes) > 1 else None,
+        "weight3": pointer if len(sizes) > 2 else None,
+        "bias": bias,
+        "bias2": bias if len(sizes) > 1 else None,
+        "bias3": bias if len(sizes) > 2 else None,
+        "place": pointer if how.get("place") else None,
+        "residual": pointer if how.get("residual") else None,
+        "out": pointer,
+        **dict.fromkeys(("rows", "residual_row", "out_row"), "i32"),
+        "eps": "fp32",
+    }
+    constants = _constants(one, inputs, [*sizes, 0, 0], kind, norm, activation, dtype != "fp32", early)
+    options = {"num_warps": one.warps, "num_stages": 2, **_launch(early)}
+    aligned = [name for name, given in types.items() if given == pointer]
+    return _case(depth_linear_kernel, types, constants, options, (*aligned, "residual_row", "out_row"))
+
+
+def _cases() -> list[tuple]:
+    """Products of Qwen3-TTS's, Moshi's and VILA-U's depth transformers, their attention and what follows a draw."""
+    cases = []
+    for dtype, rows, early in (("bf16", 1, True), ("bf16", 8, True), ("fp16", 32, False), ("fp32", 2, False)):
+        cases += [
+            _linear_case(dtype, rows, 1024, (2048, 1024, 1024), early, norm="rms"),
+            _linear_case(dtype, rows, 2048, (1024,), early, residual=True),
+            _linear_case(dtype, rows, 1024, (3072, 3072), early, norm="rms", activation="silu", gated=True),
+            _linear_case(dtype, rows, 2816, (1024,), early, residual=True),
+        ]
+    for rows, early in ((2, True), (16, False), (32, True)):
+        cases += [
+            _linear_case("bf16", rows, 2560, (10240,), early, norm="layer", activation="gelu", bias=True),
+            _linear_case("bf16", rows, 10240, (2560,), early, bias=True, residual=True),
+            _linear_case("bf16", rows, 1152, (2560,), early, bias=True, place=True),
+        ]
+    integers = ("rows", "begin", "length", "qkv_row")
+    for dtype, heads, groups, width, length, tokens, turned in (
+        ("bf16", 16, 8, 128, 16, 1, True),
+        ("fp16", 16, 8, 128, 16, 2, True),
+        ("bf16", 40, 40, 64, 16, 1, False),
+        ("fp32", 4, 1, 96, 33, 1, False),
+    ):
+        pointer, gain = f"*{dtype}", f"*{dtype}" if turned else None
+        types = {
+            "qkv": pointer, "q_gain": gain, "k_gain": gain, "rope": "*fp32" if turned else None, "cache": pointer,
+            "out": pointer, **dict.fromkeys(integers, "i32"), "eps": "fp32", "scale": "fp32",
+        }  # fmt: skip
+        constants = {
+            "NORM": turned, "TOKENS": tokens, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "PDL": int(turned),
+            "BLOCK_T": triton.next_power_of_2(length), "BLOCK_D": triton.next_power_of_2(width),
+        }  # fmt: skip
+        options = {"num_warps": 4, **_launch(turned)}
+        cases.append(_case(depth_attend_kernel, types, constants, options, ("qkv", "cache", "out")))
+    strides = ("count", "depth", "entries", "drawn_row", "logits_row", "book_row", "state_row", "codes_row")
+    for guided, last, early in ((False, True, True), (True, False, False)):
+        more = "*bf16" if guided else None
+        types = {
+            "drawn": "*i64", "logits": "*bf16", "codebook": "*bf16", "start": more, "place": more, "state": more,
+            "codes": "*i64", "total": "*bf16", "unsound": "*i32", "entered": "*bf16", **dict.fromkeys(strides, "i32"),
+        }  # fmt: skip
+        constants = {
+            "NUM_CODES": 2048, "WIDTH": 1024, "GUIDED": guided, "LAST": last, "PDL": int(early), "BLOCK_V": 2048,
+            "BLOCK_C": 1024,
+        }  # fmt: skip
+        wide = ("logits", "codebook", "total", "entered", "logits_row", "book_row")
+        cases.append(_case(depth_enter_kernel, types, constants, {"num_warps": 4, **_launch(early)}, wide))
+    return cases
+
+
+COMPILE_CASES = _cases()

@@ -110,9 +110,7 @@ class _Step:
             **options,
         )
 
-    def block(
-        self, x: Tensor, block: DepthBlock, cache: Tensor, rope: Tensor | None, begin: int, tokens: int
-    ) -> None:
+    def block(self, x: Tensor, block: DepthBlock, cache: Tensor, rope: Tensor | None, begin: int, tokens: int) -> None:
         """What `depth_block` does, in place."""
         sets = self.form.sets(begin, begin + tokens)
         heads, groups = self.weights.num_heads, cache.shape[2]
