@@ -49,6 +49,7 @@ __all__ = [
     "depth_pack",
     "depth_rope",
     "depth_tokens",
+    "served_by",
     "wants_packed",
 ]
 
@@ -237,9 +238,26 @@ def wants_packed(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backen
     Returns:
         True if the CUDA backend is asked for, or would be chosen.
     """
+    return served_by(hidden, codebook, weights, backend) == "cuda" and _unfit_here(hidden, codebook, weights) is None
+
+
+def served_by(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backend: str = "auto") -> str:
+    """The name of the backend that serves a call with these arguments and packed weights if it wants them.
+
+    Args:
+        hidden, codebook, weights, backend: as `depth_decode` takes them.
+
+    Returns:
+        The one asked for, whether it fits or not, or what "auto" chooses.
+    """
     name = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
-    chosen = name == "cuda" or (name == "auto" and hidden.is_cuda and _depth_decode.backends[0].on_request is None)
-    return chosen and _unfit_here(hidden, codebook, weights) is None
+    if name != "auto" or not hidden.is_cuda:
+        return "eager" if name == "auto" else name
+    unfit = {"cuda": _unfit_here, "triton": depth_triton.unfit}
+    for one in _depth_decode.backends:
+        if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None):
+            return one.name
+    return "eager"
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -480,7 +498,7 @@ def depth_decode(
         start: (rows, C), in the weights' dtype, for forms whose state does not enter first: the embedding of what comes
             before the first code (Moshi's text token, Qwen3-TTS's first code). Running sums begin with it.
         packed: what `depth_pack` made of the same weights, which the CUDA backend needs.
-        backend: "auto", "cuda" or "eager".
+        backend: "auto", "cuda", "triton" or "eager".
 
     Returns:
         `DepthCodes`: codes (N, D) int64, total (N, C) in the codebook's dtype, unsound (N,) int32, logits (N or 2N, D,
@@ -496,8 +514,10 @@ def depth_decode(
         The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
         draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
-        in several launches, and no forms but the default one. A row with NaN draws 0 (see `sample_codes`), and `check`
-        of the result tells. No gradient, no host sync; may be captured in a CUDA graph with noise given.
+        in several launches, and no forms but the default one. "triton" takes all forms, in some five launches a layer
+        and depth: capture it in a CUDA graph, as the module's `decode` does. A row with NaN draws 0 (see
+        `sample_codes`), and `check` of the result tells. No gradient, no host sync; may be captured in a CUDA graph
+        with noise given.
     """
     function = "depth_decode"
     depth = _check_sizes(function, hidden, codebook, weights, start)
