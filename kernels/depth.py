@@ -47,16 +47,19 @@ class Tile:
         return self.rows > _VECTOR
 
 
-def tile(rows: int, outputs: int, inputs: int, gated: bool = False, normed: bool = False) -> Tile:
-    """The tile for rows of x, normalised or not, and weights (outputs, inputs), or two such weights."""
+def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: int = 2) -> Tile:
+    """The tile for rows of x and weights (outputs, inputs), or two such weights, of so many bytes an entry."""
     wide = triton.next_power_of_2(inputs)
     if rows <= _VECTOR:
         held, chunk = triton.next_power_of_2(rows), min(1024, max(wide, 8))
         chunks = triton.cdiv(inputs, chunk)
-        return Tile(held, 8, chunk, 4, min(chunks, 2 if gated else 4))
+        warps = (4 if chunks > 1 or held > 1 else 2) * (itemsize // 2)
+        return Tile(held, 8 if chunks == 1 else 4, chunk, warps, min(chunks, 2 if gated else 4))
     held, chunk = (16, min(1024, max(wide, 128))) if rows <= 16 else (32, min(512, max(wide, 128)))
     chunks = triton.cdiv(inputs, chunk)
-    return Tile(held, 8, chunk, 8, min(chunks, 2 if gated or normed else 4))
+    if chunks * chunk > 1024:
+        return Tile(held, 8, chunk, 8, min(chunks, 2 if gated else 4))
+    return Tile(held, 8 if gated else 16, chunk, 4 if gated else 8, min(chunks, 2))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -109,6 +112,12 @@ def _vector(given, chunk, INPUTS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.c
 
 
 @triton.jit
+def _inverse(squares, eps, INPUTS: tl.constexpr):
+    """Of the roots of mean squares, whose sums are `squares`."""
+    return 1.0 / tl.sqrt_rn(squares * (1.0 / INPUTS) + eps)
+
+
+@triton.jit
 def _statistics(
     x, row, rows, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
 ):
@@ -129,40 +138,68 @@ def _statistics(
         if NORM == "layer":
             value = tl.where(within, value - mean[:, None], 0.0)
         total += value * value
-    return mean, 1.0 / tl.sqrt_rn(tl.sum(total, 1) * (1.0 / INPUTS) + eps)
+    return mean, _inverse(tl.sum(total, 1), eps, INPUTS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def depth_norm_kernel(
+    x,  # [rows, INPUTS]
+    gain,  # [INPUTS], or None
+    shift,  # [INPUTS], or None
+    out,  # like x; written
+    rows,
+    eps,
+    INPUTS: tl.constexpr,
+    NORM: tl.constexpr,  # rms, layer
+    PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Grid: (rows,). For products of many rows, whose every program would normalise them all."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0) + tl.arange(0, 1)
+    mean, inverse = _statistics(x, row, rows, eps, INPUTS, NORM, 1, BLOCK_S)
+    for chunk in tl.static_range(0, (INPUTS + BLOCK_S - 1) // BLOCK_S):
+        gains = _vector(gain, chunk, INPUTS, False, 1, BLOCK_S)
+        shifts = _vector(shift, chunk, INPUTS, False, 1, BLOCK_S)
+        y = _normed(_chunk(x, row, rows, chunk, INPUTS, False, 1, BLOCK_S), gains, shifts, mean, inverse, NORM)
+        if NORM == "rms":
+            y *= inverse[:, None, None]
+        entry = _entries(chunk, False, 1, BLOCK_S)
+        tl.store(out + row[:, None, None] * INPUTS + entry, y.to(out.dtype.element_ty), mask=entry < INPUTS)
 
 
 @triton.jit
-def _chunk(
-    x, gain, shift, mean, inverse, row, rows, chunk, INPUTS: tl.constexpr, NORM: tl.constexpr,
-    UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A chunk of rows, normalised with its gains and biases: [PARTS, BLOCK_M, BLOCK_K / PARTS] as the weights are, or
-    float32 [BLOCK_M, 1, BLOCK_K]."""
+def _chunk(x, row, rows, chunk, INPUTS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A chunk of rows: [PARTS, BLOCK_M, BLOCK_K / PARTS] as they are, or float32 [BLOCK_M, 1, BLOCK_K]."""
     entry = _entries(chunk, UNITS, PARTS, BLOCK_K)
     if UNITS:
         own = row[None, :, None]
-        mean = mean[None, :, None]
-        inverse = inverse[None, :, None]
     else:
         own = row[:, None, None]
-        mean = mean[:, None, None]
-        inverse = inverse[:, None, None]
     y = tl.load(x + own * INPUTS + entry, mask=(own < rows) & (entry < INPUTS), other=0.0)
-    if NORM != "none":
-        y = y.to(tl.float32)
-        if NORM == "layer":
-            y -= mean
-        y *= inverse
-        if gain is not None:
-            y *= gain
-        if shift is not None:
-            y += shift
-    if UNITS:
-        y = y.to(x.dtype.element_ty)
-    else:
+    if not UNITS:
         y = y.to(tl.float32)
     return y
+
+
+@triton.jit
+def _normed(y, gain, shift, mean, inverse, NORM: tl.constexpr):
+    """Rows out of `_chunk` in float32, normalised; of an RMSNorm all but the factor `inverse`, which can wait."""
+    if NORM == "layer":
+        y = (y - mean[:, None, None]) * inverse[:, None, None]
+    if gain is not None:
+        y *= gain
+    if shift is not None:
+        y += shift
+    return y
+
+
+@triton.jit
+def _squared(y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums of a few squares of rows out of `_chunk`, [BLOCK_M, 1, BLOCK_K / pack], laid out as the products are."""
+    return tl.sum(tl.reshape(y * y, (BLOCK_M, 1, BLOCK_K // _PACK, _PACK)), 3)
 
 
 @triton.jit
@@ -209,7 +246,7 @@ def depth_linear_kernel(
     OUTPUTS2: tl.constexpr,
     OUTPUTS3: tl.constexpr,
     KIND: tl.constexpr,  # one, beside, gated
-    NORM: tl.constexpr,  # none, rms, layer
+    NORM: tl.constexpr,  # none, rms, layer; none with UNITS
     ACTIVATION: tl.constexpr,  # none, gelu, gelu_tanh, silu
     AHEAD: tl.constexpr,
     PIN: tl.constexpr,
@@ -222,7 +259,7 @@ def depth_linear_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Grid: (tiles of all outputs, tiles of rows)."""
-    if PDL == 1:
+    if PDL:
         gdc_launch_dependents()
     tile = tl.program_id(0)
     column = tile * 0
@@ -280,8 +317,6 @@ def depth_linear_kernel(
         placed = tl.load(place + near).to(tl.float32)[None, :]
     if PDL:
         gdc_wait()
-    if PDL == 2:
-        gdc_launch_dependents()
     if PIN:
         part0 = _pinned(part0)
         if KIND == "gated":
@@ -306,36 +341,57 @@ def depth_linear_kernel(
         kept = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     inverse = mean
-    if NORM != "none":
+    if NORM == "layer":
         mean, inverse = _statistics(x, row, rows, eps, INPUTS, NORM, BLOCK_M, BLOCK_S)
+    squares = tl.zeros([BLOCK_M, 1, BLOCK_K // _PACK], tl.float32)
     if UNITS:
         total = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K // _PACK], tl.float32)
     total2 = total
-    y = _chunk(x, gain0, shift0, mean, inverse, row, rows, 0, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+    y = _chunk(x, row, rows, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    if NORM != "none":
+        if NORM == "rms":
+            squares += _squared(y, BLOCK_M, BLOCK_K)
+        y = _normed(y, gain0, shift0, mean, inverse, NORM)
     total = _product(total, y, part0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if KIND == "gated":
         total2 = _product(total2, y, gate0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 1:
-        y = _chunk(x, gain1, shift1, mean, inverse, row, rows, 1, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        y = _chunk(x, row, rows, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+        if NORM != "none":
+            if NORM == "rms":
+                squares += _squared(y, BLOCK_M, BLOCK_K)
+            y = _normed(y, gain1, shift1, mean, inverse, NORM)
         total = _product(total, y, part1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
             total2 = _product(total2, y, gate1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 2:
-        y = _chunk(x, gain2, shift2, mean, inverse, row, rows, 2, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        y = _chunk(x, row, rows, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+        if NORM != "none":
+            if NORM == "rms":
+                squares += _squared(y, BLOCK_M, BLOCK_K)
+            y = _normed(y, gain2, shift2, mean, inverse, NORM)
         total = _product(total, y, part2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
             total2 = _product(total2, y, gate2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 3:
-        y = _chunk(x, gain3, shift3, mean, inverse, row, rows, 3, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        y = _chunk(x, row, rows, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+        if NORM != "none":
+            if NORM == "rms":
+                squares += _squared(y, BLOCK_M, BLOCK_K)
+            y = _normed(y, gain3, shift3, mean, inverse, NORM)
         total = _product(total, y, part3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
             total2 = _product(total2, y, gate3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     for chunk in range(AHEAD, CHUNKS):
-        gains = _vector(gain, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
-        shifts = _vector(shift, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
-        y = _chunk(x, gains, shifts, mean, inverse, row, rows, chunk, INPUTS, NORM, UNITS, PARTS, BLOCK_K)
+        y = _chunk(x, row, rows, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+        if NORM != "none":
+            if NORM == "rms":
+                squares += _squared(y, BLOCK_M, BLOCK_K)
+            gains = _vector(gain, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+            shifts = _vector(shift, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
+            y = _normed(y, gains, shifts, mean, inverse, NORM)
         more = _fetched(weight, near, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
         total = _product(total, y, more, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
@@ -344,10 +400,15 @@ def depth_linear_kernel(
 
     AXIS: tl.constexpr = 0 if UNITS else 2
     result = tl.sum(total, AXIS)
+    if NORM == "rms":
+        inverse = _inverse(tl.sum(squares, 2), eps, INPUTS)
+        result *= inverse
     if bias is not None:
         result += added
     if KIND == "gated":
         gate = tl.sum(total2, AXIS)
+        if NORM == "rms":
+            gate *= inverse
         if bias2 is not None:
             gate += added2
         result *= _activated(gate, ACTIVATION)
@@ -396,7 +457,14 @@ def linear(
     """
     rows, inputs = x.shape
     sizes = [len(one) for one in weights] + [0, 0]
-    one = tile(rows, sizes[0], inputs, gated, norm != "none") if use is None else use
+    one = tile(rows, sizes[0], inputs, gated, x.element_size()) if use is None else use
+    if one.units and norm != "none":
+        y = torch.empty_like(x)
+        depth_norm_kernel[(rows,)](
+            x, gain, shift, y, rows, eps, INPUTS=inputs, NORM=norm, PDL=early,
+            BLOCK_S=min(1024, triton.next_power_of_2(inputs)), num_warps=4, **_launch(early),
+        )  # fmt: skip
+        x, norm, gain, shift = y, "none", None, None
     kind = "gated" if gated else "beside" if len(weights) > 1 else "one"
     tiles = sum(triton.cdiv(size, one.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
     given = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
@@ -421,7 +489,7 @@ def _constants(
         "ACTIVATION": activation,
         "AHEAD": one.ahead,
         "PIN": one.units and half,
-        "PDL": int(early),
+        "PDL": early,
         "UNITS": one.units,
         "PARTS": one.warps,
         "BLOCK_M": one.rows,
@@ -439,23 +507,27 @@ def _launch(early: bool) -> dict[str, bool]:
 
 
 @triton.jit
-def _prepared(
-    x, gain, rope, token, length, eps, channel, NORM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _prepared(x, gain, cosine, sine, eps, NORM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """A query or a key of one head, [BLOCK_D]: normalised, then neighbouring channels turned."""
     y = x.to(tl.float32)
     if NORM:
         y *= 1.0 / tl.sqrt_rn(tl.sum(y * y, 0) * (1.0 / WIDTH) + eps)
         if gain is not None:
-            y *= tl.load(gain + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    if rope is not None:
-        half = tl.arange(0, BLOCK_D // 2)
-        at = rope + token * (WIDTH // 2) + half
-        cosine = tl.load(at, mask=half < WIDTH // 2, other=0.0)
-        sine = tl.load(at + length * (WIDTH // 2), mask=half < WIDTH // 2, other=0.0)
+            y *= gain
+    if cosine is not None:
         even, odd = tl.split(tl.reshape(y, (BLOCK_D // 2, 2)))
         y = tl.reshape(tl.join(cosine * even - sine * odd, sine * even + cosine * odd), (BLOCK_D,))
-    return y
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _channels(given, channel, WIDTH: tl.constexpr):
+    """Of a vector of gains, or None."""
+    if given is not None:
+        found = tl.load(given + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
+    else:
+        found = None
+    return found
 
 
 @triton.jit(do_not_specialize=["rows", "begin", "length", "qkv_row"])
@@ -482,45 +554,65 @@ def depth_attend_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: (rows * HEADS,). Of the heads that share keys each makes the new ones itself, and the first keeps them."""
-    if PDL == 1:
+    if PDL:
         gdc_launch_dependents()
+    channel = tl.arange(0, BLOCK_D)
+    q_gains = _channels(q_gain, channel, WIDTH)
+    k_gains = _channels(k_gain, channel, WIDTH)
+    if rope is not None:
+        half = tl.arange(0, BLOCK_D // 2)
+        turn = rope + begin * (WIDTH // 2) + half
+        cosine = tl.load(turn, mask=half < WIDTH // 2, other=0.0)
+        sine = tl.load(turn + length * (WIDTH // 2), mask=half < WIDTH // 2, other=0.0)
+    else:
+        cosine = None
+        sine = None
     if PDL:
         gdc_wait()
-    if PDL == 2:
-        gdc_launch_dependents()
     row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     SHARE: tl.constexpr = HEADS // GROUPS
     group = head // SHARE
-    channel = tl.arange(0, BLOCK_D)
     place = tl.arange(0, BLOCK_T)
     own = (row * GROUPS + group) * length * WIDTH
     keys_at = cache + own
     values_at = keys_at + rows * GROUPS * length * WIDTH
     inside = (place < begin)[:, None] & (channel < WIDTH)[None, :]
     at = place[:, None] * WIDTH + channel[None, :]
-    keys = tl.load(keys_at + at, mask=inside, other=0.0).to(tl.float32)
-    values = tl.load(values_at + at, mask=inside, other=0.0).to(tl.float32)
+    line = qkv + row * qkv_row + channel
+    step = rows.to(tl.int64) * qkv_row
+    query = tl.load(line + head * WIDTH, mask=channel < WIDTH, other=0.0)
+    key = tl.load(line + (HEADS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
+    value = tl.load(line + (HEADS + GROUPS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
+    keys = tl.load(keys_at + at, mask=inside, other=0.0)
+    values = tl.load(values_at + at, mask=inside, other=0.0)
     for token in tl.static_range(TOKENS):
         now = begin + token
-        line = qkv + (token * rows + row) * qkv_row + channel
-        query = tl.load(line + head * WIDTH, mask=channel < WIDTH, other=0.0)
-        key = tl.load(line + (HEADS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
-        value = tl.load(line + (HEADS + GROUPS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
-        kind = out.dtype.element_ty
-        query = _prepared(query, q_gain, rope, now, length, eps, channel, NORM, WIDTH, BLOCK_D).to(kind)
-        key = _prepared(key, k_gain, rope, now, length, eps, channel, NORM, WIDTH, BLOCK_D).to(kind)
+        if token > 0:
+            line += step
+            query = tl.load(line + head * WIDTH, mask=channel < WIDTH, other=0.0)
+            key = tl.load(line + (HEADS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
+            value = tl.load(line + (HEADS + GROUPS + group) * WIDTH, mask=channel < WIDTH, other=0.0)
+            if rope is not None:
+                cosine = tl.load(turn + token * (WIDTH // 2), mask=half < WIDTH // 2, other=0.0)
+                sine = tl.load(turn + (length + token) * (WIDTH // 2), mask=half < WIDTH // 2, other=0.0)
+        query = _prepared(query, q_gains, cosine, sine, eps, NORM, WIDTH, BLOCK_D)
+        key = _prepared(key, k_gains, cosine, sine, eps, NORM, WIDTH, BLOCK_D)
         if head % SHARE == 0:
             tl.store(keys_at + now * WIDTH + channel, key, mask=channel < WIDTH)
             tl.store(values_at + now * WIDTH + channel, value, mask=channel < WIDTH)
-        keys = tl.where((place == now)[:, None], key.to(tl.float32)[None, :], keys)
-        values = tl.where((place == now)[:, None], value.to(tl.float32)[None, :], values)
-        scores = tl.sum(keys * query.to(tl.float32)[None, :], 1) * scale
+        keys = tl.where((place == now)[:, None], key[None, :], keys)
+        values = tl.where((place == now)[:, None], value[None, :], values)
+        scores = tl.sum(keys.to(tl.float32) * query.to(tl.float32)[None, :], 1) * scale
         scores = tl.where(place <= now, scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, 0))
         weights = weights / tl.sum(weights, 0)
-        mixed = tl.sum(weights[:, None] * values, 0)
+        mixed = tl.sum(weights[:, None] * values.to(tl.float32), 0)
         to = out + (token * rows + row) * (HEADS * WIDTH) + head * WIDTH + channel
-        tl.store(to, mixed.to(kind), mask=channel < WIDTH)
+        tl.store(to, mixed.to(out.dtype.element_ty), mask=channel < WIDTH)
+
+
+def _attend_warps(tokens: int, width: int) -> int:
+    return max(1, tokens * width // 2048)
 
 
 def attend(
@@ -554,14 +646,15 @@ def attend(
         heads: of queries.
         norm: whether queries and keys go through an RMSNorm with eps.
         early: as `linear` takes it.
-        warps: of a program, None for 4.
+        warps: of a program, None for as few as hold the keys.
     """
     rows, groups, length, width = cache.shape[1:]
+    tokens_up, width_up = triton.next_power_of_2(length), triton.next_power_of_2(width)
     depth_attend_kernel[(rows * heads,)](
         qkv, q_gain, k_gain, rope, cache, out, rows, begin, length, qkv.stride(0), eps, width**-0.5,
-        NORM=norm, TOKENS=tokens, HEADS=heads, GROUPS=groups, WIDTH=width, PDL=int(early),
-        BLOCK_T=triton.next_power_of_2(length), BLOCK_D=triton.next_power_of_2(width),
-        num_warps=warps or 4, **_launch(early),
+        NORM=norm, TOKENS=tokens, HEADS=heads, GROUPS=groups, WIDTH=width, PDL=early,
+        BLOCK_T=tokens_up, BLOCK_D=width_up,
+        num_warps=warps or _attend_warps(tokens_up, width_up), **_launch(early),
     )  # fmt: skip
 
 
@@ -597,12 +690,9 @@ def depth_enter_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (count, tiles of channels)."""
-    if PDL == 1:
-        gdc_launch_dependents()
     if PDL:
-        gdc_wait()
-    if PDL == 2:
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     code = tl.load(drawn + row * drawn_row)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -683,7 +773,7 @@ def enter(
         drawn, logits, codebook, start, place, state, codes, total, unsound, entered, count, depth, len(codebook),
         drawn.stride(0), 0 if logits is None else logits.stride(0), codebook.stride(0),
         0 if state is None else state.stride(0), codes.stride(0),
-        NUM_CODES=num_codes, WIDTH=width, GUIDED=guided, LAST=last, PDL=int(early),
+        NUM_CODES=num_codes, WIDTH=width, GUIDED=guided, LAST=last, PDL=early,
         BLOCK_V=min(4096, triton.next_power_of_2(max(num_codes, 16))), BLOCK_C=block,
         num_warps=4, **_launch(early),
     )  # fmt: skip
@@ -701,7 +791,7 @@ def _case(kernel, types: dict[str, str | None], constants: dict, options: dict, 
 def _linear_case(dtype: str, rows: int, inputs: int, sizes: tuple[int, ...], early: bool, **how) -> tuple:
     kind = "gated" if how.get("gated") else "beside" if len(sizes) > 1 else "one"
     norm, activation = how.get("norm", "none"), how.get("activation", "none")
-    one = tile(rows, sizes[0], inputs, kind == "gated", norm != "none")
+    one = tile(rows, sizes[0], inputs, kind == "gated", 4 if dtype == "fp32" else 2)
     pointer, bias = f"*{dtype}", f"*{dtype}" if how.get("bias") else None
     types = {
         "x": pointer,
@@ -728,19 +818,52 @@ def _linear_case(dtype: str, rows: int, inputs: int, sizes: tuple[int, ...], ear
 def _cases() -> list[tuple]:
     """Products of Qwen3-TTS's, Moshi's and VILA-U's depth transformers, their attention and what follows a draw."""
     cases = []
-    for dtype, rows, early in (("bf16", 1, True), ("bf16", 8, True), ("fp16", 32, False), ("fp32", 2, False)):
+    for dtype, rows, early in (
+        ("bf16", 1, True),
+        ("bf16", 8, True),
+        ("fp16", 32, False),
+        ("fp32", 2, False),
+        ("fp16", 4, True),
+    ):
         cases += [
-            _linear_case(dtype, rows, 1024, (2048, 1024, 1024), early, norm="rms"),
+            _linear_case(dtype, rows, 1024, (2048, 1024, 1024), early, norm="none" if rows > _VECTOR else "rms"),
             _linear_case(dtype, rows, 2048, (1024,), early, residual=True),
-            _linear_case(dtype, rows, 1024, (3072, 3072), early, norm="rms", activation="silu", gated=True),
+            _linear_case(
+                dtype,
+                rows,
+                1024,
+                (3072, 3072),
+                early,
+                norm="none" if rows > _VECTOR else "rms",
+                activation="silu",
+                gated=True,
+            ),
             _linear_case(dtype, rows, 2816, (1024,), early, residual=True),
         ]
     for rows, early in ((2, True), (16, False), (32, True)):
         cases += [
-            _linear_case("bf16", rows, 2560, (10240,), early, norm="layer", activation="gelu", bias=True),
+            _linear_case(
+                "bf16",
+                rows,
+                2560,
+                (10240,),
+                early,
+                norm="none" if rows > _VECTOR else "layer",
+                activation="gelu",
+                bias=True,
+            ),
             _linear_case("bf16", rows, 10240, (2560,), early, bias=True, residual=True),
             _linear_case("bf16", rows, 1152, (2560,), early, bias=True, place=True),
         ]
+    for dtype, norm, inputs, early in (("bf16", "rms", 1024, True), ("fp16", "layer", 2560, False)):
+        pointer = f"*{dtype}"
+        types = {
+            "x": pointer, "gain": pointer, "shift": pointer if norm == "layer" else None, "out": pointer, "rows": "i32",
+            "eps": "fp32",
+        }  # fmt: skip
+        constants = {"INPUTS": inputs, "NORM": norm, "PDL": early, "BLOCK_S": 1024}
+        options = {"num_warps": 4, **_launch(early)}
+        cases.append(_case(depth_norm_kernel, types, constants, options, ("x", "gain", "out")))
     integers = ("rows", "begin", "length", "qkv_row")
     for dtype, heads, groups, width, length, tokens, turned in (
         ("bf16", 16, 8, 128, 16, 1, True),
@@ -754,10 +877,10 @@ def _cases() -> list[tuple]:
             "out": pointer, **dict.fromkeys(integers, "i32"), "eps": "fp32", "scale": "fp32",
         }  # fmt: skip
         constants = {
-            "NORM": turned, "TOKENS": tokens, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "PDL": int(turned),
+            "NORM": turned, "TOKENS": tokens, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "PDL": turned,
             "BLOCK_T": triton.next_power_of_2(length), "BLOCK_D": triton.next_power_of_2(width),
         }  # fmt: skip
-        options = {"num_warps": 4, **_launch(turned)}
+        options = {"num_warps": _attend_warps(constants["BLOCK_T"], constants["BLOCK_D"]), **_launch(turned)}
         cases.append(_case(depth_attend_kernel, types, constants, options, ("qkv", "cache", "out")))
     strides = ("count", "depth", "entries", "drawn_row", "logits_row", "book_row", "state_row", "codes_row")
     for guided, last, early in ((False, True, True), (True, False, False)):
@@ -767,7 +890,7 @@ def _cases() -> list[tuple]:
             "codes": "*i64", "total": "*bf16", "unsound": "*i32", "entered": "*bf16", **dict.fromkeys(strides, "i32"),
         }  # fmt: skip
         constants = {
-            "NUM_CODES": 2048, "WIDTH": 1024, "GUIDED": guided, "LAST": last, "PDL": int(early), "BLOCK_V": 2048,
+            "NUM_CODES": 2048, "WIDTH": 1024, "GUIDED": guided, "LAST": last, "PDL": early, "BLOCK_V": 2048,
             "BLOCK_C": 1024,
         }  # fmt: skip
         wide = ("logits", "codebook", "total", "entered", "logits_row", "book_row")

@@ -92,9 +92,10 @@ class _Step:
     def _linear(
         self, x: Tensor, pairs: Sequence[Pair], out: Tensor, norm: Pair | None, residual: Tensor | None, **options
     ) -> None:
-        biases = None
+        biases, early = None, self.early
         if any(bias is not None for _, bias in pairs):  # zeros for the one that has none, where others have
             biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs]
+            early = early and all(bias is not None for _, bias in pairs)  # zeros are no weights: they are waited for
         gain, shift = (None, None) if norm is None else norm
         self.kernels.linear(
             x,
@@ -106,7 +107,7 @@ class _Step:
             shift=shift if self.form.norm == "layer" else None,
             eps=self.form.eps,
             residual=residual,
-            early=self.early,
+            early=early,
             **options,
         )
 
@@ -160,13 +161,17 @@ def decode(
 ) -> None:
     """Fills codes, total, unsound and logits, as `depth_decode` says."""
     form, depth, rows = weights.form, len(temperature), len(hidden)
+    length = form.length(depth)
+    rope = None
+    if form.rope and weights.blocks:
+        # Made before other launches: kernels here take it for a weight, which they read before they wait.
+        rope = _turns(hidden, weights.blocks[0], weights.num_heads, form, length)
     total.zero_()
     unsound.fill_(-1)
     if not rows:
         return
     guided, heads = guidance is not None or guidance_rows is not None, weights.num_heads
     num_codes, dim = weights.head[0].shape[-2:]
-    length = form.length(depth)
     # A launch that begins early needs the machine's support; and only what runs in a stream has one ahead of it.
     step = _Step(weights, early=hidden.is_cuda and _native.capability(hidden) >= 90)
     kernels, sample = step.kernels, registry["sample_codes"]
@@ -174,12 +179,10 @@ def decode(
     start = None if start is None else start.contiguous()
     if codebook.stride(-1) != 1:
         codebook = codebook.contiguous()
-    caches, rope = [], None
+    caches = []
     for block in weights.blocks:
         width = block.query[0].shape[-2] // heads
         caches.append(hidden.new_empty(2, rows, form.kv_heads or heads, length, width))
-    if form.rope and weights.blocks:
-        rope = _turns(hidden, weights.blocks[0], heads, form, length)
     entered = None if weights.code is None else hidden.new_empty(rows, codebook.shape[-1])
     first = form.state == "first"
     own = form.state == "every"
