@@ -21,6 +21,7 @@ __all__ = ["COMPILE_CASES", "Tile", "attend", "enter", "linear", "tile"]
 
 _PACK: tl.constexpr = tl.constexpr(8)  # entries of a row of weights that a thread multiplies on its own
 _VECTOR = 4  # rows, at most, that are multiplied without matrix units
+_FULL = 264  # programs that keep a large GPU busy: two for each of an H100's multiprocessors
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: in
         held, chunk = triton.next_power_of_2(rows), min(1024, max(wide, 8))
         chunks = triton.cdiv(inputs, chunk)
         warps = (4 if chunks > 1 or held > 1 else 2) * (itemsize // 2)
-        return Tile(held, 8 if chunks == 1 else 4, chunk, warps, min(chunks, 2 if gated else 4))
+        return Tile(held, 8 if chunks == 1 or outputs >= 8 * _FULL else 4, chunk, warps, min(chunks, 2 if gated else 4))
     held, chunk = (16, min(1024, max(wide, 128))) if rows <= 16 else (32, min(512, max(wide, 128)))
     chunks = triton.cdiv(inputs, chunk)
     if chunks * chunk > 1024:
@@ -282,7 +283,9 @@ def depth_linear_kernel(
             column = column + OUTPUTS
             tile = tile - second
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    near = tl.minimum(output, outputs - 1)  # loads need no mask, and nobody stores what comes of the rest
+    near = output
+    if OUTPUTS % BLOCK_N + OUTPUTS2 % BLOCK_N + OUTPUTS3 % BLOCK_N > 0:
+        near = tl.minimum(output, outputs - 1)  # loads need no mask, and nobody stores what comes of the rest
 
     # What no launch writes is on its way before the one ahead is waited for.
     CHUNKS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K

@@ -53,9 +53,10 @@ def check(module, hidden, codebook, start, **settings):
     assert torch.equal(found.codes, torch.stack(want, 1))
     assert torch.equal(found.total, eager.total)
     assert (found.unsound == -1).all()
-    again = run("triton", **forced)
-    assert torch.equal(again.logits, found.logits)
-    assert torch.equal(again.codes, found.codes)
+    if hidden.is_cuda:
+        again = run("triton", **forced)
+        assert torch.equal(again.logits, found.logits)
+        assert torch.equal(again.codes, found.codes)
     return found
 
 
@@ -68,13 +69,16 @@ def test_every_form(style, place):
     device, dtype = place
     if device == "cpu" and dtype == torch.float16 and style is not STYLES["weights for some depths"]:
         pytest.skip("float32 shows as much where kernels are interpreted")
-    module = built(style, layers=1 if device == "cpu" else 2)
+    quick = device == "cpu"  # interpreted
+    module = built(style, depth=2 if quick and not style.order else DEPTH, layers=1 if quick else 2)
     check(*moved(module, inputs(module, 3), device, dtype), top_k=20)
 
 
 @pytest.mark.parametrize("guidance", [2.5, "rows"])
 def test_guided_rows_of_the_fullest_form(guidance, place):
     device, dtype = place
+    if device == "cpu" and dtype == torch.float16:
+        pytest.skip("float32 shows as much where kernels are interpreted")
     module = built(FULLEST, layers=1)
     strength = torch.tensor([1.5, 3.0, 2.0], device=device) if guidance == "rows" else guidance
     found = check(*moved(module, inputs(module, 6), device, dtype), guidance=strength, top_p=0.9)
