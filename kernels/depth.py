@@ -34,6 +34,7 @@ class Tile:
         inputs: entries that it takes at a time; with matrix units they are shared out over its warps.
         warps: of a program.
         ahead: times `inputs` that are loaded before the launch ahead is waited for, at most 4.
+        whole: with matrix units, whether as many inputs of the rows are loaded before the first are multiplied.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Tile:
     inputs: int
     warps: int
     ahead: int
+    whole: bool = False
 
     @property
     def units(self) -> bool:
@@ -59,8 +61,8 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: in
     held, chunk = (16, min(1024, max(wide, 128))) if rows <= 16 else (32, min(512, max(wide, 128)))
     chunks = triton.cdiv(inputs, chunk)
     if chunks * chunk > 1024:
-        return Tile(held, 8, chunk, 8, min(chunks, 2 if gated else 4))
-    return Tile(held, 8 if gated else 16, chunk, 4 if gated else 8, min(chunks, 2))
+        return Tile(held, 8, chunk, 8, min(chunks, 2 if gated else 4), True)
+    return Tile(held, 8 if gated else 16, chunk, 4 if gated else 8, min(chunks, 2), True)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -204,10 +206,10 @@ def _squared(y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _pinned(weights):
+def _pinned(entries):
     """The same, of half precision, no sooner than here: what turns them to the matrix units' order would else be moved
     up to their load and hold up the loads that follow."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weights], weights.dtype, is_pure=False, pack=2)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [entries], entries.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -320,22 +322,6 @@ def depth_linear_kernel(
         placed = tl.load(place + near).to(tl.float32)[None, :]
     if PDL:
         gdc_wait()
-    if PIN:
-        part0 = _pinned(part0)
-        if KIND == "gated":
-            gate0 = _pinned(gate0)
-        if AHEAD > 1:
-            part1 = _pinned(part1)
-            if KIND == "gated":
-                gate1 = _pinned(gate1)
-        if AHEAD > 2:
-            part2 = _pinned(part2)
-            if KIND == "gated":
-                gate2 = _pinned(gate2)
-        if AHEAD > 3:
-            part3 = _pinned(part3)
-            if KIND == "gated":
-                gate3 = _pinned(gate3)
 
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (row < rows)[:, None] & (output < outputs)[None, :]
@@ -352,41 +338,69 @@ def depth_linear_kernel(
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K // _PACK], tl.float32)
     total2 = total
-    y = _chunk(x, row, rows, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    # All rows are on their way before the first is looked at.
+    y0 = _chunk(x, row, rows, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 1:
+        y1 = _chunk(x, row, rows, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 2:
+        y2 = _chunk(x, row, rows, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+    if AHEAD > 3:
+        y3 = _chunk(x, row, rows, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+    if PIN > 0:
+        part0 = _pinned(part0)
+        if KIND == "gated":
+            gate0 = _pinned(gate0)
+        if PIN > 1:
+            y0 = _pinned(y0)
+        if AHEAD > 1:
+            part1 = _pinned(part1)
+            if KIND == "gated":
+                gate1 = _pinned(gate1)
+            if PIN > 1:
+                y1 = _pinned(y1)
+        if AHEAD > 2:
+            part2 = _pinned(part2)
+            if KIND == "gated":
+                gate2 = _pinned(gate2)
+            if PIN > 1:
+                y2 = _pinned(y2)
+        if AHEAD > 3:
+            part3 = _pinned(part3)
+            if KIND == "gated":
+                gate3 = _pinned(gate3)
+            if PIN > 1:
+                y3 = _pinned(y3)
     if NORM != "none":
         if NORM == "rms":
-            squares += _squared(y, BLOCK_M, BLOCK_K)
-        y = _normed(y, gain0, shift0, mean, inverse, NORM)
-    total = _product(total, y, part0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+            squares += _squared(y0, BLOCK_M, BLOCK_K)
+        y0 = _normed(y0, gain0, shift0, mean, inverse, NORM)
+    total = _product(total, y0, part0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if KIND == "gated":
-        total2 = _product(total2, y, gate0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+        total2 = _product(total2, y0, gate0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 1:
-        y = _chunk(x, row, rows, 1, INPUTS, UNITS, PARTS, BLOCK_K)
         if NORM != "none":
             if NORM == "rms":
-                squares += _squared(y, BLOCK_M, BLOCK_K)
-            y = _normed(y, gain1, shift1, mean, inverse, NORM)
-        total = _product(total, y, part1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+                squares += _squared(y1, BLOCK_M, BLOCK_K)
+            y1 = _normed(y1, gain1, shift1, mean, inverse, NORM)
+        total = _product(total, y1, part1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, gate1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+            total2 = _product(total2, y1, gate1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 2:
-        y = _chunk(x, row, rows, 2, INPUTS, UNITS, PARTS, BLOCK_K)
         if NORM != "none":
             if NORM == "rms":
-                squares += _squared(y, BLOCK_M, BLOCK_K)
-            y = _normed(y, gain2, shift2, mean, inverse, NORM)
-        total = _product(total, y, part2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+                squares += _squared(y2, BLOCK_M, BLOCK_K)
+            y2 = _normed(y2, gain2, shift2, mean, inverse, NORM)
+        total = _product(total, y2, part2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, gate2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+            total2 = _product(total2, y2, gate2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if AHEAD > 3:
-        y = _chunk(x, row, rows, 3, INPUTS, UNITS, PARTS, BLOCK_K)
         if NORM != "none":
             if NORM == "rms":
-                squares += _squared(y, BLOCK_M, BLOCK_K)
-            y = _normed(y, gain3, shift3, mean, inverse, NORM)
-        total = _product(total, y, part3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+                squares += _squared(y3, BLOCK_M, BLOCK_K)
+            y3 = _normed(y3, gain3, shift3, mean, inverse, NORM)
+        total = _product(total, y3, part3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
         if KIND == "gated":
-            total2 = _product(total2, y, gate3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+            total2 = _product(total2, y3, gate3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
     for chunk in range(AHEAD, CHUNKS):
         y = _chunk(x, row, rows, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
         if NORM != "none":
@@ -491,7 +505,7 @@ def _constants(
         "NORM": norm,
         "ACTIVATION": activation,
         "AHEAD": one.ahead,
-        "PIN": one.units and half,
+        "PIN": (2 if one.whole else 1) if one.units and half else 0,
         "PDL": early,
         "UNITS": one.units,
         "PARTS": one.warps,
