@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 __all__ = ["COMPILE_CASES", "Tile", "attend", "enter", "linear", "tile"]
 
 _PACK: tl.constexpr = tl.constexpr(8)  # entries of a row of weights that a thread multiplies on its own
-_VECTOR = 4  # rows, at most, that are multiplied without matrix units
+_VECTOR = 4  # rows, at most, that are multiplied without matrix units; in float32 as many at a time
 _FULL = 264  # programs that keep a large GPU busy: two for each of an H100's multiprocessors
 
 
@@ -34,7 +34,6 @@ class Tile:
         inputs: entries that it takes at a time; with matrix units they are shared out over its warps.
         warps: of a program.
         ahead: times `inputs` that are loaded before the launch ahead is waited for, at most 4.
-        whole: with matrix units, whether as many inputs of the rows are loaded before the first are multiplied.
     """
 
     rows: int
@@ -42,7 +41,6 @@ class Tile:
     inputs: int
     warps: int
     ahead: int
-    whole: bool = False
 
     @property
     def units(self) -> bool:
@@ -53,16 +51,19 @@ class Tile:
 def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: int = 2) -> Tile:
     """The tile for rows of x and weights (outputs, inputs), or two such weights, of so many bytes an entry."""
     wide = triton.next_power_of_2(inputs)
-    if rows <= _VECTOR:
-        held, chunk = triton.next_power_of_2(rows), min(1024, max(wide, 8))
+    if rows <= _VECTOR or itemsize == 4:
+        held, chunk = min(_VECTOR, triton.next_power_of_2(rows)), min(1024, max(wide, 8))
         chunks = triton.cdiv(inputs, chunk)
-        warps = (4 if chunks > 1 or held > 1 else 2) * (itemsize // 2)
-        return Tile(held, 8 if chunks == 1 or outputs >= 8 * _FULL else 4, chunk, warps, min(chunks, 2 if gated else 4))
-    held, chunk = (16, min(1024, max(wide, 128))) if rows <= 16 else (32, min(512, max(wide, 128)))
+        if gated and held == 1 and chunks == 1:
+            return Tile(held, 4, chunk, itemsize, 1)
+        outputs_held = 8 if chunks == 1 or outputs >= 8 * _FULL else 4
+        return Tile(held, outputs_held, chunk, 2 * itemsize, min(chunks, 2 if gated else 4))
+    held = 16 if rows <= 16 else 32
+    chunk = min(16384 // held, max(wide, 128))
     chunks = triton.cdiv(inputs, chunk)
-    if chunks * chunk > 1024:
-        return Tile(held, 8, chunk, 8, min(chunks, 2 if gated else 4), True)
-    return Tile(held, 8 if gated else 16, chunk, 4 if gated else 8, min(chunks, 2), True)
+    # Where the last of 32 rows' entries are masked there are not registers for as many.
+    most = 2 if gated or (held == 32 and inputs % chunk) else 4
+    return Tile(held, 8, chunk, 8 if inputs > 1024 else 4, min(chunks, most))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def _product(
     """total and y weights^T: [PARTS, BLOCK_M, BLOCK_N], or [BLOCK_M, BLOCK_N, BLOCK_K / pack]; the first or last
     dimension is still to be summed."""
     if UNITS:
-        total = tl.dot(y, tl.permute(weights, (0, 2, 1)), total, input_precision="ieee")
+        total = tl.dot(y, tl.permute(weights, (0, 2, 1)), total)
     else:
         product = y * weights.to(tl.float32)
         total += tl.sum(tl.reshape(product, (BLOCK_M, BLOCK_N, BLOCK_K // _PACK, _PACK)), 3)
@@ -346,30 +347,26 @@ def depth_linear_kernel(
         y2 = _chunk(x, row, rows, 2, INPUTS, UNITS, PARTS, BLOCK_K)
     if AHEAD > 3:
         y3 = _chunk(x, row, rows, 3, INPUTS, UNITS, PARTS, BLOCK_K)
-    if PIN > 0:
+    if PIN:
         part0 = _pinned(part0)
         if KIND == "gated":
             gate0 = _pinned(gate0)
-        if PIN > 1:
-            y0 = _pinned(y0)
+        y0 = _pinned(y0)
         if AHEAD > 1:
             part1 = _pinned(part1)
             if KIND == "gated":
                 gate1 = _pinned(gate1)
-            if PIN > 1:
-                y1 = _pinned(y1)
+            y1 = _pinned(y1)
         if AHEAD > 2:
             part2 = _pinned(part2)
             if KIND == "gated":
                 gate2 = _pinned(gate2)
-            if PIN > 1:
-                y2 = _pinned(y2)
+            y2 = _pinned(y2)
         if AHEAD > 3:
             part3 = _pinned(part3)
             if KIND == "gated":
                 gate3 = _pinned(gate3)
-            if PIN > 1:
-                y3 = _pinned(y3)
+            y3 = _pinned(y3)
     if NORM != "none":
         if NORM == "rms":
             squares += _squared(y0, BLOCK_M, BLOCK_K)
@@ -454,7 +451,6 @@ def linear(
     place: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     early: bool = False,
-    use: Tile | None = None,
 ) -> None:
     """Fills out (rows, all outputs) = activation(norm(x) weights^T + biases) + place + residual.
 
@@ -470,11 +466,10 @@ def linear(
         residual: (rows, outputs), or None.
         early: whether to begin before the launch ahead has ended, which must be a kernel of this file or none that
             anything is read of (sm_90).
-        use: the tile, None for what `tile` says.
     """
     rows, inputs = x.shape
     sizes = [len(one) for one in weights] + [0, 0]
-    one = tile(rows, sizes[0], inputs, gated, x.element_size()) if use is None else use
+    one = tile(rows, sizes[0], inputs, gated, x.element_size())
     if one.units and norm != "none":
         y = torch.empty_like(x)
         depth_norm_kernel[(rows,)](
@@ -505,7 +500,7 @@ def _constants(
         "NORM": norm,
         "ACTIVATION": activation,
         "AHEAD": one.ahead,
-        "PIN": (2 if one.whole else 1) if one.units and half else 0,
+        "PIN": one.units and half,
         "PDL": early,
         "UNITS": one.units,
         "PARTS": one.warps,
@@ -629,6 +624,7 @@ def depth_attend_kernel(
 
 
 def _attend_warps(tokens: int, width: int) -> int:
+    """As few as hold the keys: what one warp adds up needs no barrier."""
     return max(1, tokens * width // 2048)
 
 
@@ -646,7 +642,6 @@ def attend(
     norm: bool,
     eps: float,
     early: bool = False,
-    warps: int | None = None,
 ) -> None:
     """Attention of new tokens of each row to themselves and those before, whose keys and values are in the cache.
 
@@ -663,7 +658,6 @@ def attend(
         heads: of queries.
         norm: whether queries and keys go through an RMSNorm with eps.
         early: as `linear` takes it.
-        warps: of a program, None for as few as hold the keys.
     """
     rows, groups, length, width = cache.shape[1:]
     tokens_up, width_up = triton.next_power_of_2(length), triton.next_power_of_2(width)
@@ -671,7 +665,7 @@ def attend(
         qkv, q_gain, k_gain, rope, cache, out, rows, begin, length, qkv.stride(0), eps, width**-0.5,
         NORM=norm, TOKENS=tokens, HEADS=heads, GROUPS=groups, WIDTH=width, PDL=early,
         BLOCK_T=tokens_up, BLOCK_D=width_up,
-        num_warps=warps or _attend_warps(tokens_up, width_up), **_launch(early),
+        num_warps=_attend_warps(tokens_up, width_up), **_launch(early),
     )  # fmt: skip
 
 
@@ -840,10 +834,12 @@ def _cases() -> list[tuple]:
         ("bf16", 8, True),
         ("fp16", 32, False),
         ("fp32", 2, False),
+        ("fp32", 32, False),
         ("fp16", 4, True),
     ):
+        norm = "rms" if rows <= _VECTOR or dtype == "fp32" else "none"
         cases += [
-            _linear_case(dtype, rows, 1024, (2048, 1024, 1024), early, norm="none" if rows > _VECTOR else "rms"),
+            _linear_case(dtype, rows, 1024, (2048, 1024, 1024), early, norm=norm),
             _linear_case(dtype, rows, 2048, (1024,), early, residual=True),
             _linear_case(
                 dtype,
@@ -851,7 +847,7 @@ def _cases() -> list[tuple]:
                 1024,
                 (3072, 3072),
                 early,
-                norm="none" if rows > _VECTOR else "rms",
+                norm=norm,
                 activation="silu",
                 gated=True,
             ),

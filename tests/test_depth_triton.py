@@ -67,8 +67,8 @@ def moved(module, tensors, device, dtype):
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_every_form(style, place):
     device, dtype = place
-    if device == "cpu" and dtype == torch.float16 and style is not STYLES["weights for some depths"]:
-        pytest.skip("float32 shows as much where kernels are interpreted")
+    if dtype != {"cpu": torch.float32, "cuda": torch.bfloat16}[device] and style is not STYLES["gate with biases"]:
+        pytest.skip("one dtype for most forms")
     quick = device == "cpu"  # interpreted
     module = built(style, depth=2 if quick and not style.order else DEPTH, layers=1 if quick else 2)
     check(*moved(module, inputs(module, 3), device, dtype), top_k=20)
@@ -88,6 +88,8 @@ def test_guided_rows_of_the_fullest_form(guidance, place):
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 40])
 def test_any_number_of_rows(rows, place):
     device, dtype = place
+    if dtype not in (torch.float32, torch.bfloat16) and rows != 5:
+        pytest.skip("products of float16 have a test of their own")
     case = small_case(rows=rows, dim=64, layers=1, depth=2, hidden_dim=40, dtype=dtype).to(device)
     found = case.run("triton", return_logits=True)
     exact = case.to(torch.float64).run("eager", forced=found.codes, return_logits=True).logits
@@ -182,6 +184,8 @@ def test_products(how, rows, place):
     device, dtype = place
     if device == "cpu" and how["inputs"] > 3000 and rows in (3, 5):
         pytest.skip("slow where kernels are interpreted")
+    if dtype == torch.float32 and device == "cuda" and rows in (1, 18):
+        pytest.skip("as with 3 and 5 rows")
     torch.manual_seed(0)
     sizes, inputs, gated = how["sizes"], how["inputs"], how.get("gated", False)
 

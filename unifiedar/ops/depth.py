@@ -456,7 +456,7 @@ _depth_decode = Op(
     fake=_decode_fake,
     backends=(
         Backend("cuda", _run_cuda, _unfit_cuda),
-        Backend("triton", _run_triton, _unfit_triton, on_request="not run on a GPU yet"),
+        Backend("triton", _run_triton, _unfit_triton),
     ),
 )
 
