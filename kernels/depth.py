@@ -2,8 +2,9 @@
 
 A layer is five launches: norm and the products of queries, keys and values; norms and turns of these with attention;
 projection; norm, gate and up with the activation; down. With more than four rows a norm is a launch of its own. Few
-rows read all weights once a depth, so that the weights' bytes and the waits between launches are the time. A product is shared out over enough programs to keep all of a GPU
-busy, each with whole rows of the weights: no sum is shared, and runs are bit-equal.
+rows read all weights once a depth, so that the weights' bytes and the waits between launches are the time. A product is
+shared out over enough programs to keep all of a GPU busy, each with whole rows of the weights: no sum is shared, and
+runs are bit-equal.
 
 A launch may begin before the one ahead of it has ended (PDL, sm_90): its weights are on their way to registers by the
 time it is allowed to look at its rows. Every kernel here waits before it reads or writes anything but weights, so each
