@@ -17,17 +17,27 @@ from unifiedar.ops import _native, depth_decode, depth_triton, sample_codes
 from unifiedar.ops.depth import served_by
 
 
-@pytest.fixture(
-    params=["cpu-float32", "cpu-float16", *(f"cuda-{dtype}" for dtype in ("bfloat16", "float16", "float32"))]
-)
-def place(request):
-    """Where the kernels run, interpreted or compiled, and the dtype."""
-    device, name = request.param.split("-")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU, and torch finds none")
+def _place(name: str) -> tuple[str, torch.dtype]:
+    device, dtype = name.split("-")
     if device == "cpu" and (reason := interpreter_skip()):
         pytest.skip(reason)
-    return device, getattr(torch, name)
+    return device, getattr(torch, dtype)
+
+
+def _gpu(dtype: str):
+    return pytest.param(f"cuda-{dtype}", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["cpu-float32", "cpu-float16", *map(_gpu, ("bfloat16", "float16", "float32"))])
+def place(request):
+    """Where the kernels run, interpreted or compiled, and the dtype."""
+    return _place(request.param)
+
+
+@pytest.fixture(params=["cpu-float32", _gpu("bfloat16")])
+def usual_place(request):
+    """As `place`, with one dtype each: for what does not depend on it."""
+    return _place(request.param)
 
 
 def check(module, hidden, codebook, start, **settings):
@@ -75,10 +85,8 @@ def test_every_form(style, place):
 
 
 @pytest.mark.parametrize("guidance", [2.5, "rows"])
-def test_guided_rows_of_the_fullest_form(guidance, place):
-    device, dtype = place
-    if device == "cpu" and dtype == torch.float16:
-        pytest.skip("float32 shows as much where kernels are interpreted")
+def test_guided_rows_of_the_fullest_form(guidance, usual_place):
+    device, dtype = usual_place
     module = built(FULLEST, layers=1)
     strength = torch.tensor([1.5, 3.0, 2.0], device=device) if guidance == "rows" else guidance
     found = check(*moved(module, inputs(module, 6), device, dtype), guidance=strength, top_p=0.9)
@@ -88,8 +96,8 @@ def test_guided_rows_of_the_fullest_form(guidance, place):
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 40])
 def test_any_number_of_rows(rows, place):
     device, dtype = place
-    if dtype not in (torch.float32, torch.bfloat16) and rows != 5:
-        pytest.skip("products of float16 have a test of their own")
+    if dtype != {"cpu": torch.float32, "cuda": torch.bfloat16}[device] and rows not in (2, 17):
+        pytest.skip("one dtype for most numbers")
     case = small_case(rows=rows, dim=64, layers=1, depth=2, hidden_dim=40, dtype=dtype).to(device)
     found = case.run("triton", return_logits=True)
     exact = case.to(torch.float64).run("eager", forced=found.codes, return_logits=True).logits
@@ -97,8 +105,8 @@ def test_any_number_of_rows(rows, place):
     assert torch.equal(found.codes, drawn_from(found.logits, case))
 
 
-def test_no_rows_and_no_layers(place):
-    device, dtype = place
+def test_no_rows_and_no_layers(usual_place):
+    device, dtype = usual_place
     found = small_case(rows=0, dtype=dtype).to(device).run("triton", return_logits=True)
     assert (found.codes.shape, found.total.shape, found.logits.shape) == ((0, 3), (0, 40), (0, 3, 101))
     case = small_case(rows=2, layers=0, shared=False, projected=False, dtype=dtype).to(device)
@@ -106,8 +114,8 @@ def test_no_rows_and_no_layers(place):
     assert torch.equal(found.codes, drawn_from(found.logits, case))
 
 
-def test_forced_codes_without_a_row_add_nothing(place):
-    device, dtype = place
+def test_forced_codes_without_a_row_add_nothing(usual_place):
+    device, dtype = usual_place
     case = small_case(rows=2, dim=64, layers=1, dtype=dtype).to(device)
     codes = torch.tensor([[-1, 5, -1], [3, 101, 100]], device=device)
     found = case.run("triton", forced=codes, return_logits=True)
@@ -119,8 +127,8 @@ def test_forced_codes_without_a_row_add_nothing(place):
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0])
-def test_nan_is_told_by_row_and_depth(guidance, place):
-    device, dtype = place
+def test_nan_is_told_by_row_and_depth(guidance, usual_place):
+    device, dtype = usual_place
     case = small_case(rows=4, guidance=guidance, dim=64, layers=1, depth=4, dtype=dtype).to(device)
     want = case.run("triton").codes
     case.hidden[1, 5] = torch.nan
@@ -135,8 +143,8 @@ def test_nan_is_told_by_row_and_depth(guidance, place):
     assert case.run("triton").unsound[0] == first
 
 
-def test_a_float32_codebook_and_strides(place):
-    device, dtype = place
+def test_a_float32_codebook_and_strides(usual_place):
+    device, dtype = usual_place
     case = small_case(rows=3, dim=64, layers=1, shared=False, dtype=dtype, book_dtype=torch.float32).to(device)
     want = case.run("triton", return_logits=True)
     wide = replace(
@@ -184,8 +192,8 @@ def test_products(how, rows, place):
     device, dtype = place
     if device == "cpu" and how["inputs"] > 3000 and rows in (3, 5):
         pytest.skip("slow where kernels are interpreted")
-    if dtype == torch.float32 and device == "cuda" and rows in (1, 18):
-        pytest.skip("as with 3 and 5 rows")
+    if device == "cuda" and dtype != torch.bfloat16 and rows != {torch.float16: 5, torch.float32: 3}[dtype]:
+        pytest.skip("one of both ways to multiply is enough")
     torch.manual_seed(0)
     sizes, inputs, gated = how["sizes"], how["inputs"], how.get("gated", False)
 
