@@ -9,7 +9,8 @@ in all input sets: they are larger than the cache.
 temperature .9, top-k 50.
 
 Peers: the published way (no cache, the whole prefix at each depth), our definition (a cache; it is also the backend
-"eager"), that in a CUDA graph, and that under torch.compile.
+"eager"), that in a CUDA graph, and that under torch.compile. The backend "triton" is a few launches a layer, which the
+module captures itself; "no graph" is the same without.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench._case import OURS, Case, Check, Variant
 from bench._time import captured
 from unifiedar.nn import DepthStyle, DepthTransformer
 from unifiedar.ops import residual_lookup, sample_codes
-from unifiedar.ops.depth import wants_packed
+from unifiedar.ops.depth import served_by
 
 __all__ = ["cases"]
 
@@ -116,8 +117,7 @@ def _peers(formula: Callable[[Inputs], tuple[Tensor, Tensor]], device: torch.dev
 
 def _backend(inputs: Inputs) -> str:
     """What "auto" takes: a module packs its weights itself."""
-    packed = wants_packed(inputs["hidden"], inputs["codebook"], inputs["module"].weights())
-    return "cuda" if packed else "eager"
+    return served_by(inputs["hidden"], inputs["codebook"], inputs["module"].weights())
 
 
 @functools.lru_cache(maxsize=1)  # of one model at a time: the largest are 1 GB
@@ -197,14 +197,17 @@ def _speech_case(model: Speech, rows: int, device: torch.device) -> Case:
         noise = torch.empty(rows, model.depth, model.num_codes, device=device).exponential_(generator=generator)
         return {"module": module, "hidden": hidden, "start": start, "codebook": codebook, "noise": noise}
 
-    def ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def decode(inputs: Inputs, backend: str, graphs: bool = True) -> tuple[Tensor, Tensor]:
         rest = {key: inputs[key] for key in ("codebook", "start", "noise")}
-        found = inputs["module"].decode(inputs["hidden"], **rest, **FRAME)
+        found = inputs["module"].decode(inputs["hidden"], **rest, **FRAME, backend=backend, graphs=graphs)
         return found.codes, found.total
 
-    variants = [Variant(OURS, "ours", lambda inputs: lambda: ours(inputs))]
+    variants = [Variant(OURS, "ours", lambda inputs: lambda: decode(inputs, "auto"))]
     if device.type == "cuda":
-        variants.append(Variant(f"{OURS} eager, CUDA graph", "backend", lambda inputs: captured(lambda: ours(inputs))))
+        eager = Variant(f"{OURS} eager, CUDA graph", "backend", lambda i: captured(lambda: decode(i, "eager")))
+        graph = Variant(f"{OURS} triton", "backend", lambda inputs: lambda: decode(inputs, "triton"))
+        plain = Variant(f"{OURS} triton, no graph", "backend", lambda i: lambda: decode(i, "triton", False))
+        variants += [eager, graph, plain]
     variants += _peers(_framed, device)
 
     return Case(

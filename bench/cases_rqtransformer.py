@@ -29,7 +29,7 @@ from bench._time import captured
 from bench.cases_models import _forced
 from unifiedar.models import RQTransformer, RQTransformerConfig
 from unifiedar.ops import sample_codes
-from unifiedar.ops.depth import wants_packed
+from unifiedar.ops.depth import served_by
 
 __all__ = ["cases"]
 
@@ -148,7 +148,7 @@ def _image(name: str, config: RQTransformerConfig, batch: int, small: bool) -> C
 
     def backend(one: Inputs) -> str:  # of the head
         _, model, _, table = _models(config, one["labels"].device, dtype)
-        return "cuda" if wants_packed(table.new_empty(batch, dim), table, model.head.weights()) else "eager"
+        return served_by(table.new_empty(batch, dim), table, model.head.weights())
 
     variants = [Variant(OURS, "ours", ours(True))]
     if not small:

@@ -4,8 +4,8 @@ A family's file lists what to compile as COMPILE_CASES: (kernel, signature, cons
 with signature a dict of argument name -> type ("*fp32", "i32", "constexpr"), constexprs a dict of argument name ->
 value, options Triton's (num_warps, num_stages), divisors a dict of argument name -> what its value (or address) is a
 multiple of, as a launch would find out, and archs those that the options are for, by default both. A case with divisors
-must load 16 bytes at a time, and a matrix product of half precision must use wgmma on sm_90. It all runs in a process
-of its own, because this one may hold interpreted kernels.
+must load 16 bytes at a time, and a matrix product of half precision with 64 rows or more, which is the least that it
+takes, must use wgmma on sm_90. It all runs in a process of its own, because this one may hold interpreted kernels.
 """
 
 import importlib
@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
-PRODUCT = re.compile(r"tt\.dot .* : tensor<\w+xb?f16>")  # of half precision, in Triton's language
+PRODUCT = re.compile(r"tt\.dot .* : tensor<(?:\d+x)*(\d+)x\d+xb?f16>")  # of half precision, in Triton's language
 PACK = re.compile(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\S* [^;]*, 0x10, ")  # a load of 16 bytes, in PTX
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 
@@ -64,7 +64,7 @@ def compile_family(family: str) -> dict[str, object]:
                     "target": f".target sm_{arch}" in compiled.asm["ptx"],
                     "divisors": divisors,
                     "packs": PACK.search(compiled.asm["ptx"]) is not None,
-                    "product": PRODUCT.search(compiled.asm["ttir"]) is not None,
+                    "product": any(int(rows) >= 64 for rows in PRODUCT.findall(compiled.asm["ttir"])),
                     "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
                     **resources(cubin),
                 }

@@ -623,7 +623,7 @@ class _Session:
         graphs: bool,
     ):
         config, device = model.config, model.device
-        self.model, self.table, self.begin, self.settings = model, table, begin, settings
+        self.model, self.table, self.begin, self.settings, self.graphs = model, table, begin, settings, graphs
         end = config.grid[0] * config.grid[1]
         self.twice = 1 if guidance is None else 2
         self.guidance: Any = guidance.clone() if isinstance(guidance, Tensor) else guidance
@@ -659,6 +659,7 @@ class _Session:
                 self.table,
                 guidance=self.guidance,
                 noise=self._noise[position - first].transpose(0, 1),
+                graphs=not self.graphs,
                 **self.settings,
             )
             self.codes[:, position] = found.codes

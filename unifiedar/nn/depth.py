@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from unifiedar import engine
 from unifiedar.ops import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode, residual_lookup
 from unifiedar.ops.depth import (
     ACTIVATIONS,
@@ -26,10 +27,13 @@ from unifiedar.ops.depth import (
     depth_pack,
     depth_rope,
     depth_tokens,
+    served_by,
     wants_packed,
 )
 
 __all__ = ["DepthStyle", "DepthTransformer", "require_sound"]
+
+_SESSIONS = 4  # batches and ways of drawing whose graphs are kept
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -353,6 +357,7 @@ class DepthTransformer(nn.Module):
         return_logits: bool = False,
         start: Tensor | None = None,
         backend: str = "auto",
+        graphs: bool = True,
     ) -> DepthCodes:
         """Emit the D codes of each position; keys and values of earlier depths are kept, so that no work is repeated.
 
@@ -365,8 +370,10 @@ class DepthTransformer(nn.Module):
             forced: (N, D) int64 codes to go through instead of drawing any, for a look at the logits.
             return_logits: whether to return the logits of every depth, too.
             start: (N or 2N, C), embedding of what is before the codes, where the state does not enter first; else None.
-            backend: "auto", "cuda" or "eager". The CUDA kernel reads a packed copy of the weights, which is made at the
-                first call, kept beside them and made anew when they change.
+            backend: "auto", "cuda", "triton" or "eager". The CUDA kernel reads a packed copy of the weights, which is
+                made at the first call, kept beside them and made anew when they change.
+            graphs: whether the Triton kernels, hundreds of launches, are captured as a CUDA graph at the first call
+                with such shapes, settings and codebook, and replayed from then on. The last few graphs are kept.
 
         Returns:
             `DepthCodes`: codes (N, D) int64, the sum of their embeddings (N, C) in the codebook's dtype, at which depth
@@ -377,23 +384,17 @@ class DepthTransformer(nn.Module):
         """
         held = self._held()
         weights = held.weights
+        settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given: dict[str, Any] = {"noise": noise, "forced": forced, "start": start}
+        if graphs and hidden.is_cuda and held.may_capture(noise, generator):
+            session = held.session(hidden, codebook, settings, given, return_logits, backend)
+            if session is not None:
+                return session.run(hidden, guidance, given, generator)
         packed = held.packed() if wants_packed(hidden, codebook, weights, backend) else None
         return depth_decode(
-            hidden,
-            codebook,
-            weights,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            noise=noise,
-            generator=generator,
-            forced=forced,
-            return_logits=return_logits,
-            start=start,
-            packed=packed,
-            backend=backend,
-        )
+            hidden, codebook, weights, **settings, **given, generator=generator, return_logits=return_logits,
+            packed=packed, backend=backend,
+        )  # fmt: skip
 
 
 class _Kept:
@@ -411,6 +412,7 @@ class _Kept:
         # Weights that are computed, by a parametrization say, have to be computed again.
         self._computed = not {id(t) for t in tensors} <= {id(p) for p in self._parameters}
         self._packed: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._sessions = engine.Pool(_SESSIONS)
 
     def stands(self) -> bool:
         """Whether the weights are still these tensors, whatever was written to them."""
@@ -423,6 +425,102 @@ class _Kept:
             self._packed = None  # its memory is free while the new ones are made
             self._packed = (state, depth_pack(self.weights))
         return self._packed[1]
+
+    def may_capture(self, noise: Tensor | None, generator: torch.Generator | None) -> bool:
+        """Whether nothing forbids a graph: weights that last, no capture or compiler at work, arguments that go."""
+        if self._computed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return False
+        return noise is None or generator is None
+
+    def session(
+        self,
+        hidden: Tensor,
+        codebook: Tensor,
+        settings: dict[str, Any],
+        given: dict[str, Any],
+        return_logits: bool,
+        backend: str,
+    ) -> "_Session | None":
+        """The captured decoding of such arguments; None for those that are not many launches."""
+
+        def kind(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.shape, value.dtype, value.device
+            return tuple(value) if isinstance(value, Sequence) else value
+
+        key = (
+            kind(hidden), kind(codebook), codebook.data_ptr(), codebook.stride(), *map(kind, settings.values()),
+            *map(kind, given.values()), return_logits, backend, *(p.data_ptr() for p in self._parameters),
+            engine.circumstances(),
+        )  # fmt: skip
+
+        def make() -> "_Session | None":
+            if not len(hidden) or served_by(hidden, codebook, self.weights, backend) != "triton":
+                return None
+            return _Session(self.weights, hidden, codebook, settings, given, return_logits)
+
+        try:
+            hash(key)
+        except TypeError:
+            return None  # of settings that are no numbers, which depth_decode refuses by name
+        return self._sessions.get(key, make)
+
+
+class _Session:
+    """Decoding by Triton kernels at fixed places, captured as a CUDA graph."""
+
+    def __init__(
+        self,
+        weights: DepthWeights,
+        hidden: Tensor,
+        codebook: Tensor,
+        settings: dict[str, Any],
+        given: dict[str, Any],
+        return_logits: bool,
+    ):
+        self.weights, self.codebook, self.return_logits = weights, codebook, return_logits
+        # Tensors that last must not be inference tensors, which nobody could fill outside of that mode.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(hidden):
+            self.hidden = hidden.clone()
+            self.settings: dict[str, Any] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in settings.items()}
+            self.given: dict[str, Any] = {k: None if v is None else v.clone() for k, v in given.items()}
+            self.drawn: list[Tensor] = []  # the noise of each depth, where it is drawn here
+            temperature = settings["temperature"]
+            each = list(temperature) if isinstance(temperature, Sequence) else [temperature] * weights.depth
+            if given["noise"] is None and given["forced"] is None and any(each):
+                count = len(hidden) if settings["guidance"] is None else len(hidden) // 2
+                noise = torch.ones(weights.depth, count, weights.head[0].shape[-2], device=hidden.device)
+                self.given["noise"] = noise.transpose(0, 1)
+                self.drawn = [one for one, t in zip(noise, each, strict=False) if t]
+            self.steps = engine.Steps([self._step], graphs=True)
+
+    def _step(self) -> None:
+        self.found = depth_decode(
+            self.hidden, self.codebook, self.weights, **self.settings, **self.given, return_logits=self.return_logits,
+            backend="triton",
+        )  # fmt: skip
+
+    def run(
+        self,
+        hidden: Tensor,
+        guidance: float | Tensor | None,
+        given: dict[str, Any],
+        generator: torch.Generator | None,
+    ) -> DepthCodes:
+        """What `depth_decode` makes of arguments of these shapes."""
+        with torch.cuda.device_of(hidden):
+            self.hidden.copy_(hidden)
+            if isinstance(guidance, Tensor):
+                self.settings["guidance"].copy_(guidance)
+            for name, value in given.items():
+                if value is not None:
+                    self.given[name].copy_(value)
+            for one in self.drawn:
+                one.exponential_(generator=generator)
+            self.steps.run(0)
+            # The next call writes to the same memory.
+            codes, total, unsound, logits = self.found
+            return DepthCodes(codes.clone(), total.clone(), unsound.clone(), None if logits is None else logits.clone())
 
 
 def _check_style(style: DepthStyle, dim: int, num_heads: int, depth: int, hidden_dim: int | None) -> None:
