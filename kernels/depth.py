@@ -890,11 +890,12 @@ def _cases() -> list[tuple]:
             "qkv": pointer, "q_gain": gain, "k_gain": gain, "rope": "*fp32" if turned else None, "cache": pointer,
             "out": pointer, **dict.fromkeys(integers, "i32"), "eps": "fp32", "scale": "fp32",
         }  # fmt: skip
+        block_t, block_d = triton.next_power_of_2(length), triton.next_power_of_2(width)
         constants = {
             "NORM": turned, "TOKENS": tokens, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "PDL": turned,
-            "BLOCK_T": triton.next_power_of_2(length), "BLOCK_D": triton.next_power_of_2(width),
+            "BLOCK_T": block_t, "BLOCK_D": block_d,
         }  # fmt: skip
-        options = {"num_warps": _attend_warps(constants["BLOCK_T"], constants["BLOCK_D"]), **_launch(turned)}
+        options = {"num_warps": _attend_warps(block_t, block_d), **_launch(turned)}
         cases.append(_case(depth_attend_kernel, types, constants, options, ("qkv", "cache", "out")))
     strides = ("count", "depth", "entries", "drawn_row", "logits_row", "book_row", "state_row", "codes_row")
     for guided, last, early in ((False, True, True), (True, False, False)):
