@@ -8,6 +8,7 @@ divisions and roots, rounded once. Strides of heads come in units of 8 elements,
 import torch
 import triton
 import triton.language as tl
+from unifiedar.kernels._dependent import dependent, join
 
 __all__ = ["COMPILE_CASES", "aligned", "modulated_norm", "qk_norm_rope", "qk_norm_rope_backward", "tiles"]
 
@@ -297,8 +298,11 @@ def modulated_norm_kernel(
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (rows,)."""
+    if PDL:
+        join()
     row = tl.program_id(0).to(tl.int64)
     batch = row // length
     channel = tl.arange(0, BLOCK)
@@ -450,7 +454,7 @@ def modulated_norm(
     block, warps = _token_tile(width)
     modulated_norm_kernel[(batch * length,)](
         x, branch, gate, scale, shift, out, new, length, 0 if gate is None else gate.stride(0), scale.stride(0),
-        shift.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps,
+        shift.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps, **dependent(x),
     )  # fmt: skip
 
 
@@ -463,12 +467,14 @@ def _token_cases() -> list[tuple]:
         block, warps = _token_tile(width)
         types = dict.fromkeys(("branch", "gate", "scale", "shift", "out"), f"*{feature}")
         types |= {"x": "*fp32", "new": "*fp32", "eps": "fp32"}
-        constants = {"WIDTH": width, "BLOCK": block, **({} if gated else dict.fromkeys(("branch", "gate", "new")))}
+        absent = {} if gated else dict.fromkeys(("branch", "gate", "new"))
         kernel = modulated_norm_kernel
-        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        signature = {**names, **dict.fromkeys(constants, "constexpr")}
-        divisors = {name: 16 for name in names if name not in ("length", "eps")}
-        cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
+        for arch, options in ((80, {}), (90, {"launch_pdl": True})):
+            constants = {"WIDTH": width, "BLOCK": block, "PDL": bool(options), **absent}
+            names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+            signature = {**names, **dict.fromkeys(constants, "constexpr")}
+            divisors = {name: 16 for name in names if name not in ("length", "eps")}
+            cases.append((kernel, signature, constants, {"num_warps": warps, **options}, divisors, (arch,)))
     return cases
 
 

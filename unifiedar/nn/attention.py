@@ -207,21 +207,18 @@ class NextScaleAttention(nn.Module):
         _checks.check_integer(name, "begin", begin, 0)
         if begin and cache is None:
             raise ValueError(f"{name}: begin must be 0 without a cache, got {begin}")
-        batch, length, _ = x.shape
+        length = x.shape[1]
         if bias is None:
             bias = torch.cat(self.qkv_bias())
         # In 8 bits it is another module, which takes the bias.
         dense = isinstance(self.mat_qkv, nn.Linear)
         qkv = F.linear(x, self.mat_qkv.weight, bias) if dense else self.mat_qkv(x, bias)
-        qkv = qkv.view(batch, length, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        norm, gain = (None, None) if self.scale_mul_1H11 is None else ("l2", self.scale_mul_1H11.flatten())
+        if cache is not None and rope is None and scale_lengths is None:
+            return self.proj(self.over_cache(qkv, cache, begin))
+        q, k, v = self._heads(qkv)
+        norm, gain = self._norm()
         if cache is not None:
             self._check_cache(name, cache, q, begin)
-        if cache is not None and rope is None and scale_lengths is None:
-            out = cached_attention(q, k, v, cache, begin, norm=norm, gain=gain, softmax_scale=self.softmax_scale)
-            return self.proj(out.transpose(1, 2).flatten(2))
-        if cache is not None:
             place = cache[:, :, :, begin : begin + length]
             q = qk_norm_rope(q, k, v, norm=norm, gain=gain, rope=rope, out=(torch.empty_like(q), *place))[0]
             k, v = cache[:, :, :, : begin + length]
@@ -233,6 +230,32 @@ class NextScaleAttention(nn.Module):
             lengths = [length] if scale_lengths is None else scale_lengths
             out = block_causal_attention(q, k, v, lengths, prefix=begin, softmax_scale=self.softmax_scale)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+    def over_cache(self, qkv: Tensor, cache: Tensor, begin: int) -> Tensor:
+        """The attention of one scale between its projections, without gradients.
+
+        Args:
+            qkv: (B, L, 3C), the first projection's output.
+            cache, begin: as `forward` takes them.
+
+        Returns:
+            (B, L, C), what `proj` reads.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        q, k, v = self._heads(qkv)
+        self._check_cache(type(self).__name__, cache, q, begin)
+        norm, gain = self._norm()
+        out = cached_attention(q, k, v, cache, begin, norm=norm, gain=gain, softmax_scale=self.softmax_scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+    def _norm(self) -> tuple[str | None, Tensor | None]:
+        """Of queries and keys, and the gain of queries."""
+        return (None, None) if self.scale_mul_1H11 is None else ("l2", self.scale_mul_1H11.flatten())
 
     def _check_cache(self, name: str, cache: Tensor, q: Tensor, begin: int) -> None:
         batch, _, length, _ = q.shape

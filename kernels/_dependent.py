@@ -1,0 +1,45 @@
+"""Launches that begin while the kernel before them still runs: Hopper's programmatic dependent launch.
+
+A kernel that takes part lets the next one in as soon as all of its own programs have begun, and waits for the one
+before at its own begin, before it reads what that wrote, and before it writes anything: so that all earlier kernels are
+over too. What it may do sooner is bring what nobody writes, weights, into the second cache.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+__all__ = ["dependent", "join", "weights_ahead"]
+
+
+@functools.cache
+def _has(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+def dependent(tensor: torch.Tensor) -> dict[str, bool]:
+    """What a launch for a tensor's device is given besides its arguments: a kernel's PDL, and the launch's own flag."""
+    if not tensor.is_cuda or not _has(tensor.get_device()):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@triton.jit
+def join():
+    """Lets the next kernel in and waits for the one before; with PDL alone."""
+    cuda.gdc_launch_dependents()
+    cuda.gdc_wait()
+
+
+@triton.jit
+def weights_ahead(begin, count, LANES: tl.constexpr):
+    """Asks for `count` lines of 128 bytes from the address `begin`, LANES at a time."""
+    lane = tl.arange(0, LANES)
+    for first in range(0, count, LANES):
+        line = tl.minimum(first + lane, count - 1).to(tl.int64) * 128
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [begin + line], dtype=tl.int32, is_pure=False, pack=1
+        )
