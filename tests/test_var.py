@@ -23,8 +23,9 @@ from vilau_small import fingerprint
 from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.engine import Pool, Steps
-from unifiedar.models import VAR, VQVAE, VARConfig
-from unifiedar.models.var import _MLP, _Edit
+from unifiedar.models import VAR, VQVAE, VARConfig, _var_drawing
+from unifiedar.models._var_drawing import Edit
+from unifiedar.models.var import _MLP
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -512,7 +513,7 @@ def test_out_of_memory_names_the_way_out(monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(model, "_draw_part", full)
+    monkeypatch.setattr(model, "_session", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"3 pictures at once do not fit.*images_per_call below 3"):
         model.generate([1, 2, 3])
 
@@ -578,15 +579,18 @@ def replayed(monkeypatch):
         generator = torch.Generator().manual_seed(seed)
         book, paint = model.vae.quantize.book(), model.vae.fhat_to_img
         with torch.no_grad():
-            return model._draw_part(
-                torch.tensor(labels), len(labels), cfg, top_k, top_p, generator, smooth, True, book, paint, edit
-            )
+            session = model._session(len(labels), cfg > 0, smooth, edit is not None, True, book, paint, len(labels))
+            return session.draw(torch.tensor(labels), cfg, top_k, top_p, generator, edit)
 
     return draw
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_sessions_last_and_are_rounded_up(replayed, smooth):
+def test_sessions_last_and_are_rounded_up(replayed, smooth, ahead, monkeypatch):
+    """A step a scale, and all scales in one, with all samples drawn ahead."""
+    if not ahead:
+        monkeypatch.setattr(_var_drawing, "AHEAD", 0)
     model = var()
     for labels, batch in (([1, 2], 2), ([*range(10), 10], 16), ([4] * 9, 16)):
         for settings in ({}, {"cfg": 4.0, "top_k": 20, "top_p": 0.9, "seed": 3}):
@@ -621,9 +625,9 @@ def test_sessions_of_edits_and_of_other_weights(replayed):
     model = var()
     mask = model.box_mask(*BOX).expand(2, 3, 3)
     for seed, given in ((1, given_codes()), (2, [one.flip(0) for one in given_codes()])):
-        codes, _ = replayed(model, [1, 2], seed=seed, edit=_Edit(given, mask))
+        codes, _ = replayed(model, [1, 2], seed=seed, edit=Edit(given, mask))
         expected = model._draw(
-            "test", [1, 2], 1.5, 0, 0.0, seed, False, None, False, paints=True, edit=_Edit(given, mask)
+            "test", [1, 2], 1.5, 0, 0.0, seed, False, None, False, paints=True, edit=Edit(given, mask)
         )[0]
         assert all(torch.equal(one, other) for one, other in zip(codes, expected, strict=True))
     assert [one.edits for one in model.captures] == [True]

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unifiedar import checkpoints, engine
 from unifiedar.models._autoencoder import to_bytes
+from unifiedar.models._var_drawing import Capture, Edit, Session
 from unifiedar.models.vqvae import VQVAE
 from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook
 
@@ -162,136 +163,6 @@ class _Block(nn.Module):
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-
-class _Edit(NamedTuple):
-    """Codes to keep, and where: a mask (N, h, w) of the last scale's size, 1 where they stay."""
-
-    codes: list[Tensor]
-    mask: Tensor
-
-
-# ---- one batch's drawing ---------------------------------------------------------------------------------------------
-
-
-class _Session:
-    """The tensors of a generation of so many pictures, at fixed places, and its steps: begin, every scale, paint.
-
-    What a caller fills in place: `labels` and what settings there are, one a picture; before each scale `noise` (and
-    `gumbel`), samples of Exp(1); to edit, `given` and `mask`. What is there afterwards: `codes`, `total`, `pictures`.
-    """
-
-    def __init__(
-        self,
-        model: "VAR",
-        book: ScaleBook,
-        paint: Callable[[Tensor], Tensor] | None,
-        batch: int,
-        *,
-        guided: bool,
-        smooth: bool,
-        edits: bool,
-        graphs: bool,
-    ):
-        config, device = model.config, model.device
-        self.model, self.book, self.batch, self.guided, self.smooth = model, book, batch, guided, smooth
-        self.lengths, self.rows = config.lengths, batch * (2 if guided else 1)
-        self.labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.cfg = torch.zeros(batch, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.top_p = torch.zeros(batch, dtype=torch.float64, device=device)
-        draws = batch * max(self.lengths) * config.num_codes
-        self._noise = torch.ones(draws, dtype=model.wide, device=device)
-        self._gumbel = torch.ones(draws, dtype=model.wide, device=device) if smooth else self._noise
-        self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
-        self.mask = torch.zeros(batch, *config.sizes[-1], device=device)
-        self.edits = edits
-        # What is cached of the last scale is read at that scale alone, in its own block. It lies where the block before
-        # keeps the scales before, which nobody reads any more by then: a head's tokens of all blocks are one row, the
-        # last block's first, and a block's reach into the next in it.
-        before, last, depth = sum(self.lengths[:-1]), self.lengths[-1], model.config.depth
-        first = next(model._each()).attn
-        self.cache = first.new_cache(self.rows, depth * before + last, dtype=model.dtype)
-        begins = [(depth - 1 - i) * before for i in range(depth)]
-        self.caches = [self.cache[:, :, :, begin : begin + before + last] for begin in begins]
-        self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
-        steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
-        if paint is not None:
-            steps.append(lambda: self._paint(paint))
-        self.steps = engine.Steps(steps, graphs=graphs)
-
-    def noise(self, step: int, count: int, *, gumbel: bool = False) -> Tensor:
-        """Where samples for the first `count` pictures belong, (count, l, K), contiguous: rows as the published code
-        draws them, whatever the size of the session."""
-        return self._samples(step, self._gumbel if gumbel else self._noise)[:count]
-
-    def _samples(self, step: int, memory: Tensor) -> Tensor:
-        shape = (self.batch, self.lengths[step], self.model.config.num_codes)
-        return memory[: math.prod(shape)].view(shape)
-
-    def _begin(self) -> None:
-        model = self.model
-        empty = model.config.num_classes
-        labels = torch.cat((self.labels, torch.full_like(self.labels, empty))) if self.guided else self.labels
-        condition = model.class_emb(labels)
-        self.modulations, self.biases = model._modulations(condition), model._biases()
-        self.places = model._places()
-        self.tokens = model._first(condition, self.places)
-        self.total = condition.new_zeros((self.batch, model.config.code_dim, *model.config.sizes[-1]), dtype=model.wide)
-        self.kept = [self._kept_at(step) for step in range(len(self.lengths))] if self.edits else []
-
-    def _kept_at(self, step: int) -> Tensor:
-        """Which codes of a scale are to stay, (B, l): the mask resized, above a half; at the smallest all."""
-        size = self.model.config.sizes[step]
-        found = F.interpolate(self.mask[:, None], size=size, mode="bilinear").flatten(1) > 0.5
-        return torch.ones_like(found) if self.lengths[step] <= 3 else found
-
-    def _step(self, step: int) -> Callable[[], None]:
-        return lambda: self._scale(step)
-
-    def _scale(self, step: int) -> None:
-        model, last = self.model, len(self.lengths) - 1
-        begin = sum(self.lengths[:step])
-        ratio = step / max(last, 1)
-        memory = list(zip(self.caches, self.biases, strict=True))
-        logits = model._logits(self.tokens, self.modulations, None, memory, begin)
-        cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
-        if self.guided:
-            cuts["guidance"] = 1 + self.cfg * ratio
-        drawn = codes = model.sampler(logits, self._samples(step, self._noise), **cuts)
-        if self.smooth:  # ever sharper, by MaskGIT's temperatures as published
-            drawn = model.sampler.average(
-                logits,
-                self.book.table,
-                self._samples(step, self._gumbel),
-                sharpness=1 + ratio,
-                temperature=max(0.27 * (1 - ratio * 0.95), 0.005),
-                **cuts,
-            )
-        if self.edits:
-            keep, given = self.kept[step], self.given[step]
-            codes = torch.where(keep, given, codes)
-            drawn = torch.where(keep[..., None], self.book.table[given], drawn) if self.smooth else codes
-        self.codes[step] = codes
-        self.total, following = self.book.add(self.total, drawn, step)
-        if following is not None:
-            end = begin + self.lengths[step]
-            tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
-            tokens = tokens + self.places[:, end : end + self.lengths[step + 1]]
-            self.tokens = torch.cat((tokens, tokens)) if self.guided else tokens
-
-    def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
-        self.pictures = paint(self.total)
-
-
-class Capture(NamedTuple):
-    """What `VAR.captures` says of one session on a GPU."""
-
-    batch: int  # pictures that it draws at once
-    guided: bool
-    more_smooth: bool
-    edits: bool
-    seconds: float  # that capturing it took
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -962,7 +833,7 @@ class VAR(nn.Module):
             raise ValueError(f"{function}: mask must be {size} or {(count, *size)}, got {tuple(mask.shape)}")
         if labels is None or isinstance(labels, int):
             labels = [self.config.num_classes if labels is None else labels] * count
-        given = _Edit([one.to(self.device) for one in codes], mask.to(self.device).float().expand(count, *size))
+        given = Edit([one.to(self.device) for one in codes], mask.to(self.device).float().expand(count, *size))
         drawn = self._draw(
             function, labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs, paints=True, edit=given
         )
@@ -1008,7 +879,7 @@ class VAR(nn.Module):
         graphs: bool,
         *,
         paints: bool,
-        edit: _Edit | None = None,
+        edit: Edit | None = None,
         book: ScaleBook | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Codes (N, h w) of every scale, and pictures (N, 3, H, W) in [-1, 1] or, unless it paints, the sums of all
@@ -1037,14 +908,15 @@ class VAR(nn.Module):
             torch.cuda.device_of(self.pos_1LC),
         ):
             try:
-                parts = [
-                    self._draw_part(
-                        labels[begin : begin + at_once], at_once, float(cfg), top_k, float(top_p), generator,
-                        more_smooth, graphs and self.device.type == "cuda", book, paint,
-                        None if edit is None else _Edit(*_rows(edit, begin, begin + at_once)),
-                    )
-                    for begin in range(0, len(labels), at_once)
-                ]  # fmt: skip
+                parts = []
+                for begin in range(0, len(labels), at_once):
+                    some = labels[begin : begin + at_once]
+                    session = self._session(
+                        at_once, cfg > 0, more_smooth, edit is not None, graphs and self.device.type == "cuda", book,
+                        paint, len(some),
+                    )  # fmt: skip
+                    given = None if edit is None else edit.rows(begin, begin + at_once)
+                    parts.append(session.draw(some, float(cfg), top_k, float(top_p), generator, given))
             except torch.OutOfMemoryError as error:
                 self.forget_captures()
                 raise torch.OutOfMemoryError(
@@ -1053,42 +925,6 @@ class VAR(nn.Module):
                 ) from error
         codes = [torch.cat(scale) for scale in zip(*(part[0] for part in parts), strict=True)]
         return codes, torch.cat([part[1] for part in parts])
-
-    def _draw_part(
-        self,
-        labels: Tensor,
-        at_once: int,
-        cfg: float,
-        top_k: int,
-        top_p: float,
-        generator: torch.Generator | None,
-        more_smooth: bool,
-        graphs: bool,
-        book: ScaleBook,
-        paint: Callable[[Tensor], Tensor] | None,
-        edit: _Edit | None,
-    ) -> tuple[list[Tensor], Tensor]:
-        session = self._session(at_once, cfg > 0, more_smooth, edit is not None, graphs, book, paint, len(labels))
-        count = len(labels)
-        session.labels[:count] = labels
-        session.cfg.fill_(cfg)
-        session.top_k.fill_(top_k)
-        session.top_p.fill_(top_p)
-        if edit is not None:
-            session.mask[:count] = edit.mask
-            for place, one in zip(session.given, edit.codes, strict=True):
-                place[:count] = one
-        session.steps.run(0)
-        for step in range(len(session.lengths)):
-            session.noise(step, count).exponential_(generator=generator)
-            if more_smooth:
-                session.noise(step, count, gumbel=True).exponential_(generator=generator)
-            session.steps.run(1 + step)
-        if paint is not None:
-            session.steps.run(len(session.steps) - 1)
-        result = session.total if paint is None else session.pictures
-        # The next call writes to the same memory.
-        return [one[:count].clone() for one in session.codes], result[:count].clone()
 
     def _session(
         self,
@@ -1100,10 +936,10 @@ class VAR(nn.Module):
         book: ScaleBook,
         paint: Callable[[Tensor], Tensor] | None,
         count: int,
-    ) -> _Session:
+    ) -> Session:
         options = {"guided": guided, "smooth": smooth, "edits": edits}
         if not graphs:
-            return _Session(self, book, paint, count, **options, graphs=False)
+            return Session(self, book, paint, count, **options, graphs=False)
         batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
         modules = [self, book.convolutions]
         if paint is not None and self.vae is not None:
@@ -1111,17 +947,13 @@ class VAR(nn.Module):
         # A graph knows weights by their addresses, which `.to` and the like change.
         places = (book.table.data_ptr(), *engine.addresses(*modules))
         key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
-        return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
+        return self._sessions.get(key, lambda: Session(self, book, paint, batch, **options, graphs=True))
 
 
 def _names(values: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
         raise checkpoints.CheckpointError(f"{path}: class_names in config.json must be a list of names")
     return tuple(values)
-
-
-def _rows(edit: _Edit, begin: int, end: int) -> tuple[list[Tensor], Tensor]:
-    return [one[begin:end] for one in edit.codes], edit.mask[begin:end]
 
 
 def _check_settings(function: str, cfg: Any, top_k: Any, top_p: Any, images_per_call: Any, num_codes: int) -> None:
