@@ -1,4 +1,4 @@
-"""`modulated_linear`, `gated_linear`: every backend by a float64 oracle, odd sizes, views; who takes which; bad input."""
+"""`modulated_linear`, `gated_linear`: backends by a float64 oracle, odd sizes, views, who takes which, bad input."""
 
 import dataclasses
 

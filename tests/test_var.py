@@ -26,6 +26,7 @@ from unifiedar.engine import Pool, Steps
 from unifiedar.models import VAR, VQVAE, VARConfig, _var_drawing
 from unifiedar.models._var_drawing import Edit
 from unifiedar.models.var import _MLP
+from unifiedar.ops import linear_modulated
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -365,6 +366,27 @@ def test_drawing_with_triton_kernels(monkeypatch, smooth):
     expected = model.generate([3], **settings)
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
     assert same_pictures(model.generate([3], **settings), expected)
+
+
+def test_few_rows_in_fewer_launches(monkeypatch, name, model):
+    """Scales of few tokens go another way through the blocks, to the same logits but for rounding."""
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    half = copy.deepcopy(model).cast_products(torch.float16)
+    half.attach(model.vae)
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+    monkeypatch.setattr(linear_modulated, "FEW_ROWS", 8)
+    taken, way = [], half._logits_of_few
+    monkeypatch.setattr(
+        half, "_logits_of_few", lambda tokens, *rest: taken.append(tokens.shape[1]) or way(tokens, *rest)
+    )
+    codes = half.generate_codes([1, 2], cfg=0.0, top_k=1, seed=0)
+    assert taken == [1, 4]  # of 1, 4 and 9 tokens a picture
+    monkeypatch.delenv("UNIFIEDAR_BACKEND")
+    logits, exact = (one.teacher_forced([1, 2], codes) for one in (half, model))
+    assert (logits - exact).norm() <= 0.01 * exact.norm()
+    chosen = exact.gather(-1, torch.cat(codes, 1)[..., None])[..., 0]
+    assert (exact.amax(-1) - chosen).max() <= 0.04 * exact.std()
 
 
 # ---- loading
