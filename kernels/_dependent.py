@@ -35,11 +35,12 @@ def join():
 
 
 @triton.jit
-def weights_ahead(begin, count, LANES: tl.constexpr):
-    """Asks for `count` lines of 128 bytes from the address `begin`, LANES at a time."""
+def weights_ahead(begin, rows, pitch, bytes, LINES: tl.constexpr, LANES: tl.constexpr):
+    """Asks for the first `bytes` of rows that are `pitch` bytes apart, in LINES lines of 128 each, LANES at a time."""
     lane = tl.arange(0, LANES)
-    for first in range(0, count, LANES):
-        line = tl.minimum(first + lane, count - 1).to(tl.int64) * 128
+    for first in range(0, rows * LINES, LANES):
+        line = tl.minimum(first + lane, rows * LINES - 1)
+        at = begin + (line // LINES).to(tl.int64) * pitch + tl.minimum(line % LINES * 128, bytes - 1)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [begin + line], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
         )

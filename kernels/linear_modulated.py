@@ -34,6 +34,7 @@ class Tile:
     ways: int
     warps: int
     stages: int
+    parts: int = 1
 
 
 def tile(rows: int, outputs: int, inputs: int) -> Tile:
@@ -94,16 +95,22 @@ def linear_modulated_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (tiles of outputs, tiles of rows)."""
+    """Grid: (tiles of outputs, tiles of rows, parts of K)."""
     first = tl.program_id(0) * BLOCK_N
+    # Entries of a part, whole steps.
+    SHARE: tl.constexpr = (INPUTS + PARTS * WAYS * BLOCK_K - 1) // (PARTS * WAYS * BLOCK_K) * WAYS * BLOCK_K
+    begin = tl.program_id(2) * SHARE
+    end = tl.minimum(begin + SHARE, INPUTS)
     if PDL:
         cuda.gdc_launch_dependents()
         if tl.program_id(1) == 0:
-            begin = (weight + first.to(tl.int64) * INPUTS).to(tl.int64)
-            weights_ahead(begin, tl.cdiv(tl.minimum(outputs - first, BLOCK_N) * INPUTS * 2, 128), LANES)
+            place = weight + first.to(tl.int64) * INPUTS + begin
+            held = tl.minimum(outputs - first, BLOCK_N)
+            weights_ahead(place.to(tl.int64), held, INPUTS * 2, (end - begin) * 2, SHARE * 2 // 128, LANES)
         cuda.gdc_wait()
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = first + tl.arange(0, BLOCK_N)
@@ -133,7 +140,7 @@ def linear_modulated_kernel(
     weight += from_output.to(tl.int64) * INPUTS + weight_entry
     x += from_row.to(tl.int64) * INPUTS + x_entry
     known = from_row < rows
-    for at in range(0, INPUTS, WAYS * BLOCK_K):
+    for at in range(begin, end, WAYS * BLOCK_K):
         inside = (at + x_entry < INPUTS) & known
         left = tl.load(weight + at, mask=at + weight_entry < INPUTS, other=0.0)
         right = tl.load(x + at, mask=inside, other=0.0)
@@ -156,6 +163,8 @@ def linear_modulated_kernel(
     if gate is not None:
         factor = tl.load(gate + batch.to(tl.int64)[:, None] * gate_row + output[None, :], mask=inside, other=0.0)
         result = tl.load(tokens + place, mask=inside, other=0.0).to(tl.float32) + result * factor.to(tl.float32)
+    if PARTS > 1:
+        out += tl.program_id(2).to(tl.int64) * rows * outputs
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -164,11 +173,12 @@ def _launch(x, modulation, eps, weight, bias, length, activated, tokens, gate, o
     outputs = len(weight)
     one = tile(rows, outputs, inputs) if use is None else use
     scale, shift = (None, None) if modulation is None else modulation
-    linear_modulated_kernel[triton.cdiv(outputs, one.outputs), triton.cdiv(rows, one.rows)](
+    linear_modulated_kernel[triton.cdiv(outputs, one.outputs), triton.cdiv(rows, one.rows), one.parts](
         x, scale, shift, weight, bias, tokens, gate, out, rows, length, outputs,
         *(0 if one is None else one.stride(0) for one in (scale, shift, gate)), eps,
         INPUTS=inputs, ACTIVATED=activated, WAYS=one.ways, BLOCK_M=one.rows, BLOCK_N=one.outputs, BLOCK_K=one.inputs,
-        CHANNELS=NORM_CHANNELS, LANES=32 * one.warps, num_warps=one.warps, num_stages=one.stages, **dependent(x),
+        CHANNELS=NORM_CHANNELS, PARTS=one.parts, LANES=32 * one.warps, num_warps=one.warps, num_stages=one.stages,
+        **dependent(x),
     )  # fmt: skip
 
 
@@ -254,6 +264,7 @@ def _cases() -> list[tuple]:
                 "BLOCK_N": one.outputs,
                 "BLOCK_K": one.inputs,
                 "CHANNELS": NORM_CHANNELS,
+                "PARTS": one.parts,
                 "LANES": 32 * one.warps,
                 **({} if form == "norm" else dict.fromkeys(("scale", "shift"))),
                 **({} if form == "gate" else dict.fromkeys(("tokens", "gate"))),

@@ -282,20 +282,23 @@ def qk_norm_rope_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length", "eps"])
+@triton.jit(do_not_specialize=["length", "apart", "eps"])
 def modulated_norm_kernel(
     x,  # [rows, width]
-    branch,  # like x, or None
+    branch,  # like x, or [PARTS, rows, width], whose sum it is, or None
+    bias,  # [width], added to the branch, or None
     gate,  # [batch, width], strides gate_row, 1, or None
     scale,  # [batch, width], strides scale_row, 1
     shift,  # [batch, width], strides shift_row, 1
     out,  # like x; written
     new,  # like x; written: x + branch * gate; None without a branch
     length,  # rows of one batch
+    apart,  # from one part to the next
     gate_row,
     scale_row,
     shift_row,
     eps,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -314,7 +317,12 @@ def modulated_norm_kernel(
     moved = tl.load(shift + batch * shift_row + channel, mask=inside, other=0.0).to(tl.float32)
     if branch is not None:
         factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
-        y += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32) * factor
+        joined = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            joined += tl.load(branch + part * apart.to(tl.int64) + at, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            joined += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        y += joined * factor
         rounded = y.to(new.dtype.element_ty)
         tl.store(new + at, rounded, mask=inside)
         y = rounded.to(tl.float32)
@@ -442,19 +450,23 @@ def modulated_norm(
     eps: float,
     out: torch.Tensor,
     new: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Fills out and, with a branch, new.
 
     Args:
-        x, branch, out, new: (B, L, C) contiguous; branch and new may be None together.
+        x, branch, out, new: (B, L, C) contiguous; branch and new may be None together. The branch may be the sum of
+            parts (P, B, L, C).
         gate, scale, shift: (B, C), last dimension contiguous; gate may be None with branch.
         eps: of the norm.
+        bias: (C,) contiguous, added to the branch, or None.
     """
     batch, length, width = x.shape
     block, warps = _token_tile(width)
+    parts = len(branch) if branch is not None and branch.ndim == 4 else 1
     modulated_norm_kernel[(batch * length,)](
-        x, branch, gate, scale, shift, out, new, length, 0 if gate is None else gate.stride(0), scale.stride(0),
-        shift.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps, **dependent(x),
+        x, branch, bias, gate, scale, shift, out, new, length, x.numel(), 0 if gate is None else gate.stride(0),
+        scale.stride(0), shift.stride(0), eps, PARTS=parts, WIDTH=width, BLOCK=block, num_warps=warps, **dependent(x),
     )  # fmt: skip
 
 
@@ -470,10 +482,10 @@ def _token_cases() -> list[tuple]:
         absent = {} if gated else dict.fromkeys(("branch", "gate", "new"))
         kernel = modulated_norm_kernel
         for arch, options in ((80, {}), (90, {"launch_pdl": True})):
-            constants = {"WIDTH": width, "BLOCK": block, "PDL": bool(options), **absent}
+            constants = {"PARTS": 1, "WIDTH": width, "BLOCK": block, "PDL": bool(options), "bias": None, **absent}
             names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
             signature = {**names, **dict.fromkeys(constants, "constexpr")}
-            divisors = {name: 16 for name in names if name not in ("length", "eps")}
+            divisors = {name: 16 for name in names if name not in ("length", "apart", "eps")}
             cases.append((kernel, signature, constants, {"num_warps": warps, **options}, divisors, (arch,)))
     return cases
 
