@@ -10,9 +10,8 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
-__all__ = ["dependent", "join", "weights_ahead"]
+__all__ = ["dependent", "weights_ahead"]
 
 
 @functools.cache
@@ -28,19 +27,12 @@ def dependent(tensor: torch.Tensor) -> dict[str, bool]:
 
 
 @triton.jit
-def join():
-    """Lets the next kernel in and waits for the one before; with PDL alone."""
-    cuda.gdc_launch_dependents()
-    cuda.gdc_wait()
-
-
-@triton.jit
-def weights_ahead(begin, rows, pitch, bytes, LINES: tl.constexpr, LANES: tl.constexpr):
-    """Asks for the first `bytes` of rows that are `pitch` bytes apart, in LINES lines of 128 each, LANES at a time."""
+def weights_ahead(begin, rows, pitch, bytes, lines, LANES: tl.constexpr):
+    """Asks for the first `bytes` of rows that are `pitch` bytes apart, in lines lines of 128 each, LANES at a time."""
     lane = tl.arange(0, LANES)
-    for first in range(0, rows * LINES, LANES):
-        line = tl.minimum(first + lane, rows * LINES - 1)
-        at = begin + (line // LINES).to(tl.int64) * pitch + tl.minimum(line % LINES * 128, bytes - 1)
+    for first in range(0, rows * lines, LANES):
+        line = tl.minimum(first + lane, rows * lines - 1)
+        at = begin + (line // lines).to(tl.int64) * pitch + tl.minimum(line % lines * 128, bytes - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
         )

@@ -9,7 +9,8 @@ reads.
 import torch
 import triton
 import triton.language as tl
-from unifiedar.kernels._dependent import dependent, join
+from triton.language.extra import cuda
+from unifiedar.kernels._dependent import dependent
 from unifiedar.kernels.attention import (
     _UNIT,
     Tile,
@@ -90,7 +91,7 @@ def cached_attention_kernel(
 ):
     """Grid: (tiles of queries * batch * heads,), those of a head one after another."""
     if PDL:
-        join()
+        cuda.gdc_wait()
     tiles = tl.cdiv(length, BLOCK_M)
     tile = tl.program_id(0) % tiles
     row = tl.program_id(0) // tiles
@@ -147,6 +148,8 @@ def cached_attention_kernel(
         total = tl.dot(weights.to(value.dtype), value, total * fade[:, None], input_precision=PRECISION)
         top = new_top
 
+    if PDL:
+        cuda.gdc_launch_dependents()
     out_at = out + (batch * out_batch + own * out_head) * _UNIT + wide * out_row + line
     total = total / weight[:, None]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=(query < length)[:, None] & (line < WIDTH))

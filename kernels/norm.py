@@ -8,7 +8,8 @@ divisions and roots, rounded once. Strides of heads come in units of 8 elements,
 import torch
 import triton
 import triton.language as tl
-from unifiedar.kernels._dependent import dependent, join
+from triton.language.extra import cuda
+from unifiedar.kernels._dependent import dependent
 
 __all__ = ["COMPILE_CASES", "aligned", "modulated_norm", "qk_norm_rope", "qk_norm_rope_backward", "tiles"]
 
@@ -305,7 +306,7 @@ def modulated_norm_kernel(
 ):
     """Grid: (rows,)."""
     if PDL:
-        join()
+        cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     batch = row // length
     channel = tl.arange(0, BLOCK)
@@ -326,6 +327,8 @@ def modulated_norm_kernel(
         rounded = y.to(new.dtype.element_ty)
         tl.store(new + at, rounded, mask=inside)
         y = rounded.to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
     centred = tl.where(inside, y - tl.div_rn(tl.sum(y, 0), WIDTH * 1.0), 0.0)
     variance = tl.div_rn(tl.sum(centred * centred, 0), WIDTH * 1.0)
     y = centred * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) * stretch + moved
