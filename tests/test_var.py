@@ -23,7 +23,7 @@ from vilau_small import fingerprint
 from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.engine import Pool, Steps
-from unifiedar.models import VAR, VQVAE, VARConfig, _var_drawing
+from unifiedar.models import VAR, VQVAE, VARConfig
 from unifiedar.models._var_drawing import Edit
 from unifiedar.models.var import _MLP
 from unifiedar.ops import linear_modulated
@@ -607,12 +607,8 @@ def replayed(monkeypatch):
     return draw
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_sessions_last_and_are_rounded_up(replayed, smooth, ahead, monkeypatch):
-    """A step a scale, and all scales in one, with all samples drawn ahead."""
-    if not ahead:
-        monkeypatch.setattr(_var_drawing, "AHEAD", 0)
+def test_sessions_last_and_are_rounded_up(replayed, smooth):
     model = var()
     for labels, batch in (([1, 2], 2), ([*range(10), 10], 16), ([4] * 9, 16)):
         for settings in ({}, {"cfg": 4.0, "top_k": 20, "top_p": 0.9, "seed": 3}):

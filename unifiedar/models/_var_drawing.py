@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "Edit", "Session"]
 
-# Bytes that samples for all scales may take. Where they fit, they are drawn ahead and all scales are one graph, so that
-# the GPU never waits for the host between two; where they do not, a scale's are drawn when the one before is over.
-AHEAD = 128 << 20
-
 
 class Edit(NamedTuple):
     """Codes to keep, and where: a mask (N, h, w) of the last scale's size, 1 where they stay."""
@@ -70,10 +66,7 @@ class Session:
         self.cfg = torch.zeros(batch, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(batch, dtype=torch.int64, device=device)
         self.top_p = torch.zeros(batch, dtype=torch.float64, device=device)
-        every = batch * sum(self.lengths) * config.num_codes * model.wide.itemsize * (2 if smooth else 1)
-        self.ahead = graphs and every <= AHEAD
-        lengths = self.lengths if self.ahead else [max(self.lengths)]
-        draws = batch * sum(lengths) * config.num_codes
+        draws = batch * max(self.lengths) * config.num_codes
         self._noise = torch.ones(draws, dtype=model.wide, device=device)
         self._gumbel = torch.ones(draws, dtype=model.wide, device=device) if smooth else self._noise
         self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
@@ -88,11 +81,12 @@ class Session:
         begins = [(depth - 1 - i) * before for i in range(depth)]
         self.caches = [self.cache[:, :, :, begin : begin + before + last] for begin in begins]
         self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
-        scales = [self._step(i) for i in range(len(self.lengths))]
-        ends = [] if paint is None else [lambda: self._paint(paint)]
-        # What is done ahead of samples is a step of its own, during which the host draws them.
-        steps = [self._begin, lambda: _all(*scales, *ends)] if self.ahead else [self._begin, *scales, *ends]
+        # Not one graph of it all: it begins when the host has put all launches down, half a millisecond for the 1,650
+        # of a picture, which for all graphs but the first passes while the GPU is at the one before.
+        steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
         self.paints = paint is not None
+        if paint is not None:
+            steps.append(lambda: self._paint(paint))
         self.steps = engine.Steps(steps, graphs=graphs)
 
     def draw(
@@ -119,9 +113,8 @@ class Session:
             self.noise(step, count).exponential_(generator=generator)
             if self.smooth:
                 self.noise(step, count, gumbel=True).exponential_(generator=generator)
-            if not self.ahead:
-                self.steps.run(1 + step)
-        if self.ahead or self.paints:
+            self.steps.run(1 + step)
+        if self.paints:
             self.steps.run(len(self.steps) - 1)
         result = self.pictures if self.paints else self.total
         # The next call writes to the same memory.
@@ -134,8 +127,7 @@ class Session:
 
     def _samples(self, step: int, memory: Tensor) -> Tensor:
         shape = (self.batch, self.lengths[step], self.model.config.num_codes)
-        begin = self.batch * sum(self.lengths[:step]) * shape[2] if self.ahead else 0
-        return memory[begin : begin + math.prod(shape)].view(shape)
+        return memory[: math.prod(shape)].view(shape)
 
     def _begin(self) -> None:
         model = self.model
@@ -190,8 +182,3 @@ class Session:
 
     def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
         self.pictures = paint(self.total)
-
-
-def _all(*steps: Callable[[], None]) -> None:
-    for step in steps:
-        step()
