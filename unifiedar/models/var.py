@@ -22,7 +22,7 @@ from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models._var_config import VARConfig, config_of, published
 from unifiedar.models._var_drawing import Capture, Edit, Session
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook
+from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook, in_parts
 
 __all__ = ["VAR", "VARConfig", "config_of"]
 
@@ -56,8 +56,9 @@ class _MLP(nn.Module):
         self.fc1: _Layer = nn.Linear(dim, hidden)
         self.fc2: _Layer = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _linear(self.fc2, self._hidden(x))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        """For the norm that comes next: of few rows in parts, which that adds up."""
+        return in_parts(self.fc2, self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if isinstance(self.fc1, nn.Linear):
@@ -466,8 +467,6 @@ class VAR(nn.Module):
         block's memory: its cache, and its bias of queries, keys and values."""
         kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        if memory is not None and self._few(tokens, modulations[0]):
-            return self._logits_of_few(tokens, modulations, memory, begin)
         branch = gate = None
         for i, block in enumerate(self._each()):
             gates, scales, shifts = modulations[i].unflatten(1, (3, 2)).unbind(1)
@@ -485,32 +484,6 @@ class VAR(nn.Module):
         scale, shift = modulations[-1].unbind(1)
         x, _ = self.norm.add(tokens, branch, gate, scale, shift, dtype=dtype)
         return _linear(self.head, x).to(self.wide)
-
-    def _few(self, tokens: Tensor, six: Tensor) -> bool:
-        """Whether the tokens are few enough that launches are the time, and weights of a kind that a kernel takes."""
-        first = next(self._each())
-        layers = [first.attn.mat_qkv, first.attn.proj, first.ffn.fc1, first.ffn.fc2, self.head]
-        if torch.is_autocast_enabled(tokens.device.type) or not all(isinstance(one, nn.Linear) for one in layers):
-            return False
-        return self.norm.goes_with(tokens, six[:, 2], six[:, 4], first.attn.mat_qkv)
-
-    def _logits_of_few(
-        self, tokens: Tensor, modulations: Sequence[Tensor], memory: Sequence[tuple[Tensor, Tensor]], begin: int
-    ) -> Tensor:
-        """As `_logits` over a cache, a block in five launches: what stands around a product is in it."""
-        norm = self.norm
-        for block, six, (cache, bias) in zip(self._each(), modulations, memory, strict=False):
-            gates, scales, shifts = six.unflatten(1, (3, 2)).unbind(1)
-            qkv = norm.linear(tokens, scales[:, 0], shifts[:, 0], block.attn.mat_qkv.weight, bias)
-            x = block.attn.over_cache(qkv, cache, begin)
-            tokens = norm.add_linear(x, block.attn.proj, tokens, gates[:, 0])
-            fc1, fc2 = block.ffn.fc1, block.ffn.fc2
-            assert isinstance(fc1, nn.Linear)
-            assert isinstance(fc2, nn.Linear)
-            x = norm.linear(tokens, scales[:, 1], shifts[:, 1], fc1.weight, fc1.bias, activation="gelu")
-            tokens = norm.add_linear(x, fc2, tokens, gates[:, 1])
-        scale, shift = modulations[-1].unbind(1)
-        return norm.linear(tokens, scale, shift, self.head.weight, self.head.bias).to(self.wide)
 
     def _gate(self, gate: Tensor, i: int, learns: bool) -> Tensor:
         """(B, C); in training some pictures leave the branch out, but not while one is drawn."""

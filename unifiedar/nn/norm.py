@@ -5,8 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from unifiedar.ops import gated_linear, modulated_linear, modulated_norm
-from unifiedar.ops.linear_modulated import few_rows
+from unifiedar.ops import modulated_norm, parts_norm
 
 __all__ = ["ModulatedNorm"]
 
@@ -29,7 +28,7 @@ class ModulatedNorm(nn.Module):
     def add(
         self,
         x: Tensor,
-        branch: Tensor,
+        branch: Tensor | tuple[Tensor, Tensor | None],
         gate: Tensor,
         scale: Tensor,
         shift: Tensor,
@@ -40,7 +39,7 @@ class ModulatedNorm(nn.Module):
 
         Args:
             x: (B, L, C), the tokens.
-            branch: (B, L, C), what that layer put out.
+            branch: (B, L, C), what that layer put out; or its parts (P, B, L, C) and bias, as `in_parts` gives them.
             gate: (B, C), a factor on it.
             scale, shift: (B, C).
             dtype: of the first result; None is that of x.
@@ -48,37 +47,11 @@ class ModulatedNorm(nn.Module):
         Returns:
             (B, L, C) twice: normalized, and x + branch gate.
         """
+        if isinstance(branch, tuple):
+            sums, bias = branch
+            return parts_norm(x, sums, gate, scale, shift, bias, eps=self.eps, dtype=dtype)
         found = modulated_norm(x, scale, shift, branch=branch, gate=gate, eps=self.eps, dtype=dtype)
         return cast(tuple[Tensor, Tensor], found)
-
-    def goes_with(self, x: Tensor, scale: Tensor, shift: Tensor, layer: nn.Linear) -> bool:
-        """Whether tokens x (B, L, C) are so few that `linear` and `add_linear` are the faster way into a layer."""
-        return few_rows(x, scale, shift, layer.weight)
-
-    def linear(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        activation: str | None = None,
-    ) -> Tensor:
-        """A linear layer of what `forward` gives, (B, L, N) in the dtype of its weight, without gradients.
-
-        Args:
-            x: (B, L, C), the tokens.
-            scale, shift: (B, C).
-            weight, bias: (N, C) and (N,), of the layer.
-            activation: None or "gelu", after it.
-        """
-        return modulated_linear(x, scale, shift, weight, bias, activation=activation, eps=self.eps)
-
-    @staticmethod
-    def add_linear(x: Tensor, layer: nn.Linear, tokens: Tensor, gate: Tensor) -> Tensor:
-        """Tokens (B, L, C) after a layer's output joined them through a gate (B, C), without gradients."""
-        return gated_linear(x, layer.weight, layer.bias, tokens, gate)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
