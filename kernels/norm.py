@@ -474,18 +474,22 @@ def modulated_norm(
 
 
 def _token_cases() -> list[tuple]:
-    """What to compile of the layer norm: VAR's widths, its products in half precision or not, with a gate or not."""
+    """What to compile of the layer norm: VAR's widths, its products in half precision or not, with a gate or not, and
+    with a branch in parts."""
     cases: list[tuple] = []
-    for width, feature, gated in (
-        (1024, "bf16", True), (1024, "bf16", False), (1920, "fp16", True), (2304, "bf16", True), (1280, "fp32", True)
+    for width, feature, gated, parts in (
+        (1024, "bf16", True, 1), (1024, "bf16", False, 1), (1920, "fp16", True, 1), (2304, "bf16", True, 1),
+        (1280, "fp32", True, 1), (1024, "fp16", True, 8), (1920, "bf16", True, 4),
     ):  # fmt: skip
         block, warps = _token_tile(width)
         types = dict.fromkeys(("branch", "gate", "scale", "shift", "out"), f"*{feature}")
         types |= {"x": "*fp32", "new": "*fp32", "eps": "fp32"}
+        types |= {"branch": "*fp32", "bias": f"*{feature}"} if parts > 1 else {}
         absent = {} if gated else dict.fromkeys(("branch", "gate", "new"))
         kernel = modulated_norm_kernel
         for arch, options in ((80, {}), (90, {"launch_pdl": True})):
-            constants = {"PARTS": 1, "WIDTH": width, "BLOCK": block, "PDL": bool(options), "bias": None, **absent}
+            constants = {"PARTS": parts, "WIDTH": width, "BLOCK": block, "PDL": bool(options), **absent}
+            constants |= {"bias": None} if parts == 1 else {}
             names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
             signature = {**names, **dict.fromkeys(constants, "constexpr")}
             divisors = {name: 16 for name in names if name not in ("length", "apart", "eps")}

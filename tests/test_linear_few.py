@@ -1,12 +1,13 @@
-"""`linear_parts` and `parts_norm`: backends by a float64 oracle, odd sizes, views; who takes them; bad input."""
+"""`few_linear`, `linear_parts`, `parts_norm`: backends by a float64 oracle, odd sizes, views; who takes them."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_rooms
 from torch import Tensor, nn
 
 from unifiedar.nn import ModulatedNorm, in_parts
-from unifiedar.ops import _native, linear_few, linear_parts, modulated_norm, parts_norm, registry
+from unifiedar.ops import _native, few_linear, linear_few, linear_parts, modulated_norm, parts_norm, registry
 from unifiedar.ops.linear_few import few_rows, parts_of
 
 ROOMS = [c for c in kernel_rooms() if c.values[0][0] != "cuda"]
@@ -45,19 +46,61 @@ def doubled(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ---- the product
 
+# Rows, N, K: fewer rows than a tile and several of every size; ragged tiles of outputs; K no multiple of a step.
+SHAPES = [(1, 64, 64), (2, 70, 336), (9, 33, 640), (17, 5, 48), (33, 130, 128), (70, 65, 400), (130, 3, 16)]
+
+
+def check_product(room, given, bias=None, activation=None):
+    got, eager = (few_linear(**given, bias=bias, activation=activation, backend=name) for name in (room[0], "eager"))
+    exact = few_linear(**doubled(given), bias=None if bias is None else bias.double(), activation=activation)
+    assert_as_good_as_eager(got, eager, exact)
+    return got
+
+
+@half_rooms
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_few_linear(room, shape):
+    given = product_of(room, *shape)
+    bias = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)).to(room[1], room[2])
+    for activation in (None, "gelu"):
+        check_product(room, given, bias, activation)
+    check_product(room, given)
+
+
+def test_few_linear_by_hand():
+    given = doubled(product_of(("eager", "cpu", torch.float32), 3, 5, 8))
+    y = torch.einsum("mk,nk->mn", given["x"], given["weight"])
+    torch.testing.assert_close(few_linear(**given), y)
+    gelu = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    torch.testing.assert_close(few_linear(**given, activation="gelu"), gelu)
+
+
+@half_rooms
+def test_large_arguments_of_gelu(room):
+    """Far out it is the identity or 0, never inf or nan."""
+    given = product_of(room, 1, 4, 16)
+    given["x"].zero_()
+    bias = torch.tensor([300.0, -300.0, 30.0, -30.0], device=room[1]).to(room[2])
+    got = few_linear(**given, bias=bias, activation="gelu", backend=room[0])
+    assert torch.equal(got.flatten().float().cpu(), torch.tensor([300.0, 0.0, 30.0, 0.0]))
+
+
+def check_parts(room, given, parts=None):
+    """Parts add up to the product, as near as the same product in the same dtype: their sums are float32, but as matrix
+    units add up, which is not as near as a float32 product."""
+    got = linear_parts(**given, parts=parts, backend=room[0])
+    assert got.dtype == torch.float32
+    exact = given["x"].double() @ given["weight"].double().T
+    torch.testing.assert_close(linear_parts(**doubled(given), parts=len(got)).sum(0), exact)
+    assert_as_good_as_eager(got.sum(0).to(room[2]), F.linear(given["x"], given["weight"]), exact)
+    return got
+
 
 @half_rooms
 def test_linear_parts(room):
-    """One part and several, the last one shorter or nothing; ragged tiles of outputs; fewer rows than a tile, more."""
-    for rows, outputs, inputs, parts in (
-        (1, 64, 64, 1), (2, 70, 336, 2), (9, 33, 640, 3), (17, 5, 48, 1), (40, 65, 400, 5), (70, 130, 128, 4),
-    ):  # fmt: skip
-        given = product_of(room, rows, outputs, inputs)
-        got, eager = (linear_parts(**given, parts=parts, backend=name) for name in (room[0], "eager"))
-        exact = linear_parts(**doubled(given), parts=parts)
-        assert got.dtype == torch.float32
-        assert_as_good_as_eager(got, eager, exact)
-        torch.testing.assert_close(exact.sum(0), given["x"].double() @ given["weight"].double().T)
+    """One part and several, the last one shorter or nothing."""
+    for (rows, outputs, inputs), parts in zip(SHAPES, (1, 2, 3, 1, 4, 5, 1), strict=True):
+        assert len(check_parts(room, product_of(room, rows, outputs, inputs), parts)) == parts
 
 
 @half_rooms
@@ -104,11 +147,42 @@ def test_the_same_every_time(room):
 @pytest.mark.parametrize("width", [1024, 1280, 1536, 1920, 2304])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_of_the_models(rows, width, dtype):
+    room = ("triton", "cuda", dtype)
     for outputs, inputs in ((width, 4 * width), (width, width)):
-        given = product_of(("triton", "cuda", dtype), rows, outputs, inputs)
-        got = linear_parts(**given, backend="triton")
-        eager = linear_parts(**given, parts=len(got), backend="eager")
-        assert_as_good_as_eager(got, eager, linear_parts(**doubled(given), parts=len(got)))
+        check_parts(room, product_of(room, rows, outputs, inputs))
+    given = product_of(room, rows, 4 * width, width)
+    check_product(room, given, given["weight"][:, 0].contiguous(), "gelu")
+
+
+@pytest.mark.gpu
+def test_a_chain_of_dependent_launches():
+    """Each begins before the one before is over; what that wrote is there all the same, a thousand times in a graph."""
+    room = ("triton", "cuda", torch.float16)
+    layers = [(product_of(room, 2, 4096, 1024, i), product_of(room, 2, 1024, 4096, i)) for i in range(8)]
+    six = norm_of(room, 1, 2, 4, 1024)
+
+    def run(wait: bool) -> Tensor:
+        tokens, y = six["x"], six["x"].half()
+        for up, down in layers:
+            hidden = few_linear(y, up["weight"], activation="gelu", backend="triton")
+            if wait:
+                torch.cuda.synchronize()
+            sums = linear_parts(hidden, down["weight"], backend="triton")
+            if wait:
+                torch.cuda.synchronize()
+            y, tokens = parts_norm(**{**six, "x": tokens, "sums": sums}, dtype=torch.float16, backend="triton")
+            if wait:
+                torch.cuda.synchronize()
+        return tokens
+
+    want = run(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(False)
+    for _ in range(1000):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("rows", [1, 18, 64, 65, 200, 5000])
@@ -116,7 +190,7 @@ def test_parts_are_not_too_many(rows):
     for outputs, inputs in ((1024, 4096), (1024, 1024), (1920, 7680), (64, 64), (5, 48)):
         parts = parts_of(rows, outputs, inputs)
         assert parts == 1 or inputs // parts >= 256
-        assert 1 <= parts <= 264
+        assert 1 <= parts <= 132
 
 
 # ---- the norm
@@ -165,13 +239,16 @@ def test_few_rows(monkeypatch):
         pytest.skip(reason)
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
     assert few_rows(**given)
-    monkeypatch.setattr(linear_few, "FEW_ROWS", 5)
+    monkeypatch.setattr(linear_few, "FEW", 5 * 16)
     assert not few_rows(**given)
     monkeypatch.undo()
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
     assert not few_rows(given["x"].float(), given["weight"])
     assert not few_rows(given["x"].float(), given["weight"].float())
     assert not few_rows(given["x"], given["weight"].clone().requires_grad_())
+    assert not few_rows(**given, bias=torch.zeros(16).half().requires_grad_())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not few_rows(**given)
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "eager")
     assert not few_rows(**given)
 
@@ -200,6 +277,7 @@ def test_compile_and_check():
     torch.library.opcheck(registry["linear_parts"].overload, (*given.values(), 2, "auto"))
     compiled = torch.compile(linear_parts, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**given, parts=2), linear_parts(**given, parts=2))
+    torch.library.opcheck(registry["few_linear"].overload, (*given.values(), None, True, "auto"))
     norm = norm_of(("eager", "cpu", torch.float32), 2, 2, 3, 8)
     torch.library.opcheck(registry["parts_norm"].overload, (*norm.values(), 1e-6, torch.float32, "auto"))
 
@@ -232,6 +310,22 @@ def test_bad_input_of_linear_parts(change, error, text):
     given = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "parts": 1, **change}
     with pytest.raises(error, match=f"linear_parts: .*{text}"):
         linear_parts(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": torch.zeros(2, 4).half()}, TypeError, "weight must be float16"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must be \(3,\) to match weight"),
+        ({"bias": torch.zeros(3).half()}, TypeError, "bias must be float32"),
+        ({"activation": "relu"}, ValueError, "activation must be None or 'gelu', got 'relu'"),
+        ({"bias": torch.zeros(3, requires_grad=True)}, ValueError, "must not need a gradient"),
+    ],
+)
+def test_bad_input_of_few_linear(change, error, text):
+    given = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4), **change}
+    with pytest.raises(error, match=f"few_linear: .*{text}"):
+        few_linear(**given)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import importlib
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from unifiedar.engine import Pool, Steps
 from unifiedar.models import VAR, VQVAE, VARConfig
 from unifiedar.models._var_drawing import Edit
 from unifiedar.models.var import _MLP
-from unifiedar.ops import linear_modulated
+from unifiedar.ops import linear_few
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -368,20 +369,23 @@ def test_drawing_with_triton_kernels(monkeypatch, smooth):
     assert same_pictures(model.generate([3], **settings), expected)
 
 
-def test_few_rows_in_fewer_launches(monkeypatch, name, model):
-    """Scales of few tokens go another way through the blocks, to the same logits but for rounding."""
+def test_few_rows_in_parts(monkeypatch, name, model):
+    """Products of few tokens by kernels of their own, to the same logits but for rounding; interpreted."""
     if reason := interpreter_skip():
         pytest.skip(reason)
     half = copy.deepcopy(model).cast_products(torch.float16)
     half.attach(model.vae)
     monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
-    monkeypatch.setattr(linear_modulated, "FEW_ROWS", 8)
-    taken, way = [], half._logits_of_few
-    monkeypatch.setattr(
-        half, "_logits_of_few", lambda tokens, *rest: taken.append(tokens.shape[1]) or way(tokens, *rest)
-    )
+    monkeypatch.setattr(linear_few, "FEW", 8 * model.config.dim)
+    taken, in_parts = [], half.blocks[0].ffn.forward
+
+    def seen(x):
+        taken.append((x.shape[1], isinstance(branch := in_parts(x), tuple)))
+        return branch
+
+    monkeypatch.setattr(half.blocks[0].ffn, "forward", seen)
     codes = half.generate_codes([1, 2], cfg=0.0, top_k=1, seed=0)
-    assert taken == [1, 4]  # of 1, 4 and 9 tokens a picture
+    assert taken == [(1, True), (4, True), (9, False)]
     monkeypatch.delenv("UNIFIEDAR_BACKEND")
     logits, exact = (one.teacher_forced([1, 2], codes) for one in (half, model))
     assert (logits - exact).norm() <= 0.01 * exact.norm()
@@ -747,6 +751,30 @@ def test_half_precision_on_a_gpu(on_gpu, dtype, backend, monkeypatch):
     a = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95, graphs=True)
     b = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95, graphs=False)
     assert (a.int() - b.int()).abs().max() <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dependent_launches_draw_the_same(dtype, monkeypatch):
+    """Kernels that begin before the one before is over, many blocks of them, and one after another: the same codes."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    dependent = importlib.import_module("unifiedar.kernels._dependent")
+    model = var(VARConfig(12, 512, 8, (1, 2, 3), num_codes=VQ.num_codes, code_dim=VQ.dim))
+    model.attach(vqvae().to("cuda").fast_decoder(torch.float32))
+    model.to("cuda").cast_products(dtype)
+
+    def drawn() -> list[Tensor]:
+        return [torch.cat(model.generate_codes([3, 5], cfg=2.0, top_k=20, seed=seed), 1) for seed in range(8)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dependent, "_has", lambda index: False)
+        expected = drawn()
+    model.forget_captures()
+    assert len({tuple(one.flatten().tolist()) for one in expected}) > 1
+    for _ in range(10):
+        assert all(torch.equal(one, other) for one, other in zip(drawn(), expected, strict=True))
+    assert len(model.captures) == 1
 
 
 @pytest.mark.gpu

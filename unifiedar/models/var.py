@@ -22,7 +22,7 @@ from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models._var_config import VARConfig, config_of, published
 from unifiedar.models._var_drawing import Capture, Edit, Session
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook, in_parts
+from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook, gelu_of, in_parts
 
 __all__ = ["VAR", "VARConfig", "config_of"]
 
@@ -66,8 +66,7 @@ class _MLP(nn.Module):
             half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
             if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
                 # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
-                flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True)
-                return flat.unflatten(0, x.shape[:-1])
+                return gelu_of(x, weight, bias)
         return F.gelu(_linear(self.fc1, x), approximate="tanh")
 
 
@@ -474,8 +473,11 @@ class VAR(nn.Module):
                 x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
             else:
                 x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
-            cache, bias = (None, None) if memory is None else memory[i]
-            branch = block.attn(x, lengths, cache=cache, begin=begin, bias=bias)
+            branch = (
+                block.attn(x, lengths)
+                if memory is None
+                else block.attn.before_norm(x, memory[i][0], begin, memory[i][1])
+            )
             gate = self._gate(gates[:, 0], i, memory is None)
             x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
             branch, gate = block.ffn(x), self._gate(gates[:, 1], i, memory is None)

@@ -1,11 +1,13 @@
-"""Products of few rows whose sums over K are left in parts, and the norm that adds them up.
+"""Products of few rows: whole, or with sums over K left in parts that the norm after them adds up.
 
+    y = act(x W^T + b)
     sums[p] = sum over the entries k of part p of x_k W_nk
     x' = x + gate (sum_p sums[p] + bias);  y = (x' - mean) / sqrt(variance + eps) * (1 + scale) + shift
 
 Few rows read all weights of a layer for a handful of tokens, and where outputs are few too, programs have to share K
 for all of a GPU to be at it. A library then adds up in a launch of its own, which costs as much as a small product; the
-norm that follows reads the sum anyhow. This file joins the families `linear` and `norm`.
+norm that follows reads the sum anyhow. On Hopper each of these launches begins while the one before ends. This file
+joins the families `linear` and `norm`.
 """
 
 import torch
@@ -16,10 +18,12 @@ from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
 from unifiedar.ops.norm import _gated_eager, _tokens_unfit
 
-__all__ = ["few_rows", "linear_parts", "parts_norm"]
+__all__ = ["few_linear", "few_rows", "linear_parts", "parts_norm"]
 
 STEP = 64  # entries of K that parts are multiples of, but for the last
-FEW_ROWS = 200  # above, a library is the faster way: there are programs enough without parts
+# Rows times the smaller side of the weights, up to which an H100 is the faster with these; above, a library is. VAR-d16
+# has 128 rows there, d30 68.
+FEW = 2**17
 
 # ---- definitions -----------------------------------------------------------------------------------------------------
 
@@ -32,6 +36,12 @@ def _bounds(inputs: int, parts: int) -> list[tuple[int, int]]:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _few_eager(x: Tensor, weight: Tensor, bias: Tensor | None, activated: bool) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if activated else y
 
 
 def _parts_eager(x: Tensor, weight: Tensor, parts: int) -> Tensor:
@@ -61,6 +71,10 @@ def _parts_norm_eager(
 # ---- shapes of the outputs -------------------------------------------------------------------------------------------
 
 
+def _few_fake(x, weight, bias, activated):
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
 def _parts_fake(x, weight, parts):
     return x.new_empty((parts, *x.shape[:-1], len(weight)), dtype=_wide(x))
 
@@ -72,7 +86,7 @@ def _parts_norm_fake(x, sums, gate, scale, shift, bias, eps, dtype):
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
-def _parts_unfit_triton(x, weight, parts) -> str | None:
+def _unfit_triton(x: Tensor, weight: Tensor) -> str | None:
     reason = _native.triton_unfit(x)
     if reason is None and x.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
@@ -84,14 +98,34 @@ def _parts_unfit_triton(x, weight, parts) -> str | None:
     return reason
 
 
+def _few_unfit_triton(x, weight, bias, activated) -> str | None:
+    return _unfit_triton(x, weight)
+
+
+def _parts_unfit_triton(x, weight, parts) -> str | None:
+    return _unfit_triton(x, weight)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(M, K), contiguous and aligned to 16 bytes."""
+    x = x.reshape(-1, x.shape[-1]).contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _run_few_triton(x, weight, bias, activated):
+    out = _few_fake(x, weight, bias, activated)
+    if out.numel():
+        bias = None if bias is None else bias.contiguous()
+        with torch.cuda.device_of(x):
+            _native.kernels("linear_few").few_linear(_rows(x), weight, bias, activated, out.view(-1, len(weight)))
+    return out
+
+
 def _run_parts_triton(x, weight, parts):
     out = _parts_fake(x, weight, parts)
     if out.numel():
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if rows.data_ptr() % 16:
-            rows = rows.clone()
         with torch.cuda.device_of(x):
-            _native.kernels("linear_few").linear_parts(rows, weight, out.view(parts, len(rows), len(weight)))
+            _native.kernels("linear_few").linear_parts(_rows(x), weight, out.view(parts, -1, len(weight)))
     return out
 
 
@@ -112,13 +146,18 @@ def _run_parts_norm_triton(x, sums, gate, scale, shift, bias, eps, dtype):
     return out, new
 
 
-_UNTRIED = "not run on a GPU yet"
+_few_linear = Op(
+    "few_linear(Tensor x, Tensor weight, Tensor? bias, bool activated) -> Tensor",
+    eager=_few_eager,
+    fake=_few_fake,
+    backends=(Backend("triton", _run_few_triton, _few_unfit_triton),),
+)
 
 _linear_parts = Op(
     "linear_parts(Tensor x, Tensor weight, int parts) -> Tensor",
     eager=_parts_eager,
     fake=_parts_fake,
-    backends=(Backend("triton", _run_parts_triton, _parts_unfit_triton, on_request=_UNTRIED),),
+    backends=(Backend("triton", _run_parts_triton, _parts_unfit_triton),),
 )
 
 _parts_norm = Op(
@@ -126,25 +165,64 @@ _parts_norm = Op(
     "ScalarType dtype) -> (Tensor, Tensor)",
     eager=_parts_norm_eager,
     fake=_parts_norm_fake,
-    backends=(Backend("triton", _run_parts_norm_triton, _parts_norm_unfit_triton, on_request=_UNTRIED),),
+    backends=(Backend("triton", _run_parts_norm_triton, _parts_norm_unfit_triton),),
 )
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
-def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear_parts` and `parts_norm` are the faster way for x (..., K): few enough rows, and a kernel for it.
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether these operators are the faster way for x (..., K): few enough rows, and a kernel for it.
 
-    While compiling, which sees no addresses, never; nor for rows that need a gradient.
+    Never while compiling, which sees no addresses, under autocast, or for what needs a gradient.
     """
-    if torch.compiler.is_compiling() or x.dtype != weight.dtype or x.numel() > FEW_ROWS * x.shape[-1]:
+    if torch.compiler.is_compiling() or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias)):
         return False
-    if _linear_parts.backends[0].unfit(x, weight, 1) is not None:
+    if x.numel() // max(x.shape[-1], 1) * min(weight.shape) > FEW or _unfit_triton(x, weight) is not None:
         return False
     return _linear_parts.choose("auto", x, weight, 1).name != "eager"
+
+
+def few_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, backend: str = "auto"
+) -> Tensor:
+    """A linear layer, perhaps with GELU after it, for few rows.
+
+    Args:
+        x: (..., K) float32, bfloat16, float16 or float64.
+        weight: (N, K), dtype of x.
+        bias: (N,), dtype of x, or None.
+        activation: None or "gelu", in its form with tanh.
+        backend: "auto", "triton" (half precision, K a multiple of 16) or "eager".
+
+    Returns:
+        (..., N) in the dtype of x.
+
+    Raises:
+        TypeError: for an argument of another type or dtype.
+        ValueError: for shapes that do not match, an unknown activation, where gradients are recorded, and for an
+            unknown backend or one that does not fit.
+
+    Note:
+        The kernel sums in float32 and rounds once, at the end; "eager" rounds before GELU too. No gradient, never under
+        autocast, no host sync; may be captured in a CUDA graph. Bit-equal between runs.
+    """
+    function = "few_linear"
+    _check_product(function, x, weight)
+    given = [x, weight]
+    if bias is not None:
+        _checks.check_tensor(function, "bias", bias, (x.dtype,))
+        if tuple(bias.shape) != (len(weight),):
+            raise ValueError(f"{function}: bias must be ({len(weight)},) to match weight, got {tuple(bias.shape)}")
+        _checks.check_same_device(function, "bias", bias, "x", x)
+        given.append(bias)
+    if activation not in (None, "gelu"):
+        raise ValueError(f"{function}: activation must be None or 'gelu', got {activation!r}")
+    _check_no_gradient(function, *given)
+    return _few_linear(x, weight, bias, activation is not None, backend)
 
 
 def linear_parts(x: Tensor, weight: Tensor, parts: int | None = None, *, backend: str = "auto") -> Tensor:
@@ -158,7 +236,7 @@ def linear_parts(x: Tensor, weight: Tensor, parts: int | None = None, *, backend
         backend: "auto", "triton" (half precision, K a multiple of 16) or "eager".
 
     Returns:
-        (P, ..., N) float32, float64 for float64.
+        (P, ..., N) float32, as matrix units sum up; float64 for float64.
 
     Raises:
         TypeError: for an argument of another type or dtype.
@@ -169,14 +247,8 @@ def linear_parts(x: Tensor, weight: Tensor, parts: int | None = None, *, backend
         No gradient, never under autocast, no host sync; may be captured in a CUDA graph. Bit-equal between runs.
     """
     function = "linear_parts"
-    _checks.check_tensor(function, "x", x)
-    _checks.check_tensor(function, "weight", weight, (x.dtype,))
-    if weight.ndim != 2:
-        raise ValueError(f"{function}: weight must be (N, K), got {tuple(weight.shape)}")
+    _check_product(function, x, weight)
     outputs, inputs = weight.shape
-    if x.ndim < 1 or x.shape[-1] != inputs or not inputs:
-        raise ValueError(f"{function}: x must be (..., {inputs}) to match weight, got {tuple(x.shape)}")
-    _checks.check_same_device(function, "weight", weight, "x", x)
     if parts is None:
         parts = parts_of(x.numel() // inputs, outputs, inputs)
     _checks.check_integer(function, "parts", parts, 1)
@@ -185,10 +257,10 @@ def linear_parts(x: Tensor, weight: Tensor, parts: int | None = None, *, backend
 
 
 def parts_of(rows: int, outputs: int, inputs: int) -> int:
-    """Parts of K for which programs of 64 outputs and up to 64 rows are two for each of an H100's multiprocessors, or
-    nearly, with four steps of K at least to each."""
+    """Parts of K for which there is about one program of 64 outputs and up to 64 rows for each of an H100's
+    multiprocessors, with four steps of K at least."""
     programs = -(-outputs // 64) * -(-rows // 64)
-    return max(1, min(inputs // (4 * STEP), round(264 / programs)))
+    return max(1, min(inputs // (4 * STEP), round(132 / max(programs, 1))))
 
 
 def parts_norm(
@@ -254,3 +326,14 @@ def parts_norm(
 def _check_no_gradient(function: str, *given: Tensor) -> None:
     if torch.is_grad_enabled() and any(one.requires_grad for one in given):
         raise ValueError(f"{function}: tensors must not need a gradient, which they would not get: use torch.no_grad()")
+
+
+def _check_product(function: str, x: Tensor, weight: Tensor) -> None:
+    _checks.check_tensor(function, "x", x)
+    _checks.check_tensor(function, "weight", weight, (x.dtype,))
+    if weight.ndim != 2:
+        raise ValueError(f"{function}: weight must be (N, K), got {tuple(weight.shape)}")
+    inputs = weight.shape[1]
+    if x.ndim < 1 or x.shape[-1] != inputs or not inputs:
+        raise ValueError(f"{function}: x must be (..., {inputs}) to match weight, got {tuple(x.shape)}")
+    _checks.check_same_device(function, "weight", weight, "x", x)
