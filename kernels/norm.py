@@ -283,7 +283,7 @@ def qk_norm_rope_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length", "apart", "eps"])
+@triton.jit(do_not_specialize=["length", "eps"])
 def modulated_norm_kernel(
     x,  # [rows, width]
     branch,  # like x, or [PARTS, rows, width], whose sum it is, or None
@@ -318,9 +318,11 @@ def modulated_norm_kernel(
     moved = tl.load(shift + batch * shift_row + channel, mask=inside, other=0.0).to(tl.float32)
     if branch is not None:
         factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
-        joined = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        for part in tl.static_range(1, PARTS):
-            joined += tl.load(branch + part * apart.to(tl.int64) + at, mask=inside, other=0.0).to(tl.float32)
+        place = branch + at
+        joined = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, PARTS):
+            place += apart
+            joined += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
             joined += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
         y += joined * factor
@@ -492,7 +494,7 @@ def _token_cases() -> list[tuple]:
             constants |= {"bias": None} if parts == 1 else {}
             names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
             signature = {**names, **dict.fromkeys(constants, "constexpr")}
-            divisors = {name: 16 for name in names if name not in ("length", "apart", "eps")}
+            divisors = {name: 16 for name in names if name not in ("length", "eps")}
             cases.append((kernel, signature, constants, {"num_warps": warps, **options}, divisors, (arch,)))
     return cases
 

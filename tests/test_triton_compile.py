@@ -21,8 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
-# Of half precision, in Triton's language; of two dimensions, as wgmma knows no third.
-PRODUCT = re.compile(r"tt\.dot .* : tensor<\d+x\d+xb?f16>")
+PRODUCT = re.compile(r"tt\.dot .* : tensor<\w+xb?f16>")  # of half precision, in Triton's language
 PACK = re.compile(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\S* [^;]*, 0x10, ")  # a load of 16 bytes, in PTX
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 

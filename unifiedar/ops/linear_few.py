@@ -93,6 +93,8 @@ def _unfit_triton(x: Tensor, weight: Tensor) -> str | None:
     pack = 0 if reason else _native.kernels("linear_few").PACK
     if reason is None and (weight.shape[1] % pack or not weight.shape[1]):
         return f"needs K a multiple of {pack}, got {weight.shape[1]}"
+    if reason is None and x.numel() // weight.shape[1] >= 2**22:
+        return f"needs fewer than 2^22 rows, got {x.numel() // weight.shape[1]}"
     if reason is None and (not weight.is_contiguous() or weight.data_ptr() % 16):
         return f"needs contiguous weights aligned to 16 bytes, got strides {tuple(weight.stride())}"
     return reason
@@ -103,7 +105,7 @@ def _few_unfit_triton(x, weight, bias, activated) -> str | None:
 
 
 def _parts_unfit_triton(x, weight, parts) -> str | None:
-    return _unfit_triton(x, weight)
+    return _unfit_triton(x, weight) or (None if parts < 2**16 else f"needs fewer than 2^16 parts, got {parts}")
 
 
 def _rows(x: Tensor) -> Tensor:
