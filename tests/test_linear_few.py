@@ -143,9 +143,8 @@ def test_the_same_every_time(room):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [2, 8, 18, 50, 72, 200, 512])
-@pytest.mark.parametrize("width", [1024, 1280, 1536, 1920, 2304])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 18, 72, 512])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float16, 1024), (torch.bfloat16, 1920), (torch.float16, 2304)])
 def test_layers_of_the_models(rows, width, dtype):
     room = ("triton", "cuda", dtype)
     for outputs, inputs in ((width, 4 * width), (width, width)):
