@@ -9,6 +9,8 @@ reads.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+from unifiedar.kernels._dependent import dependent
 from unifiedar.kernels.attention import (
     _UNIT,
     Tile,
@@ -85,8 +87,11 @@ def cached_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tiles of queries * batch * heads,), those of a head one after another."""
+    if PDL:
+        cuda.gdc_wait()
     tiles = tl.cdiv(length, BLOCK_M)
     tile = tl.program_id(0) % tiles
     row = tl.program_id(0) // tiles
@@ -143,6 +148,8 @@ def cached_attention_kernel(
         total = tl.dot(weights.to(value.dtype), value, total * fade[:, None], input_precision=PRECISION)
         top = new_top
 
+    if PDL:
+        cuda.gdc_launch_dependents()
     out_at = out + (batch * out_batch + own * out_head) * _UNIT + wide * out_row + line
     total = total / weight[:, None]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=(query < length)[:, None] & (line < WIDTH))
@@ -178,7 +185,7 @@ def cached_attention(
         q, k, v, cache, gain, out, length, begin, heads, heads // k.shape[1], softmax_scale, eps,
         cache.stride(0) // 8, *_strides(q), *_strides(k), *_strides(v), *_strides(cache[0]), *_strides(out),
         NORM=norm, WIDTH=width, PRECISION=_precision(q.dtype), BLOCK_M=tile.held, BLOCK_N=tile.passed,
-        BLOCK_D=_block(width), num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_D=_block(width), num_warps=tile.warps, num_stages=tile.stages, **dependent(q),
     )  # fmt: skip
 
 
@@ -203,10 +210,13 @@ def _cases() -> list[tuple]:
         }
         types = {**dict.fromkeys(tensors, f"*{feature}"), "gain": "*fp32", "softmax_scale": "fp32", "eps": "fp32"}
         kernel = cached_attention_kernel
-        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        signature = {**names, **dict.fromkeys(constants, "constexpr")}
-        divisors = {name: 16 for name in names if name in tensors}
-        cases.append((kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}, divisors))
+        for arch, launch in ((80, {}), (90, {"launch_pdl": True})):
+            wanted = constants | {"PDL": bool(launch)}
+            names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in wanted}
+            signature = {**names, **dict.fromkeys(wanted, "constexpr")}
+            divisors = {name: 16 for name in names if name in tensors}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages, **launch}
+            cases.append((kernel, signature, wanted, options, divisors, (arch,)))
     return cases
 
 

@@ -8,6 +8,8 @@ divisions and roots, rounded once. Strides of heads come in units of 8 elements,
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+from unifiedar.kernels._dependent import dependent
 
 __all__ = ["COMPILE_CASES", "aligned", "modulated_norm", "qk_norm_rope", "qk_norm_rope_backward", "tiles"]
 
@@ -284,21 +286,27 @@ def qk_norm_rope_backward_kernel(
 @triton.jit(do_not_specialize=["length", "eps"])
 def modulated_norm_kernel(
     x,  # [rows, width]
-    branch,  # like x, or None
+    branch,  # like x, or [PARTS, rows, width], whose sum it is, or None
+    bias,  # [width], added to the branch, or None
     gate,  # [batch, width], strides gate_row, 1, or None
     scale,  # [batch, width], strides scale_row, 1
     shift,  # [batch, width], strides shift_row, 1
     out,  # like x; written
     new,  # like x; written: x + branch * gate; None without a branch
     length,  # rows of one batch
+    apart,  # from one part to the next
     gate_row,
     scale_row,
     shift_row,
     eps,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (rows,)."""
+    if PDL:
+        cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     batch = row // length
     channel = tl.arange(0, BLOCK)
@@ -310,10 +318,19 @@ def modulated_norm_kernel(
     moved = tl.load(shift + batch * shift_row + channel, mask=inside, other=0.0).to(tl.float32)
     if branch is not None:
         factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
-        y += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32) * factor
+        place = branch + at
+        joined = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, PARTS):
+            place += apart
+            joined += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            joined += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        y += joined * factor
         rounded = y.to(new.dtype.element_ty)
         tl.store(new + at, rounded, mask=inside)
         y = rounded.to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
     centred = tl.where(inside, y - tl.div_rn(tl.sum(y, 0), WIDTH * 1.0), 0.0)
     variance = tl.div_rn(tl.sum(centred * centred, 0), WIDTH * 1.0)
     y = centred * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) * stretch + moved
@@ -438,37 +455,47 @@ def modulated_norm(
     eps: float,
     out: torch.Tensor,
     new: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Fills out and, with a branch, new.
 
     Args:
-        x, branch, out, new: (B, L, C) contiguous; branch and new may be None together.
+        x, branch, out, new: (B, L, C) contiguous; branch and new may be None together. The branch may be the sum of
+            parts (P, B, L, C).
         gate, scale, shift: (B, C), last dimension contiguous; gate may be None with branch.
         eps: of the norm.
+        bias: (C,) contiguous, added to the branch, or None.
     """
     batch, length, width = x.shape
     block, warps = _token_tile(width)
+    parts = len(branch) if branch is not None and branch.ndim == 4 else 1
     modulated_norm_kernel[(batch * length,)](
-        x, branch, gate, scale, shift, out, new, length, 0 if gate is None else gate.stride(0), scale.stride(0),
-        shift.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps,
+        x, branch, bias, gate, scale, shift, out, new, length, x.numel(), 0 if gate is None else gate.stride(0),
+        scale.stride(0), shift.stride(0), eps, PARTS=parts, WIDTH=width, BLOCK=block, num_warps=warps, **dependent(x),
     )  # fmt: skip
 
 
 def _token_cases() -> list[tuple]:
-    """What to compile of the layer norm: VAR's widths, its products in half precision or not, with a gate or not."""
+    """What to compile of the layer norm: VAR's widths, its products in half precision or not, with a gate or not, and
+    with a branch in parts."""
     cases: list[tuple] = []
-    for width, feature, gated in (
-        (1024, "bf16", True), (1024, "bf16", False), (1920, "fp16", True), (2304, "bf16", True), (1280, "fp32", True)
+    for width, feature, gated, parts in (
+        (1024, "bf16", True, 1), (1024, "bf16", False, 1), (1920, "fp16", True, 1), (2304, "bf16", True, 1),
+        (1280, "fp32", True, 1), (1024, "fp16", True, 8), (1920, "bf16", True, 4),
     ):  # fmt: skip
         block, warps = _token_tile(width)
         types = dict.fromkeys(("branch", "gate", "scale", "shift", "out"), f"*{feature}")
         types |= {"x": "*fp32", "new": "*fp32", "eps": "fp32"}
-        constants = {"WIDTH": width, "BLOCK": block, **({} if gated else dict.fromkeys(("branch", "gate", "new")))}
+        types |= {"branch": "*fp32", "bias": f"*{feature}"} if parts > 1 else {}
+        absent = {} if gated else dict.fromkeys(("branch", "gate", "new"))
         kernel = modulated_norm_kernel
-        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        signature = {**names, **dict.fromkeys(constants, "constexpr")}
-        divisors = {name: 16 for name in names if name not in ("length", "eps")}
-        cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
+        for arch, options in ((80, {}), (90, {"launch_pdl": True})):
+            constants = {"PARTS": parts, "WIDTH": width, "BLOCK": block, "PDL": bool(options), **absent}
+            constants |= {"bias": None} if parts == 1 else {}
+            names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+            signature = {**names, **dict.fromkeys(constants, "constexpr")}
+            divisors = {name: 16 for name in names if name not in ("length", "eps")}
+            cases.append((kernel, signature, constants, {"num_warps": warps, **options}, divisors, (arch,)))
     return cases
 
 

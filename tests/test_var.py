@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import importlib
 import itertools
 import json
 import math
@@ -24,7 +25,9 @@ from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.engine import Pool, Steps
 from unifiedar.models import VAR, VQVAE, VARConfig
-from unifiedar.models.var import _MLP, _Edit
+from unifiedar.models._var_drawing import Edit
+from unifiedar.models.var import _MLP
+from unifiedar.ops import linear_few
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -366,6 +369,30 @@ def test_drawing_with_triton_kernels(monkeypatch, smooth):
     assert same_pictures(model.generate([3], **settings), expected)
 
 
+def test_few_rows_in_parts(monkeypatch, name, model):
+    """Products of few tokens by kernels of their own, to the same logits but for rounding; interpreted."""
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    half = copy.deepcopy(model).cast_products(torch.float16)
+    half.attach(model.vae)
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+    monkeypatch.setattr(linear_few, "FEW", 8 * model.config.dim)
+    taken, in_parts = [], half.blocks[0].ffn.forward
+
+    def seen(x):
+        taken.append((x.shape[1], isinstance(branch := in_parts(x), tuple)))
+        return branch
+
+    monkeypatch.setattr(half.blocks[0].ffn, "forward", seen)
+    codes = half.generate_codes([1, 2], cfg=0.0, top_k=1, seed=0)
+    assert taken == [(1, True), (4, True), (9, False)]
+    monkeypatch.delenv("UNIFIEDAR_BACKEND")
+    logits, exact = (one.teacher_forced([1, 2], codes) for one in (half, model))
+    assert (logits - exact).norm() <= 0.01 * exact.norm()
+    chosen = exact.gather(-1, torch.cat(codes, 1)[..., None])[..., 0]
+    assert (exact.amax(-1) - chosen).max() <= 0.04 * exact.std()
+
+
 # ---- loading
 
 
@@ -512,7 +539,7 @@ def test_out_of_memory_names_the_way_out(monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(model, "_draw_part", full)
+    monkeypatch.setattr(model, "_session", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"3 pictures at once do not fit.*images_per_call below 3"):
         model.generate([1, 2, 3])
 
@@ -578,9 +605,8 @@ def replayed(monkeypatch):
         generator = torch.Generator().manual_seed(seed)
         book, paint = model.vae.quantize.book(), model.vae.fhat_to_img
         with torch.no_grad():
-            return model._draw_part(
-                torch.tensor(labels), len(labels), cfg, top_k, top_p, generator, smooth, True, book, paint, edit
-            )
+            session = model._session(len(labels), cfg > 0, smooth, edit is not None, True, book, paint, len(labels))
+            return session.draw(torch.tensor(labels), cfg, top_k, top_p, generator, edit)
 
     return draw
 
@@ -621,9 +647,9 @@ def test_sessions_of_edits_and_of_other_weights(replayed):
     model = var()
     mask = model.box_mask(*BOX).expand(2, 3, 3)
     for seed, given in ((1, given_codes()), (2, [one.flip(0) for one in given_codes()])):
-        codes, _ = replayed(model, [1, 2], seed=seed, edit=_Edit(given, mask))
+        codes, _ = replayed(model, [1, 2], seed=seed, edit=Edit(given, mask))
         expected = model._draw(
-            "test", [1, 2], 1.5, 0, 0.0, seed, False, None, False, paints=True, edit=_Edit(given, mask)
+            "test", [1, 2], 1.5, 0, 0.0, seed, False, None, False, paints=True, edit=Edit(given, mask)
         )[0]
         assert all(torch.equal(one, other) for one, other in zip(codes, expected, strict=True))
     assert [one.edits for one in model.captures] == [True]
@@ -725,6 +751,30 @@ def test_half_precision_on_a_gpu(on_gpu, dtype, backend, monkeypatch):
     a = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95, graphs=True)
     b = half.generate([1, 2, 3], seed=0, cfg=2.0, top_k=30, top_p=0.95, graphs=False)
     assert (a.int() - b.int()).abs().max() <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dependent_launches_draw_the_same(dtype, monkeypatch):
+    """Kernels that begin before the one before is over, many blocks of them, and one after another: the same codes."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    dependent = importlib.import_module("unifiedar.kernels._dependent")
+    model = var(VARConfig(12, 512, 8, (1, 2, 3), num_codes=VQ.num_codes, code_dim=VQ.dim))
+    model.attach(vqvae().to("cuda").fast_decoder(torch.float32))
+    model.to("cuda").cast_products(dtype)
+
+    def drawn() -> list[Tensor]:
+        return [torch.cat(model.generate_codes([3, 5], cfg=2.0, top_k=20, seed=seed), 1) for seed in range(8)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dependent, "_has", lambda index: False)
+        expected = drawn()
+    model.forget_captures()
+    assert len({tuple(one.flatten().tolist()) for one in expected}) > 1
+    for _ in range(10):
+        assert all(torch.equal(one, other) for one, other in zip(drawn(), expected, strict=True))
+    assert len(model.captures) == 1
 
 
 @pytest.mark.gpu

@@ -115,20 +115,20 @@ def addresses(*modules: torch.nn.Module) -> list[int]:
     """Where the parameters and buffers of modules are, in a fixed order: what a graph knows them by.
 
     A walk of its own, as it is done at every call, before the GPU has anything to do: `Module.parameters` takes two
-    milliseconds for the seven hundred of a VAR and its tokenizer, this a tenth of that.
+    milliseconds for the seven hundred of a VAR and its tokenizer, this a twentieth of that.
     """
-    found = []
-    left = list(modules)
-    while left:
-        module = left.pop()
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    found.append(tensor.data_ptr())
-        for child in module._modules.values():
-            if child is not None:
-                left.append(child)
-    return found
+    found: list[torch.Tensor | None] = []
+    left: list[torch.nn.Module | None] = list(modules)
+    for module in left:  # which grows
+        if module is not None:
+            own = module.__dict__
+            if own["_parameters"]:
+                found += own["_parameters"].values()
+            if own["_buffers"]:
+                found += own["_buffers"].values()
+            if own["_modules"]:
+                left += own["_modules"].values()
+    return [tensor.data_ptr() for tensor in found if tensor is not None]
 
 
 def circumstances() -> Hashable:

@@ -10,9 +10,8 @@ Every weight is read once a scale, but those that see the condition alone, which
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,82 +19,16 @@ from torch import Tensor, nn
 
 from unifiedar import checkpoints, engine
 from unifiedar.models._autoencoder import to_bytes
+from unifiedar.models._var_config import VARConfig, config_of, published
+from unifiedar.models._var_drawing import Capture, Edit, Session
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook
+from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook, gelu_of, in_parts
 
 __all__ = ["VAR", "VARConfig", "config_of"]
-
-Scale = int | tuple[int, int]
 
 _INSIDE = ("trainer", "var_wo_ddp")  # where a trainer's checkpoint has the model
 _VAE = "vae."  # what the names of the tokenizer's tensors begin with in a folder that holds both
 _SESSIONS = 4  # batches and ways of drawing whose graphs are kept
-
-
-@dataclass(frozen=True)
-class VARConfig:
-    """Sizes of a VAR.
-
-    Attributes:
-        depth: blocks.
-        dim: C, width of a token.
-        num_heads: of attention; C / heads is a multiple of 8 from 32 to 128.
-        scales: of the code maps, integers (square) or (h, w), none larger than the last.
-        num_classes: classes; one embedding more is that of no class.
-        num_codes: K of the tokenizer's codebook.
-        code_dim: width of a code vector.
-        shared_adaln: whether one projection of the condition serves all blocks, each adding six vectors of its own.
-        l2_norm: whether attention is a cosine's with a learned gain; else scores are scaled by 1 / (4 sqrt(D)).
-        mlp_ratio: width of the MLP over that of a token.
-        norm_eps: of the layer norms.
-        drop_path: in training, the chance that the last block leaves a branch out; less before, in proportion.
-        cond_drop: in training, the chance that a picture's class is taken away.
-    """
-
-    depth: int
-    dim: int
-    num_heads: int
-    scales: tuple[Scale, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    num_classes: int = 1000
-    num_codes: int = 4096
-    code_dim: int = 32
-    shared_adaln: bool = False
-    l2_norm: bool = True
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    drop_path: float = 0.0
-    cond_drop: float = 0.1
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of every scale, in codes."""
-        return [(one, one) if isinstance(one, int) else (one[0], one[1]) for one in self.scales]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Codes of every scale."""
-        return [height * width for height, width in self.sizes]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a JSON file."""
-        return {"model": "var", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "VARConfig":
-        """Inverse of `to_dict`. Raises CheckpointError if the values are not those of a VAR."""
-        values = dict(values)
-        if values.pop("model", None) != "var":
-            raise checkpoints.CheckpointError("config.json does not describe a VAR (its 'model' is not 'var')")
-        try:
-            scales = tuple(one if isinstance(one, int) else (one[0], one[1]) for one in values.pop("scales"))
-            return cls(scales=scales, **values)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise checkpoints.CheckpointError(f"config.json does not describe a VAR: {error}") from error
-
-
-def _published(depth: int, scales: tuple[int, ...] = VARConfig.scales, shared: bool = False) -> VARConfig:  # type: ignore[assignment]
-    """As published: heads of 64 channels, as many as blocks."""
-    return VARConfig(depth, 64 * depth, depth, scales, shared_adaln=shared, drop_path=0.1 * depth / 24)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -123,8 +56,9 @@ class _MLP(nn.Module):
         self.fc1: _Layer = nn.Linear(dim, hidden)
         self.fc2: _Layer = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _linear(self.fc2, self._hidden(x))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        """For the norm that comes next: of few rows in parts, which that adds up."""
+        return in_parts(self.fc2, self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if isinstance(self.fc1, nn.Linear):
@@ -132,8 +66,7 @@ class _MLP(nn.Module):
             half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
             if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
                 # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
-                flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True)
-                return flat.unflatten(0, x.shape[:-1])
+                return gelu_of(x, weight, bias)
         return F.gelu(_linear(self.fc1, x), approximate="tanh")
 
 
@@ -164,136 +97,6 @@ class _Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
 
-class _Edit(NamedTuple):
-    """Codes to keep, and where: a mask (N, h, w) of the last scale's size, 1 where they stay."""
-
-    codes: list[Tensor]
-    mask: Tensor
-
-
-# ---- one batch's drawing ---------------------------------------------------------------------------------------------
-
-
-class _Session:
-    """The tensors of a generation of so many pictures, at fixed places, and its steps: begin, every scale, paint.
-
-    What a caller fills in place: `labels` and what settings there are, one a picture; before each scale `noise` (and
-    `gumbel`), samples of Exp(1); to edit, `given` and `mask`. What is there afterwards: `codes`, `total`, `pictures`.
-    """
-
-    def __init__(
-        self,
-        model: "VAR",
-        book: ScaleBook,
-        paint: Callable[[Tensor], Tensor] | None,
-        batch: int,
-        *,
-        guided: bool,
-        smooth: bool,
-        edits: bool,
-        graphs: bool,
-    ):
-        config, device = model.config, model.device
-        self.model, self.book, self.batch, self.guided, self.smooth = model, book, batch, guided, smooth
-        self.lengths, self.rows = config.lengths, batch * (2 if guided else 1)
-        self.labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.cfg = torch.zeros(batch, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.top_p = torch.zeros(batch, dtype=torch.float64, device=device)
-        draws = batch * max(self.lengths) * config.num_codes
-        self._noise = torch.ones(draws, dtype=model.wide, device=device)
-        self._gumbel = torch.ones(draws, dtype=model.wide, device=device) if smooth else self._noise
-        self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
-        self.mask = torch.zeros(batch, *config.sizes[-1], device=device)
-        self.edits = edits
-        # What is cached of the last scale is read at that scale alone, in its own block. It lies where the block before
-        # keeps the scales before, which nobody reads any more by then: a head's tokens of all blocks are one row, the
-        # last block's first, and a block's reach into the next in it.
-        before, last, depth = sum(self.lengths[:-1]), self.lengths[-1], model.config.depth
-        first = next(model._each()).attn
-        self.cache = first.new_cache(self.rows, depth * before + last, dtype=model.dtype)
-        begins = [(depth - 1 - i) * before for i in range(depth)]
-        self.caches = [self.cache[:, :, :, begin : begin + before + last] for begin in begins]
-        self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
-        steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
-        if paint is not None:
-            steps.append(lambda: self._paint(paint))
-        self.steps = engine.Steps(steps, graphs=graphs)
-
-    def noise(self, step: int, count: int, *, gumbel: bool = False) -> Tensor:
-        """Where samples for the first `count` pictures belong, (count, l, K), contiguous: rows as the published code
-        draws them, whatever the size of the session."""
-        return self._samples(step, self._gumbel if gumbel else self._noise)[:count]
-
-    def _samples(self, step: int, memory: Tensor) -> Tensor:
-        shape = (self.batch, self.lengths[step], self.model.config.num_codes)
-        return memory[: math.prod(shape)].view(shape)
-
-    def _begin(self) -> None:
-        model = self.model
-        empty = model.config.num_classes
-        labels = torch.cat((self.labels, torch.full_like(self.labels, empty))) if self.guided else self.labels
-        condition = model.class_emb(labels)
-        self.modulations, self.biases = model._modulations(condition), model._biases()
-        self.places = model._places()
-        self.tokens = model._first(condition, self.places)
-        self.total = condition.new_zeros((self.batch, model.config.code_dim, *model.config.sizes[-1]), dtype=model.wide)
-        self.kept = [self._kept_at(step) for step in range(len(self.lengths))] if self.edits else []
-
-    def _kept_at(self, step: int) -> Tensor:
-        """Which codes of a scale are to stay, (B, l): the mask resized, above a half; at the smallest all."""
-        size = self.model.config.sizes[step]
-        found = F.interpolate(self.mask[:, None], size=size, mode="bilinear").flatten(1) > 0.5
-        return torch.ones_like(found) if self.lengths[step] <= 3 else found
-
-    def _step(self, step: int) -> Callable[[], None]:
-        return lambda: self._scale(step)
-
-    def _scale(self, step: int) -> None:
-        model, last = self.model, len(self.lengths) - 1
-        begin = sum(self.lengths[:step])
-        ratio = step / max(last, 1)
-        memory = list(zip(self.caches, self.biases, strict=True))
-        logits = model._logits(self.tokens, self.modulations, None, memory, begin)
-        cuts: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
-        if self.guided:
-            cuts["guidance"] = 1 + self.cfg * ratio
-        drawn = codes = model.sampler(logits, self._samples(step, self._noise), **cuts)
-        if self.smooth:  # ever sharper, by MaskGIT's temperatures as published
-            drawn = model.sampler.average(
-                logits,
-                self.book.table,
-                self._samples(step, self._gumbel),
-                sharpness=1 + ratio,
-                temperature=max(0.27 * (1 - ratio * 0.95), 0.005),
-                **cuts,
-            )
-        if self.edits:
-            keep, given = self.kept[step], self.given[step]
-            codes = torch.where(keep, given, codes)
-            drawn = torch.where(keep[..., None], self.book.table[given], drawn) if self.smooth else codes
-        self.codes[step] = codes
-        self.total, following = self.book.add(self.total, drawn, step)
-        if following is not None:
-            end = begin + self.lengths[step]
-            tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
-            tokens = tokens + self.places[:, end : end + self.lengths[step + 1]]
-            self.tokens = torch.cat((tokens, tokens)) if self.guided else tokens
-
-    def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
-        self.pictures = paint(self.total)
-
-
-class Capture(NamedTuple):
-    """What `VAR.captures` says of one session on a GPU."""
-
-    batch: int  # pictures that it draws at once
-    guided: bool
-    more_smooth: bool
-    edits: bool
-    seconds: float  # that capturing it took
-
-
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -318,11 +121,11 @@ class VAR(nn.Module):
     """
 
     configs: ClassVar[dict[str, VARConfig]] = {
-        "d16": _published(16),
-        "d20": _published(20),
-        "d24": _published(24),
-        "d30": _published(30),
-        "d36": _published(36, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared=True),
+        "d16": published(16),
+        "d20": published(20),
+        "d24": published(24),
+        "d30": published(30),
+        "d36": published(36, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared=True),
         # Small enough to ship in 8 bits; its classes are those of the pictures that it is trained on.
         "emoji": VARConfig(8, 192, 3, (1, 2, 3, 4, 6, 8, 8), 2000, 2048, 16, shared_adaln=True, drop_path=0.1 * 8 / 24),
     }
@@ -670,8 +473,11 @@ class VAR(nn.Module):
                 x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
             else:
                 x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
-            cache, bias = (None, None) if memory is None else memory[i]
-            branch = block.attn(x, lengths, cache=cache, begin=begin, bias=bias)
+            branch = (
+                block.attn(x, lengths)
+                if memory is None
+                else block.attn.before_norm(x, memory[i][0], begin, memory[i][1])
+            )
             gate = self._gate(gates[:, 0], i, memory is None)
             x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
             branch, gate = block.ffn(x), self._gate(gates[:, 1], i, memory is None)
@@ -934,7 +740,7 @@ class VAR(nn.Module):
             raise ValueError(f"{function}: mask must be {size} or {(count, *size)}, got {tuple(mask.shape)}")
         if labels is None or isinstance(labels, int):
             labels = [self.config.num_classes if labels is None else labels] * count
-        given = _Edit([one.to(self.device) for one in codes], mask.to(self.device).float().expand(count, *size))
+        given = Edit([one.to(self.device) for one in codes], mask.to(self.device).float().expand(count, *size))
         drawn = self._draw(
             function, labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs, paints=True, edit=given
         )
@@ -980,7 +786,7 @@ class VAR(nn.Module):
         graphs: bool,
         *,
         paints: bool,
-        edit: _Edit | None = None,
+        edit: Edit | None = None,
         book: ScaleBook | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Codes (N, h w) of every scale, and pictures (N, 3, H, W) in [-1, 1] or, unless it paints, the sums of all
@@ -1009,14 +815,15 @@ class VAR(nn.Module):
             torch.cuda.device_of(self.pos_1LC),
         ):
             try:
-                parts = [
-                    self._draw_part(
-                        labels[begin : begin + at_once], at_once, float(cfg), top_k, float(top_p), generator,
-                        more_smooth, graphs and self.device.type == "cuda", book, paint,
-                        None if edit is None else _Edit(*_rows(edit, begin, begin + at_once)),
-                    )
-                    for begin in range(0, len(labels), at_once)
-                ]  # fmt: skip
+                parts = []
+                for begin in range(0, len(labels), at_once):
+                    some = labels[begin : begin + at_once]
+                    session = self._session(
+                        at_once, cfg > 0, more_smooth, edit is not None, graphs and self.device.type == "cuda", book,
+                        paint, len(some),
+                    )  # fmt: skip
+                    given = None if edit is None else edit.rows(begin, begin + at_once)
+                    parts.append(session.draw(some, float(cfg), top_k, float(top_p), generator, given))
             except torch.OutOfMemoryError as error:
                 self.forget_captures()
                 raise torch.OutOfMemoryError(
@@ -1025,42 +832,6 @@ class VAR(nn.Module):
                 ) from error
         codes = [torch.cat(scale) for scale in zip(*(part[0] for part in parts), strict=True)]
         return codes, torch.cat([part[1] for part in parts])
-
-    def _draw_part(
-        self,
-        labels: Tensor,
-        at_once: int,
-        cfg: float,
-        top_k: int,
-        top_p: float,
-        generator: torch.Generator | None,
-        more_smooth: bool,
-        graphs: bool,
-        book: ScaleBook,
-        paint: Callable[[Tensor], Tensor] | None,
-        edit: _Edit | None,
-    ) -> tuple[list[Tensor], Tensor]:
-        session = self._session(at_once, cfg > 0, more_smooth, edit is not None, graphs, book, paint, len(labels))
-        count = len(labels)
-        session.labels[:count] = labels
-        session.cfg.fill_(cfg)
-        session.top_k.fill_(top_k)
-        session.top_p.fill_(top_p)
-        if edit is not None:
-            session.mask[:count] = edit.mask
-            for place, one in zip(session.given, edit.codes, strict=True):
-                place[:count] = one
-        session.steps.run(0)
-        for step in range(len(session.lengths)):
-            session.noise(step, count).exponential_(generator=generator)
-            if more_smooth:
-                session.noise(step, count, gumbel=True).exponential_(generator=generator)
-            session.steps.run(1 + step)
-        if paint is not None:
-            session.steps.run(len(session.steps) - 1)
-        result = session.total if paint is None else session.pictures
-        # The next call writes to the same memory.
-        return [one[:count].clone() for one in session.codes], result[:count].clone()
 
     def _session(
         self,
@@ -1072,10 +843,10 @@ class VAR(nn.Module):
         book: ScaleBook,
         paint: Callable[[Tensor], Tensor] | None,
         count: int,
-    ) -> _Session:
+    ) -> Session:
         options = {"guided": guided, "smooth": smooth, "edits": edits}
         if not graphs:
-            return _Session(self, book, paint, count, **options, graphs=False)
+            return Session(self, book, paint, count, **options, graphs=False)
         batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
         modules = [self, book.convolutions]
         if paint is not None and self.vae is not None:
@@ -1083,17 +854,13 @@ class VAR(nn.Module):
         # A graph knows weights by their addresses, which `.to` and the like change.
         places = (book.table.data_ptr(), *engine.addresses(*modules))
         key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
-        return self._sessions.get(key, lambda: _Session(self, book, paint, batch, **options, graphs=True))
+        return self._sessions.get(key, lambda: Session(self, book, paint, batch, **options, graphs=True))
 
 
 def _names(values: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
         raise checkpoints.CheckpointError(f"{path}: class_names in config.json must be a list of names")
     return tuple(values)
-
-
-def _rows(edit: _Edit, begin: int, end: int) -> tuple[list[Tensor], Tensor]:
-    return [one[begin:end] for one in edit.codes], edit.mask[begin:end]
 
 
 def _check_settings(function: str, cfg: Any, top_k: Any, top_p: Any, images_per_call: Any, num_codes: int) -> None:
@@ -1111,35 +878,3 @@ def _check_settings(function: str, cfg: Any, top_k: Any, top_p: Any, images_per_
         raise ValueError(f"{function}: top_p must be from 0 to 1, got {top_p}")
     if images_per_call is not None and images_per_call < 1:
         raise ValueError(f"{function}: images_per_call must be at least 1, got {images_per_call}")
-
-
-def config_of(tensors: Mapping[str, Tensor], path: str | Path = "state_dict") -> VARConfig:
-    """Sizes read off a published state_dict, with square scales and heads of 64 channels where there are no gains.
-
-    Raises CheckpointError, which names the path, if it is none.
-    """
-    try:
-        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-        dim = tensors["pos_1LC"].shape[2]
-        gain = tensors.get("blocks.0.attn.scale_mul_1H11")
-        sides = [math.isqrt(length) for length in tensors["lvl_1L"][0].bincount().tolist()]
-        config = VARConfig(
-            depth=depth,
-            dim=dim,
-            num_heads=dim // 64 if gain is None else gain.shape[1],
-            scales=tuple(sides),
-            num_classes=len(tensors["class_emb.weight"]) - 1,
-            num_codes=len(tensors["head.weight"]),
-            code_dim=tensors["word_embed.weight"].shape[1],
-            shared_adaln="shared_ada_lin.1.weight" in tensors,
-            l2_norm=gain is not None,
-            mlp_ratio=len(tensors["blocks.0.ffn.fc1.weight"]) / dim,
-            drop_path=0.1 * depth / 24,
-        )
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise checkpoints.CheckpointError(
-            f"{path}: has not the keys of a VAR ({error} is missing or misshapen)"
-        ) from error
-    if sum(config.lengths) != tensors["lvl_1L"].shape[1]:
-        raise checkpoints.CheckpointError(f"{path}: its scales are not squares; give config=")
-    return config

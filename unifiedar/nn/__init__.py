@@ -6,6 +6,7 @@ from unifiedar.nn.codes_bitwise import BitwiseOutput, BitwiseQuantizer, SignOutp
 from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantizer, ScaleBook
 from unifiedar.nn.depth import DepthStyle, DepthTransformer
 from unifiedar.nn.linear import Linear8bit
+from unifiedar.nn.linear_few import gelu_of, in_parts, of_few
 from unifiedar.nn.norm import ModulatedNorm
 from unifiedar.nn.norm_group import GroupNorm, Summands, UpsampledConv2d
 from unifiedar.nn.sample import CodeSampler
@@ -30,5 +31,8 @@ __all__ = [
     "SignQuantizer",
     "Summands",
     "UpsampledConv2d",
+    "gelu_of",
+    "in_parts",
+    "of_few",
     "rope_table",
 ]

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unifiedar.nn.linear_few import in_parts, of_few
 from unifiedar.ops import _checks, block_attention, block_causal_attention, cached_attention, masks, qk_norm_rope
 
 __all__ = ["NextScaleAttention", "rope_table"]
@@ -199,6 +199,25 @@ class NextScaleAttention(nn.Module):
             ValueError: for shapes that do not match, a cache that is too short or where gradients are recorded, or a
                 begin without a cache.
         """
+        return self.proj(self._attended(x, scale_lengths, rope, cache, begin, bias))
+
+    def before_norm(
+        self, x: Tensor, cache: Tensor, begin: int, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """As `forward` of one scale over a cache, but what comes out is for `ModulatedNorm.add`: of few rows, the parts
+        of the projection (P, B, L, C) and its bias."""
+        return in_parts(self.proj, self._attended(x, None, None, cache, begin, bias))
+
+    def _attended(
+        self,
+        x: Tensor,
+        scale_lengths: Sequence[int] | Tensor | masks.Mask | None,
+        rope: Tensor | None,
+        cache: Tensor | None,
+        begin: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """What `proj` reads."""
         name = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
@@ -212,7 +231,7 @@ class NextScaleAttention(nn.Module):
             bias = torch.cat(self.qkv_bias())
         # In 8 bits it is another module, which takes the bias.
         dense = isinstance(self.mat_qkv, nn.Linear)
-        qkv = F.linear(x, self.mat_qkv.weight, bias) if dense else self.mat_qkv(x, bias)
+        qkv = of_few(x, self.mat_qkv.weight, bias) if dense else self.mat_qkv(x, bias)
         qkv = qkv.view(batch, length, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         norm, gain = (None, None) if self.scale_mul_1H11 is None else ("l2", self.scale_mul_1H11.flatten())
@@ -220,7 +239,7 @@ class NextScaleAttention(nn.Module):
             self._check_cache(name, cache, q, begin)
         if cache is not None and rope is None and scale_lengths is None:
             out = cached_attention(q, k, v, cache, begin, norm=norm, gain=gain, softmax_scale=self.softmax_scale)
-            return self.proj(out.transpose(1, 2).flatten(2))
+            return out.transpose(1, 2).flatten(2)
         if cache is not None:
             place = cache[:, :, :, begin : begin + length]
             q = qk_norm_rope(q, k, v, norm=norm, gain=gain, rope=rope, out=(torch.empty_like(q), *place))[0]
@@ -232,7 +251,7 @@ class NextScaleAttention(nn.Module):
         else:
             lengths = [length] if scale_lengths is None else scale_lengths
             out = block_causal_attention(q, k, v, lengths, prefix=begin, softmax_scale=self.softmax_scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     def _check_cache(self, name: str, cache: Tensor, q: Tensor, begin: int) -> None:
         batch, _, length, _ = q.shape

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from unifiedar.ops import modulated_norm
+from unifiedar.ops import modulated_norm, parts_norm
 
 __all__ = ["ModulatedNorm"]
 
@@ -28,7 +28,7 @@ class ModulatedNorm(nn.Module):
     def add(
         self,
         x: Tensor,
-        branch: Tensor,
+        branch: Tensor | tuple[Tensor, Tensor | None],
         gate: Tensor,
         scale: Tensor,
         shift: Tensor,
@@ -39,7 +39,7 @@ class ModulatedNorm(nn.Module):
 
         Args:
             x: (B, L, C), the tokens.
-            branch: (B, L, C), what that layer put out.
+            branch: (B, L, C), what that layer put out; or its parts (P, B, L, C) and bias, as `in_parts` gives them.
             gate: (B, C), a factor on it.
             scale, shift: (B, C).
             dtype: of the first result; None is that of x.
@@ -47,6 +47,9 @@ class ModulatedNorm(nn.Module):
         Returns:
             (B, L, C) twice: normalized, and x + branch gate.
         """
+        if isinstance(branch, tuple):
+            sums, bias = branch
+            return parts_norm(x, sums, gate, scale, shift, bias, eps=self.eps, dtype=dtype)
         found = modulated_norm(x, scale, shift, branch=branch, gate=gate, eps=self.eps, dtype=dtype)
         return cast(tuple[Tensor, Tensor], found)
 

@@ -31,6 +31,7 @@ from unifiedar.ops.codes_multiscale import (
 )
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
 from unifiedar.ops.linear import linear_8bit
+from unifiedar.ops.linear_few import few_linear, linear_parts, parts_norm
 from unifiedar.ops.norm import modulated_norm, qk_norm_rope
 from unifiedar.ops.norm_group import add_group_norm, add_maps, group_norm, phase_weights
 from unifiedar.ops.sample import cut_logits, sample_codes
@@ -60,8 +61,10 @@ __all__ = [
     "code_statistics",
     "cut_logits",
     "depth_decode",
+    "few_linear",
     "group_norm",
     "linear_8bit",
+    "linear_parts",
     "masks",
     "modulated_norm",
     "multiscale_inputs",
@@ -69,6 +72,7 @@ __all__ = [
     "multiscale_quantize",
     "next_bitwise_input",
     "next_scale_input",
+    "parts_norm",
     "phase_weights",
     "qk_norm_rope",
     "registry",
