@@ -12,12 +12,10 @@
 // once, masses as integers. So codes are those of unifiedar/ops/sample.py, whatever the scores are.
 #include "sample.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <climits>
 
 #include "device/fast.cuh"
+#include "device/wide.cuh"
 
 #include "depth_draw.cuh"
 
@@ -36,30 +34,19 @@ constexpr float kUnclear = kInfinity;  // a speed that only `exact` can tell
 
 template <typename T>
 __device__ __forceinline__ float rounded(float value) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half2float(__float2half_rn(value));
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __bfloat162float(__float2bfloat16_rn(value));
-  else
-    return value;
+  return wide(narrow<T>(value));
 }
-__device__ __forceinline__ float widened(float value) { return value; }
-__device__ __forceinline__ float widened(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Four entries from `at` on, `other` in place of those beyond the row's end.
 template <typename T>
 __device__ __forceinline__ void load_four(float* to, const T* row, int at, int end, bool packed, float other) {
-  struct alignas(4 * sizeof(T)) Four {
-    T entry[4];
-  };
   if (packed && at < end) {
-    const Four four = *reinterpret_cast<const Four*>(row + at);
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(row + at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = widened(four.entry[i]);
+    for (int i = 0; i < 4; ++i) to[i] = wide(four.value[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = at + i < end ? widened(row[at + i]) : other;
+    for (int i = 0; i < 4; ++i) to[i] = at + i < end ? wide(row[at + i]) : other;
   }
 }
 
