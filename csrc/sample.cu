@@ -22,9 +22,8 @@
 namespace unifiedar {
 namespace {
 
-constexpr int kOwn = 16;     // entries that a thread looks at together
 constexpr int kRivals = 32;  // entries that may have won the race
-// Sums of weights are off by less than 2^-17 of all there are where a thread adds up to 26, by 2^-15 where it adds 512.
+// Sums of weights are off by less than 2^-17 of all there are where a thread adds 16, by 2^-15 where it adds 512.
 constexpr float kSlack = 0x1p-15f, kWideSlack = 0x1p-13f;
 constexpr float kNear = 1 - 0x1p-13f;  // of the best speed: more than two speeds together are off by
 constexpr float kApart = 0x1p-22f;     // scores that are further apart have different weights
@@ -221,8 +220,9 @@ struct Cuts {
   static constexpr float kShift = 0x1p23f;  // the bits of a float above it count in ones
 };
 
-// A block at one row. kHeld: the row is in registers; else it is read again at every look.
-template <typename T, int kThreads, bool kHeld>
+// A block at one row, whose threads look at kOwn entries together. kHeld: the row is in registers; else it is read again at
+// every look.
+template <typename T, int kThreads, int kOwn, bool kHeld>
 struct Sampler {
   using Memory = Block<kThreads, kHeld ? 2048 : 3072>;
   static constexpr int kBins = Memory::kBins;
@@ -244,7 +244,7 @@ struct Sampler {
       return args.vocabulary % 4 == 0 && reinterpret_cast<uintptr_t>(at) % (4 * size) == 0;
     };
     packed = even(own, sizeof(T)) && (!args.guided || even(other, sizeof(T)));
-    packed_noise = !args.greedy && even(noise, sizeof(float));
+    packed_noise = even(noise, sizeof(float));
   }
 
   __device__ __forceinline__ int place(int e) const { return begin + (e / 4 * kThreads + int(threadIdx.x)) * 4 + e % 4; }
@@ -262,12 +262,14 @@ struct Sampler {
         score[e] = place(e) < args.vocabulary ? rounded<T>(__fadd_rn(base[e], part)) : -kInfinity;
       }
     }
-    if (args.greedy) return;
 #pragma unroll
     for (int j = 0; j < kOwn; j += 4) load_four(rest + j, noise, place(j), args.vocabulary, packed_noise, 1.f);
+    const int first = anew(place(0));
 #pragma unroll
-    for (int e = 0; e < kOwn; ++e)
-      score[e] = place(e) < args.vocabulary ? __fmul_rn(score[e], args.inverse_temperature) : -kInfinity;
+    for (int e = 0; e < kOwn; ++e) {
+      const bool present = first + e / 4 * kThreads * 4 + e % 4 < args.vocabulary;
+      score[e] = present ? __fmul_rn(score[e], args.inverse_temperature) : -kInfinity;
+    }
   }
 
   // Calls use(score, noise, place) for all entries.
@@ -319,15 +321,6 @@ struct Sampler {
     const int top_key = __reduce_max_sync(~0u, int(uint32_t(block.hear(kTop, uint32_t(INT_MIN)))));
     const float top = score_of(top_key);
     low = score_of(__reduce_min_sync(~0u, int(uint32_t(block.hear(kLow, uint32_t(INT_MAX - 1))))));
-    if (args.greedy) {
-      uint32_t first = 0;
-      look([&](float score, float, int place) {
-        if (nan ? !(score == score) : score == top) first = max(first, uint32_t(~place));
-      });
-      block.tell(kWinner, __reduce_max_sync(~0u, first));
-      __syncthreads();
-      return int(~__reduce_max_sync(~0u, uint32_t(block.hear(kWinner, 0))));
-    }
     if (nan || top_key <= kLeast || top_key >= kInfinite) return 0;
 
     Cuts cuts{k, share, top};
@@ -500,10 +493,10 @@ struct Sampler {
   }
 };
 
-template <typename T, int kThreads, bool kHeld>
-__global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
+template <typename T, int kThreads, int kOwn, bool kHeld, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sample_codes_kernel(const __grid_constant__ SampleArgs args) {
-  __shared__ typename Sampler<T, kThreads, kHeld>::Memory block;
+  __shared__ typename Sampler<T, kThreads, kOwn, kHeld>::Memory block;
   const int64_t row = blockIdx.x, group = row / args.inner;
   int64_t k = args.top_k_rows ? args.top_k_rows[group] : args.top_k;
   k = k > 0 && k < args.vocabulary ? k : 0;
@@ -511,7 +504,7 @@ __global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
   if (args.top_p_rows)
     share = args.wide_top_p ? static_cast<const double*>(args.top_p_rows)[group]
                             : double(static_cast<const float*>(args.top_p_rows)[group]);
-  Sampler<T, kThreads, kHeld> sampler(args, block, row);
+  Sampler<T, kThreads, kOwn, kHeld> sampler(args, block, row);
   const int code = sampler.run(int(k), share > 0 && share < 1 ? share : 0);
   if (threadIdx.x == 0) args.out[row] = code;
 }
@@ -519,14 +512,14 @@ __global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
 template <typename T>
 cudaError_t launch_rows(const SampleArgs& args, cudaStream_t stream) {
   const unsigned blocks = unsigned(args.rows);
-  if (args.vocabulary <= 256 * kOwn) {
-    sample_codes_kernel<T, 256, true><<<blocks, 256, 0, stream>>>(args);
-  } else if (args.vocabulary <= 512 * kOwn) {
-    sample_codes_kernel<T, 512, true><<<blocks, 512, 0, stream>>>(args);
-  } else if (args.vocabulary <= 1024 * kOwn) {
-    sample_codes_kernel<T, 1024, true><<<blocks, 1024, 0, stream>>>(args);
+  if (args.vocabulary <= 4096) {
+    sample_codes_kernel<T, 512, 8, true, 3><<<blocks, 512, 0, stream>>>(args);
+  } else if (args.vocabulary <= 8192) {
+    sample_codes_kernel<T, 512, 16, true, 2><<<blocks, 512, 0, stream>>>(args);
+  } else if (args.vocabulary <= 16384) {
+    sample_codes_kernel<T, 1024, 16, true, 1><<<blocks, 1024, 0, stream>>>(args);
   } else {
-    sample_codes_kernel<T, 512, false><<<blocks, 512, 0, stream>>>(args);
+    sample_codes_kernel<T, 512, 16, false, 1><<<blocks, 512, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }
