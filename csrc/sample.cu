@@ -15,9 +15,8 @@
 #include <climits>
 
 #include "device/fast.cuh"
+#include "device/score.cuh"
 #include "device/wide.cuh"
-
-#include "depth_draw.cuh"
 
 namespace unifiedar {
 namespace {
@@ -143,8 +142,7 @@ struct Block {
   // The draw by the definition's numbers, among what `look` looks at; k and share are 0 where there is no such cut.
   template <typename Look>
   __device__ __forceinline__ int exact(const Look& look, int k, double share, float top, int vocabulary) {
-    const Draw draw{nullptr, 0, k, share};
-    const Row row(nullptr, draw, vocabulary, top);
+    const Weights weights(vocabulary, top);
     int least = kLeast;
     if (k > 0) {
       constexpr int kDigit = 31 - __builtin_clz(kBins);
@@ -169,13 +167,13 @@ struct Block {
     // A weight's bits are an integer of the same order.
     const auto weigh = [&](float score) {
       const int key = ordered(score);
-      return key >= least ? row.weight(key) : 0;
+      return key >= least ? weights.weight(key) : 0;
     };
     Word goal = 0;
     if (share > 0) {
       Word total = 0;
-      look([&](float score, float, int) { total += row.mass(weigh(score)); });
-      goal = row.goal(sum_all(total));
+      look([&](float score, float, int) { total += weights.mass(weigh(score)); });
+      goal = Weights::goal(sum_all(total), share);
     }
     // Who may win: entries of more than `floor`, and those of `floor` before entry `end`.
     int floor = 0, end = 0;
@@ -197,7 +195,7 @@ struct Block {
       Word mass = 0;
       look([&](float score, float, int place) {
         const int mine = weigh(score);
-        if (mine > floor || (mine == floor && place < end)) mass += row.mass(mine);
+        if (mine > floor || (mine == floor && place < end)) mass += weights.mass(mine);
       });
       if (sum_all(mass) < goal) return code;
     }
@@ -424,11 +422,10 @@ struct Sampler {
       int code = block.rival_places[0];
       if (rivals > 1 || winner - top < -80) {
         const int lane = int(threadIdx.x) % 32;
-        const Draw draw{};
-        const Row row(nullptr, draw, args.vocabulary, top);
+        const Weights weights(args.vocabulary, top);
         Word fate = 0;
         if (lane < rivals)
-          fate = racer(row.weight(ordered(block.rivals[lane].x)), block.rivals[lane].y, block.rival_places[lane]);
+          fate = racer(weights.weight(ordered(block.rivals[lane].x)), block.rivals[lane].y, block.rival_places[lane]);
         fate = block.largest(fate);
         if (fate == 0) return -1;
         code = int(~uint32_t(fate));
