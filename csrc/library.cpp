@@ -469,32 +469,29 @@ void next_scale_input(const Tensor& base, const Tensor& codes, const Tensor& cod
   STD_CUDA_CHECK(launch_next_scale_input(args, dtype_of(base), current_stream(base)));
 }
 
-void sample_codes(const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& guidance_rows,
-                  const std::optional<Tensor>& top_k_rows, const std::optional<Tensor>& top_p_rows, bool guided, bool greedy,
-                  double guidance, double temperature, int64_t top_k, double top_p, int64_t inner, Tensor out) {
+void sample_codes(const Tensor& logits, const Tensor& noise, const std::optional<Tensor>& guidance_rows,
+                  const std::optional<Tensor>& top_k_rows, const std::optional<Tensor>& top_p_rows, bool guided, double guidance,
+                  double temperature, int64_t top_k, double top_p, int64_t inner, Tensor out) {
   SampleArgs args{};
   args.logits = logits.data_ptr();
   args.out = static_cast<int64_t*>(out.data_ptr());
   args.rows = out.numel();
   args.inner = inner;
   args.guided = guided;
-  args.greedy = greedy;
   args.guidance = static_cast<float>(guidance);
-  args.inverse_temperature = greedy ? 1.f : static_cast<float>(1 / temperature);
+  args.inverse_temperature = static_cast<float>(1 / temperature);
   args.top_k = top_k;
   args.top_p = top_p;
   bool matches = logits.dim() == 2 && args.rows > 0 && inner > 0 && args.rows % inner == 0 && args.rows <= INT_MAX &&
                  logits.size(0) == args.rows * (guided ? 2 : 1) && logits.size(1) > 0 && logits.size(1) <= 1 << 18 &&
                  (logits.stride(1) == 1 || logits.size(1) == 1) && out.is_contiguous() &&
-                 out.scalar_type() == ScalarType::Long && (greedy || noise.has_value());
+                 out.scalar_type() == ScalarType::Long && temperature > 0;
   args.vocabulary = static_cast<int>(logits.size(1));
   args.logits_row = logits.stride(0);
-  if (noise.has_value()) {
-    args.noise = static_cast<const float*>(noise->data_ptr());
-    args.noise_row = noise->stride(0);
-    matches = matches && noise->scalar_type() == ScalarType::Float && noise->dim() == 2 && noise->size(0) == args.rows &&
-              noise->size(1) == args.vocabulary && (noise->stride(1) == 1 || args.vocabulary == 1);
-  }
+  matches = matches && noise.scalar_type() == ScalarType::Float && noise.dim() == 2 && noise.size(0) == args.rows &&
+            noise.size(1) == args.vocabulary && (noise.stride(1) == 1 || args.vocabulary == 1);
+  args.noise = static_cast<const float*>(noise.data_ptr());
+  args.noise_row = noise.stride(0);
   const auto one_a_row = [&](const std::optional<Tensor>& values, ScalarType dtype) -> const void* {
     if (!values.has_value()) return nullptr;
     matches = matches && values->is_contiguous() && values->scalar_type() == dtype && values->numel() == args.rows / inner;

@@ -2,11 +2,9 @@
 // tile's loads on their way before the first is used, and the convolution's sum divided among the warps of a block.
 #include "pyramid.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <type_traits>
+
+#include "device/wide.cuh"
 
 namespace unifiedar {
 namespace {
@@ -16,13 +14,6 @@ constexpr int kTall = 2, kWide = 4, kPixels = kTall * kWide;  // a tile, a pixel
 constexpr int kTaps = 9, kSum = kChannels * kTaps;
 constexpr int kBlocks = 132 * 2;  // that are on the device at a time
 static_assert(kPixels == kWarps && kChannels == 32, "a thread has one number of a tile");
-
-__device__ __forceinline__ float widened(float value) { return value; }
-__device__ __forceinline__ float widened(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ void narrow(float value, float* to) { *to = value; }
-__device__ __forceinline__ void narrow(float value, __half* to) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
 
 // Weights of cubic convolution (a = -0.75) of the four neighbours of `at`, of which the second is at floor(at).
 __device__ __forceinline__ void cubic(float at, float (&weight)[4]) {
@@ -55,9 +46,9 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
     const bool present = my_y < args.height && my_x < args.width;
     float base = 0, bias = 0;
     if (present)
-      base = widened(static_cast<const T*>(args.base)[picture * args.base_b + lane * args.base_c + my_y * args.base_y +
+      base = wide(static_cast<const T*>(args.base)[picture * args.base_b + lane * args.base_c + my_y * args.base_y +
                                                       my_x * args.base_x]);
-    if (kPhi) bias = widened(static_cast<const T*>(args.bias)[lane]);
+    if (kPhi) bias = wide(static_cast<const T*>(args.bias)[lane]);
 
     constexpr int kOwn = (kSpots + kWarps - 1) / kWarps;
     int source[kOwn];  // lanes 0 to 15: where the row of one of a spot's 16 neighbours begins, -1: zeros
@@ -74,16 +65,13 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
       if (args.codes) row = args.codes[picture * args.code_b + row];
       if (row >= 0 && row < args.num_codes) source[s] = int(row) * args.table_entry;
     }
-    struct alignas(4 * sizeof(T)) Four {
-      T value[4];
-    };
     constexpr int kPacks = kChannels * kSum / 4 / kThreads;
-    Four held[kPacks];  // the convolution, once; on its way while codes and rows are
+    Four<T> held[kPacks];  // the convolution, once; on its way while codes and rows are
     const bool first = kPhi && tile == int(blockIdx.x);
     if (first) {
 #pragma unroll
       for (int n = 0; n < kPacks; ++n)
-        held[n] = static_cast<const Four*>(args.weight)[int(threadIdx.x) + n * kThreads];
+        held[n] = static_cast<const Four<T>*>(args.weight)[int(threadIdx.x) + n * kThreads];
     }
     __syncthreads();  // nobody reads the last tile's any more
     const T* table = static_cast<const T*>(args.table) + picture * args.table_b + lane * args.table_c;
@@ -94,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
         const int at = __shfl_sync(~0u, source[s], n);
-        value[n] = at < 0 ? 0 : widened(table[at]);
+        value[n] = at < 0 ? 0 : wide(table[at]);
       }
       float down[4], along[4], sum = 0;
       cubic((float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f, down);
@@ -113,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
       for (int n = 0; n < kPacks; ++n) {
         const int pack = int(threadIdx.x) + n * kThreads;
         *reinterpret_cast<float4*>(weights + weight_at(pack / (kSum / 4), pack % (kSum / 4))) = {
-            widened(held[n].value[0]), widened(held[n].value[1]), widened(held[n].value[2]), widened(held[n].value[3])};
+            wide(held[n].value[0]), wide(held[n].value[1]), wide(held[n].value[2]), wide(held[n].value[3])};
       }
     }
     __syncthreads();
@@ -150,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
     if (!present) continue;
     const int64_t size = int64_t(args.height) * args.width, pixel = int64_t(my_y) * args.width + my_x;
     args.total[(picture * size + pixel) * kChannels + lane] = base + part;
-    narrow(base + part, static_cast<T*>(args.out) + (picture * kChannels + lane) * size + pixel);
+    static_cast<T*>(args.out)[(picture * kChannels + lane) * size + pixel] = narrow<T>(base + part);
   }
 }
 
@@ -163,19 +151,19 @@ __global__ void __launch_bounds__(kThreads) next_mean_kernel(const __grid_consta
   const int i = row / args.next_w, j = row % args.next_w;
   const int top = i * args.height / args.next_h, bottom = ((i + 1) * args.height + args.next_h - 1) / args.next_h;
   const int left = j * args.width / args.next_w, right = ((j + 1) * args.width + args.next_w - 1) / args.next_w;
-  const int wide = right - left, count = (bottom - top) * wide;
+  const int across = right - left, count = (bottom - top) * across;
   const float* from = args.total + int64_t(picture) * args.height * args.width * kChannels + lane;
   float sum = 0;
 #pragma unroll 8
   for (int n = warp; n < count; n += kWarps)
-    sum += from[((top + n / wide) * args.width + left + n % wide) * kChannels];
+    sum += from[((top + n / across) * args.width + left + n % across) * kChannels];
   parts[warp][lane] = sum;
   __syncthreads();
   if (warp > 0) return;
 #pragma unroll
   for (int other = 1; other < kWarps; ++other) sum += parts[other][lane];
-  narrow(sum / float(bottom - top) / float(wide),
-         static_cast<T*>(args.following) + int64_t(blockIdx.x) * kChannels + lane);
+  static_cast<T*>(args.following)[int64_t(blockIdx.x) * kChannels + lane] =
+      narrow<T>(sum / float(bottom - top) / float(across));
 }
 
 template <typename T>

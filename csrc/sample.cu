@@ -12,21 +12,17 @@
 // once, masses as integers. So codes are those of unifiedar/ops/sample.py, whatever the scores are.
 #include "sample.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <climits>
 
 #include "device/fast.cuh"
-
-#include "depth_draw.cuh"
+#include "device/score.cuh"
+#include "device/wide.cuh"
 
 namespace unifiedar {
 namespace {
 
-constexpr int kOwn = 16;     // entries that a thread looks at together
 constexpr int kRivals = 32;  // entries that may have won the race
-// Sums of weights are off by less than 2^-17 of all there are where a thread adds up to 26, by 2^-15 where it adds 512.
+// Sums of weights are off by less than 2^-17 of all there are where a thread adds 16, by 2^-15 where it adds 512.
 constexpr float kSlack = 0x1p-15f, kWideSlack = 0x1p-13f;
 constexpr float kNear = 1 - 0x1p-13f;  // of the best speed: more than two speeds together are off by
 constexpr float kApart = 0x1p-22f;     // scores that are further apart have different weights
@@ -36,30 +32,19 @@ constexpr float kUnclear = kInfinity;  // a speed that only `exact` can tell
 
 template <typename T>
 __device__ __forceinline__ float rounded(float value) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half2float(__float2half_rn(value));
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __bfloat162float(__float2bfloat16_rn(value));
-  else
-    return value;
+  return wide(narrow<T>(value));
 }
-__device__ __forceinline__ float widened(float value) { return value; }
-__device__ __forceinline__ float widened(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Four entries from `at` on, `other` in place of those beyond the row's end.
 template <typename T>
 __device__ __forceinline__ void load_four(float* to, const T* row, int at, int end, bool packed, float other) {
-  struct alignas(4 * sizeof(T)) Four {
-    T entry[4];
-  };
   if (packed && at < end) {
-    const Four four = *reinterpret_cast<const Four*>(row + at);
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(row + at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = widened(four.entry[i]);
+    for (int i = 0; i < 4; ++i) to[i] = wide(four.value[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = at + i < end ? widened(row[at + i]) : other;
+    for (int i = 0; i < 4; ++i) to[i] = at + i < end ? wide(row[at + i]) : other;
   }
 }
 
@@ -157,8 +142,7 @@ struct Block {
   // The draw by the definition's numbers, among what `look` looks at; k and share are 0 where there is no such cut.
   template <typename Look>
   __device__ __forceinline__ int exact(const Look& look, int k, double share, float top, int vocabulary) {
-    const Draw draw{nullptr, 0, k, share};
-    const Row row(nullptr, draw, vocabulary, top);
+    const Weights weights(vocabulary, top);
     int least = kLeast;
     if (k > 0) {
       constexpr int kDigit = 31 - __builtin_clz(kBins);
@@ -183,13 +167,13 @@ struct Block {
     // A weight's bits are an integer of the same order.
     const auto weigh = [&](float score) {
       const int key = ordered(score);
-      return key >= least ? row.weight(key) : 0;
+      return key >= least ? weights.weight(key) : 0;
     };
     Word goal = 0;
     if (share > 0) {
       Word total = 0;
-      look([&](float score, float, int) { total += row.mass(weigh(score)); });
-      goal = row.goal(sum_all(total));
+      look([&](float score, float, int) { total += weights.mass(weigh(score)); });
+      goal = Weights::goal(sum_all(total), share);
     }
     // Who may win: entries of more than `floor`, and those of `floor` before entry `end`.
     int floor = 0, end = 0;
@@ -211,7 +195,7 @@ struct Block {
       Word mass = 0;
       look([&](float score, float, int place) {
         const int mine = weigh(score);
-        if (mine > floor || (mine == floor && place < end)) mass += row.mass(mine);
+        if (mine > floor || (mine == floor && place < end)) mass += weights.mass(mine);
       });
       if (sum_all(mass) < goal) return code;
     }
@@ -234,8 +218,9 @@ struct Cuts {
   static constexpr float kShift = 0x1p23f;  // the bits of a float above it count in ones
 };
 
-// A block at one row. kHeld: the row is in registers; else it is read again at every look.
-template <typename T, int kThreads, bool kHeld>
+// A block at one row, whose threads look at kOwn entries together. kHeld: the row is in registers; else it is read again at
+// every look.
+template <typename T, int kThreads, int kOwn, bool kHeld>
 struct Sampler {
   using Memory = Block<kThreads, kHeld ? 2048 : 3072>;
   static constexpr int kBins = Memory::kBins;
@@ -257,7 +242,7 @@ struct Sampler {
       return args.vocabulary % 4 == 0 && reinterpret_cast<uintptr_t>(at) % (4 * size) == 0;
     };
     packed = even(own, sizeof(T)) && (!args.guided || even(other, sizeof(T)));
-    packed_noise = !args.greedy && even(noise, sizeof(float));
+    packed_noise = even(noise, sizeof(float));
   }
 
   __device__ __forceinline__ int place(int e) const { return begin + (e / 4 * kThreads + int(threadIdx.x)) * 4 + e % 4; }
@@ -275,12 +260,14 @@ struct Sampler {
         score[e] = place(e) < args.vocabulary ? rounded<T>(__fadd_rn(base[e], part)) : -kInfinity;
       }
     }
-    if (args.greedy) return;
 #pragma unroll
     for (int j = 0; j < kOwn; j += 4) load_four(rest + j, noise, place(j), args.vocabulary, packed_noise, 1.f);
+    const int first = anew(place(0));
 #pragma unroll
-    for (int e = 0; e < kOwn; ++e)
-      score[e] = place(e) < args.vocabulary ? __fmul_rn(score[e], args.inverse_temperature) : -kInfinity;
+    for (int e = 0; e < kOwn; ++e) {
+      const bool present = first + e / 4 * kThreads * 4 + e % 4 < args.vocabulary;
+      score[e] = present ? __fmul_rn(score[e], args.inverse_temperature) : -kInfinity;
+    }
   }
 
   // Calls use(score, noise, place) for all entries.
@@ -332,15 +319,6 @@ struct Sampler {
     const int top_key = __reduce_max_sync(~0u, int(uint32_t(block.hear(kTop, uint32_t(INT_MIN)))));
     const float top = score_of(top_key);
     low = score_of(__reduce_min_sync(~0u, int(uint32_t(block.hear(kLow, uint32_t(INT_MAX - 1))))));
-    if (args.greedy) {
-      uint32_t first = 0;
-      look([&](float score, float, int place) {
-        if (nan ? !(score == score) : score == top) first = max(first, uint32_t(~place));
-      });
-      block.tell(kWinner, __reduce_max_sync(~0u, first));
-      __syncthreads();
-      return int(~__reduce_max_sync(~0u, uint32_t(block.hear(kWinner, 0))));
-    }
     if (nan || top_key <= kLeast || top_key >= kInfinite) return 0;
 
     Cuts cuts{k, share, top};
@@ -444,11 +422,10 @@ struct Sampler {
       int code = block.rival_places[0];
       if (rivals > 1 || winner - top < -80) {
         const int lane = int(threadIdx.x) % 32;
-        const Draw draw{};
-        const Row row(nullptr, draw, args.vocabulary, top);
+        const Weights weights(args.vocabulary, top);
         Word fate = 0;
         if (lane < rivals)
-          fate = racer(row.weight(ordered(block.rivals[lane].x)), block.rivals[lane].y, block.rival_places[lane]);
+          fate = racer(weights.weight(ordered(block.rivals[lane].x)), block.rivals[lane].y, block.rival_places[lane]);
         fate = block.largest(fate);
         if (fate == 0) return -1;
         code = int(~uint32_t(fate));
@@ -513,10 +490,10 @@ struct Sampler {
   }
 };
 
-template <typename T, int kThreads, bool kHeld>
-__global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
+template <typename T, int kThreads, int kOwn, bool kHeld, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sample_codes_kernel(const __grid_constant__ SampleArgs args) {
-  __shared__ typename Sampler<T, kThreads, kHeld>::Memory block;
+  __shared__ typename Sampler<T, kThreads, kOwn, kHeld>::Memory block;
   const int64_t row = blockIdx.x, group = row / args.inner;
   int64_t k = args.top_k_rows ? args.top_k_rows[group] : args.top_k;
   k = k > 0 && k < args.vocabulary ? k : 0;
@@ -524,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
   if (args.top_p_rows)
     share = args.wide_top_p ? static_cast<const double*>(args.top_p_rows)[group]
                             : double(static_cast<const float*>(args.top_p_rows)[group]);
-  Sampler<T, kThreads, kHeld> sampler(args, block, row);
+  Sampler<T, kThreads, kOwn, kHeld> sampler(args, block, row);
   const int code = sampler.run(int(k), share > 0 && share < 1 ? share : 0);
   if (threadIdx.x == 0) args.out[row] = code;
 }
@@ -532,14 +509,14 @@ __global__ void __launch_bounds__(kThreads, kHeld ? 1024 / kThreads : 1)
 template <typename T>
 cudaError_t launch_rows(const SampleArgs& args, cudaStream_t stream) {
   const unsigned blocks = unsigned(args.rows);
-  if (args.vocabulary <= 256 * kOwn) {
-    sample_codes_kernel<T, 256, true><<<blocks, 256, 0, stream>>>(args);
-  } else if (args.vocabulary <= 512 * kOwn) {
-    sample_codes_kernel<T, 512, true><<<blocks, 512, 0, stream>>>(args);
-  } else if (args.vocabulary <= 1024 * kOwn) {
-    sample_codes_kernel<T, 1024, true><<<blocks, 1024, 0, stream>>>(args);
+  if (args.vocabulary <= 4096) {
+    sample_codes_kernel<T, 512, 8, true, 3><<<blocks, 512, 0, stream>>>(args);
+  } else if (args.vocabulary <= 8192) {
+    sample_codes_kernel<T, 512, 16, true, 2><<<blocks, 512, 0, stream>>>(args);
+  } else if (args.vocabulary <= 16384) {
+    sample_codes_kernel<T, 1024, 16, true, 1><<<blocks, 1024, 0, stream>>>(args);
   } else {
-    sample_codes_kernel<T, 512, false><<<blocks, 512, 0, stream>>>(args);
+    sample_codes_kernel<T, 512, 16, false, 1><<<blocks, 512, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }

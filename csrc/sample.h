@@ -11,7 +11,7 @@ namespace unifiedar {
 
 struct SampleArgs {
   const void* logits;          // [rows, vocabulary], or [2 rows, vocabulary] if guided: the conditional ones first
-  const float* noise;          // [rows, vocabulary]; null if greedy
+  const float* noise;          // [rows, vocabulary]
   const float* guidance_rows;  // [rows / inner], or null: guidance
   const int64_t* top_k_rows;   // [rows / inner], or null: top_k
   const void* top_p_rows;      // [rows / inner], float64 if wide_top_p, else float32; or null: top_p
@@ -21,7 +21,7 @@ struct SampleArgs {
   double top_p;                // 0, or 1: off
   float guidance, inverse_temperature;
   int vocabulary;              // at most 2^18
-  bool guided, greedy, wide_top_p;
+  bool guided, wide_top_p;
 };
 
 cudaError_t launch_sample_codes(const SampleArgs& args, DType dtype, cudaStream_t stream);

@@ -11,7 +11,7 @@ import torch
 from helpers import interpreter_skip
 
 from unifiedar import info, ops
-from unifiedar.ops import _native, _op, registry, residual_lookup, sample_codes
+from unifiedar.ops import _native, _op, cut_logits, registry, residual_lookup
 from unifiedar.ops._op import BACKENDS, Backend, Op
 
 LOOKUP = registry["residual_lookup"]
@@ -66,9 +66,9 @@ def test_refusals_name_operator_argument_and_reason():
     ):
         residual_lookup(CODES, BOOK, backend="hip")
     with pytest.raises(
-        ValueError, match=r"sample_codes: backend must be one that this operator has \(triton, eager\), got 'cu"
+        ValueError, match=r"cut_logits: backend must be one that this operator has \(eager\), got 'cuda'"
     ):
-        sample_codes(BOOK, backend="cuda")
+        cut_logits(BOOK, backend="cuda")
 
 
 def test_explain_gives_every_backend_a_sentence():

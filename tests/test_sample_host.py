@@ -58,8 +58,8 @@ extern "C" int sample(const void* logits, const float* noise, const float* guida
                       const void* top_p_rows, int64_t* out, const int64_t* n, const double* x) {
   host_waits = true;
   unifiedar::SampleArgs args{logits, noise, guidance_rows, top_k_rows, top_p_rows, out, n[0], n[1], n[2], n[3], n[4]};
-  args.top_p = x[0], args.guidance = x[1], args.inverse_temperature = x[2] > 0 ? 1 / x[2] : 1;
-  args.vocabulary = n[5], args.guided = n[6], args.greedy = x[2] == 0, args.wide_top_p = n[8];
+  args.top_p = x[0], args.guidance = x[1], args.inverse_temperature = 1 / x[2];
+  args.vocabulary = n[5], args.guided = n[6], args.wide_top_p = n[8];
   return unifiedar::launch_sample_codes(args, unifiedar::DType(n[7]), nullptr);
 }
 """
@@ -169,15 +169,6 @@ def test_options_one_a_row(library):
             top_p=p,
         )
         assert torch.equal(got, want.flatten())
-
-
-def test_greedy(library):
-    generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(6, 700, generator=generator).round()
-    logits[1, [40, 60]] = math.nan
-    logits[2] = -math.inf
-    logits[3, [10, 20]] = math.inf
-    check(library, logits, exponential(6, 700, generator), temperature=0)
 
 
 def test_rows_that_are_not_finite(library):

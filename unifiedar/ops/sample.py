@@ -137,8 +137,8 @@ def _cut_fake(logits, guidance, guidance_rows, *_):
 
 
 _sample_cuda = _native.define(
-    "sample_codes_cuda(Tensor logits, Tensor? noise, Tensor? guidance_rows, Tensor? top_k_rows, Tensor? top_p_rows, "
-    "bool guided, bool greedy, float guidance, float temperature, int top_k, float top_p, int inner, "
+    "sample_codes_cuda(Tensor logits, Tensor noise, Tensor? guidance_rows, Tensor? top_k_rows, Tensor? top_p_rows, "
+    "bool guided, float guidance, float temperature, int top_k, float top_p, int inner, "
     "Tensor(a!) out) -> ()"
 )
 
@@ -151,8 +151,10 @@ def _unfit_cuda(
         return reason
     if logits.dtype == torch.float64:
         return "needs logits of float32 or less, got float64"
-    if noise is not None and noise.dtype != torch.float32:
-        return f"needs noise of float32, got {noise.dtype}"
+    if noise is None:
+        return "needs a temperature above 0: it draws, and does not take the largest entry"
+    if noise.dtype != torch.float32:
+        return f"needs noise of float32, got {str(noise.dtype).removeprefix('torch.')}"
     return _too_long(logits)
 
 
@@ -162,12 +164,11 @@ def _run_cuda(logits, guidance, guidance_rows, temperature, top_k, top_k_rows, t
         return out
     _sample_cuda(
         _rows(logits),
-        None if noise is None else _rows(noise),
+        _rows(noise),
         None if guidance_rows is None else guidance_rows.float().contiguous(),
         None if top_k_rows is None else top_k_rows.contiguous(),
         None if top_p_rows is None else _wide(top_p_rows).contiguous(),
         guidance is not None or guidance_rows is not None,
-        temperature == 0,
         0.0 if guidance is None else guidance,
         temperature,
         top_k,
@@ -308,9 +309,10 @@ def sample_codes(
 
         Backends give equal codes for equal noise: the race, the cut of top-k and that of top-p are decided by the same
         numbers, exactly. The one thing left to a device is its float64 exponential, whose last bit shows in the float32
-        weight of one entry in 10^8. The kernels take up to 2^18 entries a row. The compiled one takes float32 noise; up
-        to 16,384 entries are in registers, of more a row is read several times. Triton's has those in 17 to 280 MB of
-        memory beside. Logits or noise whose rows no strides describe are copied.
+        weight of one entry in 10^8. The kernels take up to 2^18 entries a row. The compiled one draws with float32
+        noise, and leaves the largest entry (temperature 0) to the others; up to 16,384 entries are in registers, of
+        more a row is read several times. Triton's has those in 17 to 280 MB of memory beside. Logits or noise whose
+        rows no strides describe are copied.
     """
     function = "sample_codes"
     shape, mix, cuts = _settings(function, logits, guidance, top_k, top_p)
