@@ -1,7 +1,8 @@
 """check_kernels.py WHEEL FOLDER: unpacks a wheel with the inspect module and prints `unifiedar info --kernels` from it.
 
-Fails if a kernel spills registers or uses more shared memory than its architecture has. Two may spill a little: they were
-measured to be faster so than with fewer threads on a multiprocessor (bench/NOTES.md).
+Fails if a kernel spills registers or uses more shared memory than its architecture has. Two may spill a little: draws
+were measured to be faster so than with fewer threads on a multiprocessor (bench/NOTES.md), steps of the pyramid in half
+precision hold a weight or two more than fits.
 """
 
 import os
@@ -20,7 +21,7 @@ from unifiedar.info import kernel_report  # noqa: E402
 report = kernel_report()
 assert report["reason"] is None, report["reason"]
 assert {kernel["arch"] for kernel in report["kernels"]} == {"sm_80", "sm_90a"}, "kernels of both architectures"
-SPILLS = {"sample_codes_kernel": 320, "next_scale_kernel": 16}
+SPILLS = {"sample_codes_kernel": 320, "next_scale_kernel": 40}
 limit = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}  # bytes a block
 for kernel in report["kernels"]:
     allowed = SPILLS.get(kernel["name"].partition("<")[0], 0)  # bytes a thread
