@@ -8,25 +8,17 @@
 
 #include <cstdint>
 
+#include "device/score.cuh"
+
 namespace unifiedar {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block
 
-constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  // as integers: NaN, inf, -inf
 constexpr int kBins = 2048;
 constexpr int kListed = 2048;  // entries that a list holds
 constexpr int kNearest = 512;  // of them those in the bin of a cut
 constexpr int kListAt = kBins * 8, kNearAt = kListAt + kListed * 8;
 constexpr int kMiscAt = kNearAt + kNearest * 4, kKeysAt = kMiscAt + 1024;
-
-__device__ __forceinline__ int ordered(float score) {
-  if (score != score) return kNaN;
-  const int bits = __float_as_int(score == 0 ? 0.f : score);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-__device__ __forceinline__ float score_of(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
-
-using Word = unsigned long long;
 
 // Small numbers that threads of a block tell each other.
 struct Misc {
@@ -160,31 +152,15 @@ struct Draw {
 };
 
 // What the ways of drawing share.
-struct Row {
+struct Row : Weights {
   unsigned char* memory;
   const Draw& draw;
   int entries;
-  double peak, units;  // the largest score; what a mass is counted in
 
   __device__ __forceinline__ Misc& misc() const { return *reinterpret_cast<Misc*>(memory + kMiscAt); }
   __device__ __forceinline__ Row(unsigned char* memory, const Draw& draw, int entries, float top)
-      : memory(memory), draw(draw), entries(entries), peak(top) {
-    int bits_of_size = 0;
-    while ((entries - 1) >> bits_of_size) ++bits_of_size;
-    units = double(Word(1) << (62 - bits_of_size));
-  }
-  // A weight as an integer of the same order; 0 is what cannot be drawn.
-  __device__ __forceinline__ int weight(int key) const {
-    const double distance = double(score_of(key)) - peak;
-    return distance >= -87 ? __float_as_int(float(exp(distance))) : 0;
-  }
-  __device__ __forceinline__ Word mass(int bits) const { return Word(double(__int_as_float(bits)) * units); }
-  // The mass that top-p keeps at least.
-  __device__ __forceinline__ Word goal(Word total) const {
-    const double product = double(static_cast<long long>(total)) * draw.top_p;
-    const Word least = Word(product);
-    return least + (double(static_cast<long long>(least)) < product);
-  }
+      : Weights(entries, top), memory(memory), draw(draw), entries(entries) {}
+  __device__ __forceinline__ Word goal(Word total) const { return Weights::goal(total, draw.top_p); }
   __device__ __forceinline__ bool cuts_mass() const { return draw.top_p > 0 && draw.top_p < 1; }
 };
 
@@ -207,11 +183,6 @@ __device__ __forceinline__ int find_bound(const Row& row, int low, Word left, co
 }
 
 __device__ __forceinline__ int winner(Misc& misc, Word best) { return int(~uint32_t(block_max(misc, best))); }
-__device__ __forceinline__ Word racer(int bits, float noise, int i) {
-  const float speed = __fdiv_rn(__int_as_float(bits), noise);
-  return speed > 0 ? Word(__float_as_uint(speed)) << 32 | uint32_t(~i) : 0;
-}
-constexpr Word kNobody = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
 
 // Draws among the `count` keys of a list that are `least` or more, by threads that hold eight entries each. Returns false if
 // too many have about the weight at the cut of top-p.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["compile_on_host"]
+__all__ = ["DRAW", "compile_on_host"]
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
@@ -288,6 +288,32 @@ inline int __syncthreads_or(int value) {
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return *at += value, *at - value; }
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+"""
+
+# What kernels that draw use besides; others would find these overloads ambiguous.
+DRAW = """
+template <class T> T __ldcg(const T* p) { return __ldg(p); }
+inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
+inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  return *at += value, *at - value;
+}
+inline int atomicAdd(int* at, int value) { return *at += value, *at - value; }
+inline unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long value, int step) {
+  const unsigned from = (threadIdx.x % 32) ^ step;
+  return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
+}
+inline float __shfl_xor_sync(unsigned mask, float value, int step) {
+  return __uint_as_float(unsigned(__shfl_xor_sync(mask, (unsigned long long)__float_as_uint(value), step)));
+}
+inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, int step) {
+  const int lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
+  return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
+}
 """
 
 # In place of device/cluster.cuh.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from depth_small import drawn_from, small_case
-from host_cuda import compile_on_host
+from host_cuda import DRAW, compile_on_host
 
 from unifiedar.ops.depth import depth_pack
 
@@ -74,30 +74,8 @@ template <class Meanwhile> void grid_wait(uint32_t* counter, uint32_t goal, cons
   cluster_sync();
 }
 }  // namespace unifiedar
-template <class T> T __ldcg(const T* p) { return __ldg(p); }
-inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
-inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 #define __expf std::exp
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
-  return *at += value, *at - value;
-}
-inline int atomicAdd(int* at, int value) { return *at += value, *at - value; }
-inline unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long value, int step) {
-  const unsigned from = (threadIdx.x % 32) ^ step;
-  return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
-}
-inline float __shfl_xor_sync(unsigned mask, float value, int step) {
-  return __uint_as_float(unsigned(__shfl_xor_sync(mask, (unsigned long long)__float_as_uint(value), step)));
-}
-inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, int step) {
-  const int lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
-  return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
-}
 extern "C" cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   return std::memset(at, value, bytes), cudaSuccess;
 }
@@ -157,7 +135,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/devi
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return compile_on_host(
-        ["depth.cu"], EXPORTS, tmp_path_factory.mktemp("depth"), instead={"depth_device.cuh": DEVICE}
+        ["depth.cu"], EXPORTS, tmp_path_factory.mktemp("depth"), instead={"depth_device.cuh": DEVICE + DRAW}
     )
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from host_cuda import compile_on_host
+from host_cuda import DRAW, compile_on_host
 
 from unifiedar.ops import sample_codes
 
@@ -20,29 +20,7 @@ inline float fast_exp2(float x) {
 inline float fast_inverse(float x) { return std::fabs(x) < 0x1p-126f ? INFINITY : 1 / x; }
 template <class T> T anew(T value) { return value; }
 }  // namespace unifiedar
-inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
-inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-template <class T> T __ldcg(const T* p) { return __ldg(p); }
-inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
-  return *at += value, *at - value;
-}
-inline int atomicAdd(int* at, int value) { return *at += value, *at - value; }
-inline unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long value, int step) {
-  const unsigned from = (threadIdx.x % 32) ^ step;
-  return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
-}
-inline float __shfl_xor_sync(unsigned mask, float value, int step) {
-  return __uint_as_float(unsigned(__shfl_xor_sync(mask, (unsigned long long)__float_as_uint(value), step)));
-}
-inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, int step) {
-  const int lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
-  return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
-}
 template <class T> T __reduce_max_sync(unsigned, T value) {
   return exchange(uint64_t(unsigned(value)), false, [](const uint64_t* values) {
     T most = T(unsigned(values[0]));
@@ -67,7 +45,7 @@ extern "C" int sample(const void* logits, const float* noise, const float* guida
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return compile_on_host(["sample.cu"], EXPORTS, tmp_path_factory.mktemp("sample"), {"device/fast.cuh": FAST})
+    return compile_on_host(["sample.cu"], EXPORTS, tmp_path_factory.mktemp("sample"), {"device/fast.cuh": FAST + DRAW})
 
 
 def draw(library, logits, noise, guidance=None, temperature=1.0, top_k=0, top_p=0.0):
