@@ -23,6 +23,7 @@ __all__ = [
     "integers_on",
     "kernels",
     "library_missing",
+    "triton_layer_unfit",
     "triton_missing",
     "triton_unfit",
 ]
@@ -88,6 +89,21 @@ def triton_unfit(tensor: torch.Tensor) -> str | None:
 def kernels(family: str) -> ModuleType:
     """The module of Triton kernels of a family, imported at first use."""
     return importlib.import_module(f"unifiedar.kernels.{family}")
+
+
+def triton_layer_unfit(x: torch.Tensor, weight: torch.Tensor, family: str) -> str | None:
+    """None if Triton kernels of a family take half-precision x (..., K) and weights (N, K), else why not."""
+    reason = triton_unfit(x)
+    if reason is not None:
+        return reason
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
+    pack = kernels(family).PACK
+    if weight.shape[1] % pack or not weight.shape[1]:
+        return f"needs K a multiple of {pack}, got {weight.shape[1]}"
+    if not weight.is_contiguous() or weight.data_ptr() % 16:
+        return f"needs contiguous weights aligned to 16 bytes, got strides {tuple(weight.stride())}"
+    return None
 
 
 _kept_integers: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}

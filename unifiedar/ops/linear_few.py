@@ -87,16 +87,9 @@ def _parts_norm_fake(x, sums, gate, scale, shift, bias, eps, dtype):
 
 
 def _unfit_triton(x: Tensor, weight: Tensor) -> str | None:
-    reason = _native.triton_unfit(x)
-    if reason is None and x.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
-    pack = 0 if reason else _native.kernels("linear_few").PACK
-    if reason is None and (weight.shape[1] % pack or not weight.shape[1]):
-        return f"needs K a multiple of {pack}, got {weight.shape[1]}"
+    reason = _native.triton_layer_unfit(x, weight, "linear_few")
     if reason is None and x.numel() // weight.shape[1] >= 2**22:
         return f"needs fewer than 2^22 rows, got {x.numel() // weight.shape[1]}"
-    if reason is None and (not weight.is_contiguous() or weight.data_ptr() % 16):
-        return f"needs contiguous weights aligned to 16 bytes, got strides {tuple(weight.stride())}"
     return reason
 
 
