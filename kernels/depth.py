@@ -228,6 +228,22 @@ def _product(
     return total
 
 
+@triton.jit
+def _taken(
+    total, total2, squares, y, part, gate, gain, shift, mean, inverse, KIND: tl.constexpr, NORM: tl.constexpr,
+    UNITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums of products and of squares with one more chunk of rows and weights."""
+    if NORM != "none":
+        if NORM == "rms":
+            squares += _squared(y, BLOCK_M, BLOCK_K)
+        y = _normed(y, gain, shift, mean, inverse, NORM)
+    total = _product(total, y, part, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+    if KIND == "gated":
+        total2 = _product(total2, y, gate, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+    return total, total2, squares
+
+
 @triton.jit(do_not_specialize=["rows"])
 def depth_linear_kernel(
     x,  # [rows, INPUTS]
@@ -294,24 +310,28 @@ def depth_linear_kernel(
     # What no launch writes is on its way before the one ahead is waited for.
     CHUNKS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
     part0 = _fetched(weight, near, 0, INPUTS, UNITS, PARTS, BLOCK_K)
+    gate0 = part0
     if KIND == "gated":
         gate0 = _fetched(weight2, near, 0, INPUTS, UNITS, PARTS, BLOCK_K)
     gain0 = _vector(gain, 0, INPUTS, UNITS, PARTS, BLOCK_K)
     shift0 = _vector(shift, 0, INPUTS, UNITS, PARTS, BLOCK_K)
     if AHEAD > 1:
         part1 = _fetched(weight, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
+        gate1 = part1
         if KIND == "gated":
             gate1 = _fetched(weight2, near, 1, INPUTS, UNITS, PARTS, BLOCK_K)
         gain1 = _vector(gain, 1, INPUTS, UNITS, PARTS, BLOCK_K)
         shift1 = _vector(shift, 1, INPUTS, UNITS, PARTS, BLOCK_K)
     if AHEAD > 2:
         part2 = _fetched(weight, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
+        gate2 = part2
         if KIND == "gated":
             gate2 = _fetched(weight2, near, 2, INPUTS, UNITS, PARTS, BLOCK_K)
         gain2 = _vector(gain, 2, INPUTS, UNITS, PARTS, BLOCK_K)
         shift2 = _vector(shift, 2, INPUTS, UNITS, PARTS, BLOCK_K)
     if AHEAD > 3:
         part3 = _fetched(weight, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
+        gate3 = part3
         if KIND == "gated":
             gate3 = _fetched(weight2, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
         gain3 = _vector(gain, 3, INPUTS, UNITS, PARTS, BLOCK_K)
@@ -368,37 +388,25 @@ def depth_linear_kernel(
             if KIND == "gated":
                 gate3 = _pinned(gate3)
             y3 = _pinned(y3)
-    if NORM != "none":
-        if NORM == "rms":
-            squares += _squared(y0, BLOCK_M, BLOCK_K)
-        y0 = _normed(y0, gain0, shift0, mean, inverse, NORM)
-    total = _product(total, y0, part0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
-    if KIND == "gated":
-        total2 = _product(total2, y0, gate0, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+    total, total2, squares = _taken(
+        total, total2, squares, y0, part0, gate0, gain0, shift0, mean, inverse,
+        KIND, NORM, UNITS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if AHEAD > 1:
-        if NORM != "none":
-            if NORM == "rms":
-                squares += _squared(y1, BLOCK_M, BLOCK_K)
-            y1 = _normed(y1, gain1, shift1, mean, inverse, NORM)
-        total = _product(total, y1, part1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
-        if KIND == "gated":
-            total2 = _product(total2, y1, gate1, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+        total, total2, squares = _taken(
+            total, total2, squares, y1, part1, gate1, gain1, shift1, mean, inverse,
+            KIND, NORM, UNITS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     if AHEAD > 2:
-        if NORM != "none":
-            if NORM == "rms":
-                squares += _squared(y2, BLOCK_M, BLOCK_K)
-            y2 = _normed(y2, gain2, shift2, mean, inverse, NORM)
-        total = _product(total, y2, part2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
-        if KIND == "gated":
-            total2 = _product(total2, y2, gate2, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+        total, total2, squares = _taken(
+            total, total2, squares, y2, part2, gate2, gain2, shift2, mean, inverse,
+            KIND, NORM, UNITS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     if AHEAD > 3:
-        if NORM != "none":
-            if NORM == "rms":
-                squares += _squared(y3, BLOCK_M, BLOCK_K)
-            y3 = _normed(y3, gain3, shift3, mean, inverse, NORM)
-        total = _product(total, y3, part3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
-        if KIND == "gated":
-            total2 = _product(total2, y3, gate3, UNITS, BLOCK_M, BLOCK_N, BLOCK_K)
+        total, total2, squares = _taken(
+            total, total2, squares, y3, part3, gate3, gain3, shift3, mean, inverse,
+            KIND, NORM, UNITS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     for chunk in range(AHEAD, CHUNKS):
         y = _chunk(x, row, rows, chunk, INPUTS, UNITS, PARTS, BLOCK_K)
         if NORM != "none":
