@@ -3,9 +3,9 @@
 //
 // A matrix is cut into tiles of 16 outputs and those into chunks of 64 inputs, 2 KB each, which lie packed as the matrix
 // units take them (see DepthLayout). A block has a run of tiles, its 8 warps sharing the inputs by chunks, and adds their
-// parts up in shared memory in the order of the warps. Each warp has a ring of chunks of its own in shared memory: as soon
-// as one is used, the next one that the warp will need is asked for, of this matrix or one of the next, so that memory
-// works while blocks wait for each other or a code is drawn.
+// parts up in shared memory in the order of the warps. One more warp does nothing but have chunks brought to a ring in
+// shared memory, eight of them at a time, of this matrix and the next ones, as soon as there is room: memory works while
+// blocks wait for each other or a code is drawn.
 //
 // Of the two matrices that are added to the residual stream a block's run may begin and end inside a tile, so that all have
 // as much. The first block of a tile adds what the stream held; the parts of up to two others lie beside it, and whoever
@@ -26,14 +26,16 @@
 namespace unifiedar {
 namespace {
 
-constexpr int kMostSlots = 8, kLeastSlots = 2;  // chunks of a warp's ring
+constexpr int kMostSlots = 8, kLeastSlots = 2;  // stages of the ring
+constexpr int kFlight = 3;                 // stages that are asked for and not there yet
 constexpr int kChunk = 64;                 // inputs that a warp takes at a time
 constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
-constexpr int kSlotBytes = kChunkLoads * 16, kRingBytes = kWarps * kSlotBytes;  // the latter: one slot of all rings
-constexpr int kBarrierBytes = kWarps * kMostSlots * 8;
+constexpr int kChunkBytes = kChunkLoads * 16, kStageBytes = kWarps * kChunkBytes;
+constexpr int kBarrierBytes = 2 * kMostSlots * 8;
+constexpr int kAccumulators = 4;           // of a warp, each of 16 outputs and 8 rows
+constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the weights
 constexpr int kShareBytes = 288;            // what a block has of each matrix
-constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
@@ -117,30 +119,15 @@ __device__ __forceinline__ __half narrow(float value) { return __float2half(valu
 template <>
 __device__ __forceinline__ float narrow(float value) { return value; }
 
-// The way of a warp through its block's share of a matrix: of each tile the chunks warp, warp + 8, ...
-struct Walk {
-  int at, column, end, chunks;  // chunk of the matrix, and of its tile; chunk at which the share ends
+// A place in the ring, and the parity of the phase of its barriers that is waited for.
+struct Place {
+  int slot;
+  uint32_t parity;
 
-  __device__ __forceinline__ void begin(const Share& share, int warp) {
-    chunks = share.chunks;
-    at = share.begin;
-    end = share.end;
-    if (at >= end) return;
-    column = share.column;
-    const int skipped = (warp - column) & (kWarps - 1);
-    at += skipped;
-    column += skipped;
-    wrap(warp);
-  }
-  __device__ __forceinline__ void wrap(int warp) {
-    if (column < chunks) return;
-    at = warp < chunks ? at - column + chunks + warp : end;
-    column = warp;
-  }
-  __device__ __forceinline__ void next(int warp) {
-    at += kWarps;
-    column += kWarps;
-    wrap(warp);
+  __device__ __forceinline__ void next(int slots) {
+    if (++slot < slots) return;
+    slot = 0;
+    parity ^= 1;
   }
 };
 
@@ -159,7 +146,7 @@ struct Kernel {
   DepthWorkspace at;
   DepthLayout layout;
   Divisor rows, pairs;          // the latter: rows that share codes
-  int free_bytes, slots;        // shared memory before the rings' barriers; chunks of a warp's ring
+  int free_bytes, slots;        // shared memory before the ring's barriers; stages of the ring
   int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
 
@@ -258,69 +245,79 @@ struct Decoder {
 
   // ---- the ring
 
-  // Where a warp is in its ring, and what it asks for next.
-  struct Stream {
-    Walk walk;
-    const uint4* weights;
-    int d, index;               // of the matrix asked for
-    int asked, taken;           // slots: the next one to be filled, the next one to be used
-    int in_flight;
-    uint32_t parity;            // of the phase that fills the next one to be used
-  };
-
-  __device__ __forceinline__ unsigned char* slot(int number) const {
-    return memory + free_bytes + kBarrierBytes + kShareBytes + (warp * slots + number) * kSlotBytes;
+  __device__ __forceinline__ unsigned char* stage(int slot) const {
+    return memory + free_bytes + kBarrierBytes + kShareBytes + slot * kStageBytes;
   }
-  __device__ __forceinline__ unsigned char* slot_barrier(int number) const {
-    return memory + free_bytes + (warp * kMostSlots + number) * 8;
-  }
+  __device__ __forceinline__ unsigned char* full(int slot) const { return memory + free_bytes + slot * 16; }
+  __device__ __forceinline__ unsigned char* empty(int slot) const { return full(slot) + 8; }
 
-  // Has the next chunk of the warp brought to its ring, if there is one.
-  __device__ __forceinline__ void ask(Stream& stream) const {
-    while (stream.walk.at >= stream.walk.end && stream.d < s.depth) {
-      if (++stream.index == 4 * s.layers + 2) {
-        stream.index = 0;
-        ++stream.d;
-      }
-      if (stream.d == s.depth) break;
-      const int kind = kind_of(stream.d, stream.index);
-      stream.weights = weights_of(kind, stream.index) + lane;
-      stream.walk.begin(*share(kind), warp);
-    }
-    const bool more = stream.d < s.depth;
-    if (more) {
-      chunk_copy(slot(stream.asked), stream.weights + int64_t(stream.walk.at) * kChunkLoads, slot_barrier(stream.asked));
-      if (++stream.asked == slots) stream.asked = 0;
-      ++stream.in_flight;
-      stream.walk.next(warp);
-    }
-    chunk_asked();
-  }
-
-  // Waits for the warp's next chunk.
-  __device__ __forceinline__ const uint4* take(Stream& stream) const {
-    chunk_wait(slot_barrier(stream.taken), stream.parity, slots);
-    return reinterpret_cast<const uint4*>(slot(stream.taken)) + lane;
-  }
-
-  // The chunk is used by all lanes: its place is free.
-  __device__ __forceinline__ void release(Stream& stream) const {
-    --stream.in_flight;
-    if (++stream.taken == slots) {
-      stream.taken = 0;
-      stream.parity ^= 1;
-    }
-    __syncwarp();
-    ask(stream);
-  }
-
-  __device__ __forceinline__ void begin(Stream& stream) const {
+  __device__ __forceinline__ void begin() const {
     if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
-    if (lane < slots) chunk_barrier(slot_barrier(lane));
-    chunk_barriers_done();
+    if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kWarps);
+    stage_barriers_done();
     __syncthreads();
-    stream = {{0, 0, 0, 1}, nullptr, 0, s.hidden_dim ? -1 : 0, 0, 0, 0, 0};
-    for (int i = 0; i < slots; ++i) ask(stream);
+  }
+
+  // The last warp, from the first depth to the last: fills the ring with what the others will multiply. What is on its way
+  // is bounded, for what they read comes through the same queues.
+  __device__ __forceinline__ void bring() const {
+    Place place{0, 1}, come{0, 0};
+    int ahead = 0;
+#pragma unroll 1
+    for (int d = 0; d < s.depth; ++d) {
+#pragma unroll 1
+      for (int index = d == 0 && s.hidden_dim == 0 ? 1 : 0; index < 4 * s.layers + 2; ++index) {
+        const int kind = kind_of(d, index);
+        const Share own = *share(kind);
+        const uint4* weights = weights_of(kind, index);
+        int column = own.column;
+#pragma unroll 1
+        for (int at = own.begin; at < own.end;) {
+          const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
+          stage_wait(empty(place.slot), place.parity);
+          if (ahead == kFlight) {
+            stage_wait(full(come.slot), come.parity);
+            come.next(slots);
+          } else {
+            ++ahead;
+          }
+          stage_copy(stage(place.slot) + column % kWarps * kChunkBytes, weights + int64_t(at) * kChunkLoads,
+                     count * kChunkBytes, full(place.slot));
+          place.next(slots);
+          at += count;
+          column += count;
+          if (column == own.chunks) column = 0;
+        }
+      }
+    }
+  }
+
+  // The block's next stage; then it is free.
+  __device__ __forceinline__ const unsigned char* take(const Place& place) const {
+    stage_wait(full(place.slot), place.parity);
+    return stage(place.slot);
+  }
+  __device__ __forceinline__ void release(Place& place) const {
+    __syncwarp();
+    if (lane == 0) stage_arrive(empty(place.slot));
+    place.next(slots);
+  }
+
+  // Of a launch that is stopped before step `index` of depth d: no copy may outlive the block.
+  __device__ __forceinline__ void drain(Place& place, int d, int index) const {
+    for (; d < s.depth; ++d, index = 0) {
+      for (; index < 4 * s.layers + 2; ++index) {
+        const Share own = *share(kind_of(d, index));
+        int column = own.column;
+        for (int at = own.begin; at < own.end;) {
+          const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
+          take(place);
+          release(place);
+          at += count;
+          column = column + count == own.chunks ? 0 : column + count;
+        }
+      }
+    }
   }
 
   // `vectors`, unless null: a norm's gain and bias, which are put where stage_norm reads them while others are waited for.
@@ -328,7 +325,7 @@ struct Decoder {
     ++waits;
     grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
       if (vectors == nullptr) return;
-      for (int i = threadIdx.x; i < dim / 4; i += kThreads)
+      for (int i = threadIdx.x - 32; i < dim / 4; i += kThreads - 32)
         reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
     });
     return int(waits) == a.stop;
@@ -418,40 +415,50 @@ struct Decoder {
     }
   }
 
-  // The warp's next chunk, four pieces times all rows.
-  __device__ __forceinline__ void multiply(Stream& stream, float (&sum)[kGroups][4], const uint4 (&inputs)[kGroups][2]) {
-    const uint4* from = take(stream);
-    uint4 weights[kPieces];
+  // The block's part of one tile, of the chunks from `first` to `last`: of each stage a warp has one. Inputs in global memory
+  // are read a stage ahead.
+  template <bool kShared>
+  __device__ __forceinline__ void tile(Place& place, int first, int last, float (&sum)[kAccumulators][4],
+                                       const unsigned char* from, int64_t pitch) {
+    constexpr int kSets = kAccumulators / kGroups;  // of accumulators: no product waits for the one before
+    uint4 next[kGroups][2] = {};
+    int chunk = first - first % kWarps + warp;
+    const auto has = [&](int chunk) { return chunk >= first && chunk < last; };
+    if (!kShared && has(chunk)) read_inputs<kShared>(next, from + chunk * kChunk * 2, pitch);
+#pragma unroll 1
+    for (; chunk - warp < last; chunk += kWarps) {
+      const bool own = has(chunk);
+      const uint4* weights_at = reinterpret_cast<const uint4*>(take(place) + warp * kChunkBytes) + lane;
+      uint4 weights[kPieces], inputs[kGroups][2];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) weights[i] = from[i * 32];
+      for (int group = 0; group < kGroups; ++group)
+        inputs[group][0] = next[group][0], inputs[group][1] = next[group][1];
+      if (own) {
+        if (kShared) read_inputs<kShared>(inputs, from + chunk * kChunk * 2, pitch);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
+      }
+      release(place);
+      if (!kShared && has(chunk + kWarps)) read_inputs<kShared>(next, from + (chunk + kWarps) * kChunk * 2, pitch);
+      if (!own) continue;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        multiply_tile<T>(sum[group], weights[2 * half], inputs[group][half].x, inputs[group][half].y);
-        multiply_tile<T>(sum[group], weights[2 * half + 1], inputs[group][half].z, inputs[group][half].w);
+      for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          const uint4& b = inputs[group][i / 2];
+          multiply_tile<T>(sum[group * kSets + i % kSets], weights[i], i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+        }
       }
     }
-    release(stream);
-  }
-
-  // The warp's chunks of one tile, of those from `first` to `last`. Inputs in global memory are read a chunk ahead.
-  template <bool kShared>
-  __device__ __forceinline__ void tile(Stream& stream, int first, int last, float (&sum)[kGroups][4],
-                                       const unsigned char* from, int64_t pitch) {
-    int chunk = first_own(first);
-    uint4 inputs[kGroups][2], next[kGroups][2] = {};
-    if (!kShared && chunk < last) read_inputs<kShared>(next, from + chunk * kChunk * 2, pitch);
-    for (; chunk < last; chunk += kWarps) {
-      if constexpr (kShared) {
-        read_inputs<kShared>(inputs, from + chunk * kChunk * 2, pitch);
-        multiply(stream, sum, inputs);
-      } else {
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-          for (int half = 0; half < 2; ++half) inputs[group][half] = next[group][half];
-        if (chunk + kWarps < last) read_inputs<kShared>(next, from + (chunk + kWarps) * kChunk * 2, pitch);
-        multiply(stream, sum, inputs);
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& total = sum[group * kSets][i];
+        if (kSets == 4)
+          total = (total + sum[1][i]) + (sum[2][i] + sum[3][i]);
+        else if (kSets == 2)
+          total += sum[group * kSets + 1][i];
       }
     }
   }
@@ -514,9 +521,9 @@ struct Decoder {
   }
 
   // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null.
-  __device__ __forceinline__ void product(Stream& stream, const Share& share, const T* direct, int d, int layer, Step step,
+  __device__ __forceinline__ void product(Place& place, const Share& share, const T* direct, int d, int layer, Step step,
                                           int outputs) {
-    constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
+    constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups, kOwn = kTiles * kColumns * 16 / kThreads;
     const int chunks = share.chunks, width = chunks * kChunk, begin = share.begin, end = share.end;
     const int first_tile = share.first_tile, tiles = share.own_tiles, number = share.number;
     if (begin >= end) return;
@@ -530,36 +537,42 @@ struct Decoder {
     for (int first = 0; first < tiles; first += kTiles) {
       const int count = min(kTiles, tiles - first);
       const bool last = first + kTiles >= tiles;
-      // Output m of a row is this thread's: one of every kThreads. What is added to the first is read while others multiply.
+      // Output m of a row is this thread's: one of every kThreads. What is added to them is read while others multiply.
       const auto output_of = [&](int tile, int i) { return (first_tile + first + tile) * 16 + i % 16; };
       const auto whose = [&](int tile) { return first + tile == 0 ? number : 0; };
-      const int early_tile = sharing.quotient(threadIdx.x / 16), early_output = output_of(early_tile, threadIdx.x);
-      float early = 0;
-      if (early_tile < count && early_output < outputs && whose(early_tile) == 0)
-        early = addend(d, layer, step, early_output, int(threadIdx.x / 16) - early_tile * shown);
+      float early[kOwn];
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        const int i = threadIdx.x + j * kThreads, at_tile = sharing.quotient(i / 16), output = output_of(at_tile, i);
+        const bool adds = at_tile < count && output < outputs && whose(at_tile) == 0;
+        early[j] = adds ? addend(d, layer, step, output, i / 16 - at_tile * shown) : 0.f;
+      }
       for (int t = 0; t < count; ++t) {
         const int at = (first_tile + first + t) * chunks;
         const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
-        float sum[kGroups][4] = {};
+        float sum[kAccumulators][4] = {};
         if (in_shared)
-          tile<true>(stream, own_first, own_last, sum, from, pitch);
+          tile<true>(place, own_first, own_last, sum, from, pitch);
         else
-          tile<false>(stream, own_first, own_last, sum, from, pitch);
+          tile<false>(place, own_first, own_last, sum, from, pitch);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
-          to[0] = sum[group][0];
-          to[kRedPitch] = sum[group][1];
-          to[8] = sum[group][2];
-          to[kRedPitch + 8] = sum[group][3];
+          const float(&own)[4] = sum[group * (kAccumulators / kGroups)];
+          to[0] = own[0];
+          to[kRedPitch] = own[1];
+          to[8] = own[2];
+          to[kRedPitch + 8] = own[3];
         }
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < count * shown * 16; i += kThreads) {
+      block_wait();
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        const int i = threadIdx.x + j * kThreads;
         const int m = i % 16, at_tile = sharing.quotient(i / 16), row = i / 16 - at_tile * shown;
         const int output = output_of(at_tile, i), owner = whose(at_tile);
-        if (output >= outputs) continue;
-        const float more = owner > 0 ? 0.f : i == int(threadIdx.x) ? early : addend(d, layer, step, output, row);
+        if (at_tile >= count || output >= outputs) continue;
+        const float more = early[j];
         const auto add = [&](int row) {
           float sum = 0;
 #pragma unroll
@@ -575,7 +588,7 @@ struct Decoder {
           put(d, layer, step, output, row, add(row));
         }
       }
-      if (!last) __syncthreads();
+      if (!last) block_wait();
     }
   }
 
@@ -647,7 +660,7 @@ struct Decoder {
   }
 
   // The matrix of step `index`, and what it is multiplied with.
-  __device__ __forceinline__ void multiply_by(Stream& stream, int d, int index, bool apart) {
+  __device__ __forceinline__ void multiply_by(Place& place, int d, int index, bool apart) {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
     const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
     const Share now = *share(kind_of(d, index));
@@ -664,14 +677,15 @@ struct Decoder {
         direct = nullptr;
       }
     }
-    product(stream, now, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
+    product(place, now, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
     if (warp == kWarps - 1 && lane == 0) fetch_vectors(layer, step);
   }
 
   __device__ __forceinline__ void run() {
-    Stream stream;
     const int steps = 4 * s.layers + 2;
-    begin(stream);
+    begin();
+    if (threadIdx.x >= kThreads) return bring();
+    Place place{0, 0};
     int d = 0, index = 0;
     bool apart = false;  // this layer's attention is done, in a phase of its own
     do {
@@ -688,23 +702,18 @@ struct Decoder {
         attend_apart((index - 1) / 4, d);
         apart = true;
       } else {
-        multiply_by(stream, d, index, apart);
+        multiply_by(place, d, index, apart);
         apart = false;
         ++index;
       }
     } while (!wait(index == steps ? nullptr : norm_before(index)));
-    while (stream.in_flight > 0) {  // a launch that is stopped: no copy may outlive the block
-      take(stream);
-      stream.d = s.depth;
-      stream.walk.at = stream.walk.end;
-      release(stream);
-    }
+    drain(place, d, index);
   }
 };
 
 // Grid: as many blocks as there are multiprocessors, all of them there at the same time.
 template <typename T, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) depth_decode_kernel(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kAllThreads, 1) depth_decode_kernel(const __grid_constant__ Kernel kernel) {
   Decoder<T, kGroups>(kernel).run();
 }
 
@@ -732,7 +741,7 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   if (!together) return cudaSuccess;
   // A norm's rows and the least that a draw needs have to fit beside two slots; all keys of a row, and the MLP's states,
   // beside six.
-  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - kShareBytes - bytes) / kRingBytes); };
+  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - kShareBytes - bytes) / kStageBytes); };
   const auto staged = [&](int64_t width) { return kVectorsAt + sizes.dim * 4 + sizes.rows * (width * 2 + kPad); };
   int slots = std::min({kMostSlots, slots_beside(staged(sizes.dim)), slots_beside(kKeysAt)});
   for (const int64_t more : {int64_t(kKeysAt) + padded(sizes.num_codes, 4) * 4, staged(4 * int64_t(sizes.dim))})
@@ -743,10 +752,10 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       e != cudaSuccess)
     return e;
-  if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kThreads, shared); e != cudaSuccess)
+  if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kAllThreads, shared); e != cudaSuccess)
     return e;
   if (per < 1) return cudaSuccess;
-  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kRingBytes, slots};
+  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kStageBytes, slots};
   return cudaDeviceGetAttribute(&plan->blocks, cudaDevAttrMultiProcessorCount, device);
 }
 
@@ -815,7 +824,7 @@ cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t
   if (const cudaError_t e = cudaMemsetAsync(zeros, 0, kernel.at.x - kernel.at.barrier, stream); e != cudaSuccess) return e;
   void* arguments[] = {&kernel};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function_of(dtype, args.sizes.rows)), dim3(found.blocks),
-                                     dim3(kThreads), arguments, found.shared, stream);
+                                     dim3(kAllThreads), arguments, found.shared, stream);
 }
 
 }  // namespace unifiedar

@@ -10,8 +10,6 @@
 
 namespace unifiedar {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block
-
 constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  // as integers: NaN, inf, -inf
 constexpr int kBins = 2048;
 constexpr int kListed = 2048;  // entries that a list holds
@@ -38,9 +36,9 @@ struct Misc {
 __device__ __forceinline__ Word block_max(Misc& misc, Word value) {
 #pragma unroll
   for (int step = 16; step; step /= 2) value = max(value, __shfl_xor_sync(~0u, value, step));
-  __syncthreads();
+  block_wait();
   if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
-  __syncthreads();
+  block_wait();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) value = max(value, misc.warps[w]);
   return value;
@@ -49,9 +47,9 @@ __device__ __forceinline__ Word block_max(Misc& misc, Word value) {
 __device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
 #pragma unroll
   for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-  __syncthreads();
+  block_wait();
   if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
-  __syncthreads();
+  block_wait();
   value = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) value += misc.warps[w];
@@ -66,9 +64,9 @@ __device__ __forceinline__ Word block_before(Misc& misc, Word value) {
     const Word other = __shfl_up_sync(~0u, upto, step);
     if (int(threadIdx.x % 32) >= step) upto += other;
   }
-  __syncthreads();
+  block_wait();
   if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
-  __syncthreads();
+  block_wait();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w)
     if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
@@ -98,7 +96,7 @@ __device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
       above += own[i];
     }
   }
-  __syncthreads();
+  block_wait();
 }
 
 // The k-th largest key, by its digits.
@@ -108,16 +106,16 @@ __device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* k
   for (int pass = 0;; ++pass) {
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, width = pass == 2 ? 10 : 11;
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
-    __syncthreads();
+    block_wait();
     for (int i = threadIdx.x; i < entries; i += kThreads) {
       const uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
       if (pass == 0 || key >> (shift + width) == prefix) atomicAdd(bins + (key >> shift & ((1u << width) - 1)), 1u);
     }
-    __syncthreads();
+    block_wait();
     find_bin<kBins, true>(misc, left, [&](int bin) { return Word(bins[bin]); });
     left -= int(misc.above);
     prefix = prefix << width | uint32_t(misc.bin);
-    __syncthreads();
+    block_wait();
     if (shift == 0) return int(prefix ^ 0x80000000u);
   }
 }
@@ -239,7 +237,7 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
   if (row.cuts_mass()) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
     if (threadIdx.x == 0) misc.near = 0;
-    __syncthreads();
+    block_wait();
     Word total = 0;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -257,7 +255,7 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
       const int at = atomicAdd(&misc.near, 1);
       if (at < kNearest) near[at] = bits[j], masses[at] = row.mass(bits[j]);
     }
-    __syncthreads();
+    block_wait();
     const int inside = misc.near;
     if (inside > kNearest) return false;
     for (int i = threadIdx.x; i < inside; i += kThreads) {
@@ -269,7 +267,7 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
       }
       if (larger < left && larger + equal >= left) misc.bin = near[i];  // the same by all who write
     }
-    __syncthreads();
+    block_wait();
     low = misc.bin;
     // Weights are equal of scores that are not, too, and those may be in the bins around.
     Word larger = 0;
@@ -297,7 +295,7 @@ __device__ __forceinline__ int draw_any(const Row& row, int* keys, int least) {
   Misc& misc = row.misc();
   const int entries = row.entries;
   for (int i = threadIdx.x; i < entries; i += kThreads) keys[i] = keys[i] >= least ? row.weight(keys[i]) : 0;
-  __syncthreads();
+  block_wait();
   int low = 1, bound = entries;
   if (row.cuts_mass()) {
     Word* sums = reinterpret_cast<Word*>(row.memory);
@@ -306,15 +304,15 @@ __device__ __forceinline__ int draw_any(const Row& row, int* keys, int least) {
     Word left = row.goal(block_sum(misc, total));
     uint32_t prefix = 0;
     for (int shift = 20; shift >= 0; shift -= 10) {
-      __syncthreads();
+      block_wait();
       for (int i = threadIdx.x; i < 1024; i += kThreads) sums[i] = 0;
-      __syncthreads();
+      block_wait();
       for (int i = threadIdx.x; i < entries; i += kThreads) {
         const uint32_t bits = keys[i];
         if (bits && (shift == 20 || bits >> (shift + 10) == prefix))
           atomicAdd(sums + (bits >> shift & 1023), row.mass(bits));
       }
-      __syncthreads();
+      block_wait();
       find_bin<1024, true>(misc, left, [&](int bin) { return sums[bin]; });
       left -= misc.above;
       prefix = prefix << 10 | uint32_t(misc.bin);
@@ -345,7 +343,7 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   const bool held = entries <= room;
   int* keys = held ? reinterpret_cast<int*>(memory + kKeysAt) : global_keys;
   Word best = 0, lowest = 0;  // the latter: of finite scores, from the other end
-  __syncthreads();
+  block_wait();
   const int packs = (entries + 3) / 4;
   constexpr int kLoads = 8;
   for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
@@ -381,12 +379,12 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   if (cuts && scale.sound()) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
     if (threadIdx.x == 0) misc.near = 0;
-    __syncthreads();
+    block_wait();
     for_keys(keys, entries, [&](int, int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
-    __syncthreads();
+    block_wait();
     find_bin<kBins, false>(misc, draw.top_k, [&](int bin) { return Word(bins[bin]); });
     const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]), count = before + inside;
-    __syncthreads();  // before anyone clears the bins
+    block_wait();  // before anyone clears the bins
     if (count <= kListed && inside <= kNearest) {
       int own = 0;
       for_keys(keys, entries, [&](int, int key) { own += scale.bin(score_of(key)) <= edge; });
@@ -396,7 +394,7 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
         if (bin <= edge) list[at++] = {key, i};
         if (bin == edge) near[atomicAdd(&misc.near, 1)] = key;
       });
-      __syncthreads();
+      block_wait();
       const int wanted = draw.top_k - before;  // of the edge's bin
       for (int i = threadIdx.x; i < inside; i += kThreads) {
         int larger = 0, equal = 0;
@@ -407,12 +405,12 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
         }
         if (larger < wanted && larger + equal >= wanted) misc.bin = near[i];  // the same by all who write
       }
-      __syncthreads();
+      block_wait();
       int code;
       if (draw_listed(row, scale, count, misc.bin, &code)) return code;
     }
   }
-  __syncthreads();
+  block_wait();
   return draw_any(row, keys, cuts ? find_kth(misc, bins, keys, entries, draw.top_k) : kLeast);
 }
 
