@@ -36,6 +36,7 @@ constexpr int kBarrierBytes = 2 * kMostSlots * 8;
 constexpr int kAccumulators = 4;           // of a warp, each of 16 outputs and 8 rows
 constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the weights
 constexpr int kShareBytes = 288;            // what a block has of each matrix
+constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
@@ -132,14 +133,6 @@ struct Place {
 };
 
 // ---- the kernel ------------------------------------------------------------------------------------------------------
-
-template <typename Book>
-__device__ __forceinline__ float add_rounded(Book* total, const Book* row, int channel, bool first) {
-  const float before = first ? 0.f : wide(total[channel]);
-  const Book sum = narrow<Book>(before + (row == nullptr ? 0.f : wide(__ldg(row + channel))));
-  total[channel] = sum;
-  return wide(sum);
-}
 
 struct Kernel {
   DepthArgs args;
@@ -602,10 +595,25 @@ struct Decoder {
       entry = static_cast<const Book*>(a.codebook) + d * a.book_level + code * a.book_entry;
     const int width = padded(s.code_dim, kChunk);
     T* sums = space<T>(at.sums) + int64_t(row) * width;
-    for (int channel = threadIdx.x; channel < width; channel += kThreads) {
-      const float sum = channel < s.code_dim ? add_rounded(total, entry, channel, d == 0) : 0.f;
-      sums[channel] = narrow<T>(sum);
-      if (s.guided) sums[int64_t(rows / 2) * width + channel] = narrow<T>(sum);
+    constexpr int kBatch = 4;  // channels of a thread that are read before any is written
+#pragma unroll 1
+    for (int first = threadIdx.x; first < width; first += kBatch * kThreads) {
+      Book before[kBatch], more[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int channel = first + j * kThreads;
+        before[j] = d > 0 && channel < s.code_dim ? total[channel] : narrow<Book>(0.f);
+        more[j] = entry != nullptr && channel < s.code_dim ? __ldg(entry + channel) : narrow<Book>(0.f);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int channel = first + j * kThreads;
+        if (channel >= width) continue;
+        const Book sum = narrow<Book>(wide(before[j]) + wide(more[j]));
+        if (channel < s.code_dim) total[channel] = sum;
+        sums[channel] = narrow<T>(wide(sum));
+        if (s.guided) sums[int64_t(rows / 2) * width + channel] = narrow<T>(wide(sum));
+      }
     }
   }
 

@@ -30,7 +30,7 @@ using Word = unsigned long long;
 struct Misc {
   Word warps[kWarps];
   Word above;
-  int bin, near;
+  int bin, near, listed;
 };
 
 __device__ __forceinline__ Word block_max(Misc& misc, Word value) {
@@ -56,36 +56,53 @@ __device__ __forceinline__ Word block_sum(Misc& misc, Word value) {
   return value;
 }
 
-// The sum of the values of all threads before this one.
-__device__ __forceinline__ Word block_before(Misc& misc, Word value) {
-  Word upto = value;
+__device__ __forceinline__ uint32_t block_max(Misc& misc, uint32_t value) {
+  value = __reduce_max_sync(~0u, value);
+  block_wait();
+  if (threadIdx.x % 32 == 0) misc.warps[threadIdx.x / 32] = value;
+  block_wait();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) value = max(value, uint32_t(misc.warps[w]));
+  return value;
+}
+
+// The sum of the values of the warp's threads up to this one.
+template <typename Number>
+__device__ __forceinline__ Number warp_upto(Number value) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const Word other = __shfl_up_sync(~0u, upto, step);
-    if (int(threadIdx.x % 32) >= step) upto += other;
+    const Number other = __shfl_up_sync(~0u, value, step);
+    if (int(threadIdx.x % 32) >= step) value += other;
   }
+  return value;
+}
+
+// The sum of the values of all threads before this one.
+template <typename Number>
+__device__ __forceinline__ Number block_before(Misc& misc, Number value) {
+  Number upto = warp_upto(value);
   block_wait();
   if (threadIdx.x % 32 == 31) misc.warps[threadIdx.x / 32] = upto;
   block_wait();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w)
-    if (w < int(threadIdx.x / 32)) upto += misc.warps[w];
+    if (w < int(threadIdx.x / 32)) upto += Number(misc.warps[w]);
   return upto - value;
 }
 
 // Finds the bin at which the sum of bins reaches `goal`, from bin 0 or, if kDown, from the last one; misc.bin is that bin
 // and misc.above the sum of those before it. `value(bin)` is read by one thread. All of the block's threads see the result.
-template <int kCount, bool kDown, typename Value>
-__device__ __forceinline__ void find_bin(Misc& misc, Word goal, Value value) {
+template <int kCount, bool kDown, typename Number, typename Value>
+__device__ __forceinline__ void find_bin(Misc& misc, Number goal, Value value) {
   constexpr int kOwn = kCount / kThreads;
   const auto bin_of = [](int i) { return kDown ? kCount - 1 - i : i; };
-  Word own[kOwn], sum = 0;
+  Number own[kOwn], sum = 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     own[i] = value(bin_of(int(threadIdx.x) * kOwn + i));
     sum += own[i];
   }
-  Word above = block_before(misc, sum);
+  Number above = block_before(misc, sum);
   if (above < goal && above + sum >= goal) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -112,7 +129,7 @@ __device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* k
       if (pass == 0 || key >> (shift + width) == prefix) atomicAdd(bins + (key >> shift & ((1u << width) - 1)), 1u);
     }
     block_wait();
-    find_bin<kBins, true>(misc, left, [&](int bin) { return Word(bins[bin]); });
+    find_bin<kBins, true>(misc, uint32_t(left), [&](int bin) { return bins[bin]; });
     left -= int(misc.above);
     prefix = prefix << width | uint32_t(misc.bin);
     block_wait();
@@ -124,6 +141,10 @@ __device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* k
 struct Scale {
   float top, factor;
   __device__ __forceinline__ Scale(float top, float low) : top(top), factor((kBins - 1) / (top - low)) {}
+  // Whether a score's bin is `last` or one before.
+  __device__ __forceinline__ bool upto(float score, int last) const {
+    return last == kBins - 1 || (top - score) * factor < float(last + 1);
+  }
   // Whether it tells scores apart at all: not if they are equal, or nearly, or infinitely far apart.
   __device__ __forceinline__ bool sound() const { return factor > 0 && factor <= 1e30f; }
   __device__ __forceinline__ int bin(float score) const { return int(min((top - score) * factor, float(kBins - 1))); }
@@ -186,13 +207,12 @@ struct Row {
   __device__ __forceinline__ bool cuts_mass() const { return draw.top_p > 0 && draw.top_p < 1; }
 };
 
-// Of the entries with the weight `low`, those before the result are kept: of `left` mass one entry more than fits.
-// `equal_before(place)` counts a thread's own entries of that weight before a place.
+// Of the `equal` entries with a certain weight, those before the result are kept: `wanted` of them.
+// `equal_before(place)` counts a thread's own ones before a place.
 template <typename Count>
-__device__ __forceinline__ int find_bound(const Row& row, int low, Word left, const Count& equal_before) {
-  const Word each = row.mass(low), wanted = (left + each - 1) / each;
+__device__ __forceinline__ int find_bound(const Row& row, Word wanted, Word equal, const Count& equal_before) {
   int bound = row.entries;
-  if (wanted >= block_sum(row.misc(), equal_before(bound))) return bound;
+  if (wanted >= equal) return bound;
   int short_of = 0;  // fewer than wanted are before this index, wanted before `bound`
   while (bound - short_of > 1) {
     const int place = (short_of + bound) / 2;
@@ -222,6 +242,7 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
   Word* masses = reinterpret_cast<Word*>(row.memory + kListAt);  // of the same entries, in the place of the list
   int bits[kOwn], place[kOwn], bin[kOwn];
   float noise[kOwn];
+  const auto used = [&](int j) { return j * kThreads < count; };  // the same for all threads
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     const int i = threadIdx.x + j * kThreads;
@@ -229,18 +250,28 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
     const bool kept = i < count && one.x >= least;
     place[j] = one.y;
     noise[j] = kept ? __ldg(row.draw.noise + one.y) : 1.f;
-    bits[j] = kept ? row.weight(one.x) : 0;
-    bin[j] = kept ? scale.bin(score_of(one.x)) : 0;
+    bits[j] = kept ? one.x : kLeast;  // for now
+  }
+  if (row.cuts_mass()) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
+    if (threadIdx.x == 0) misc.near = misc.listed = 0;
+  }
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int key = bits[j];
+    bin[j] = bits[j] = 0;
+    if (!used(j) || key == kLeast) continue;
+    bits[j] = row.weight(key);
+    bin[j] = scale.bin(score_of(key));
   }
   // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
   int low = 1, bound = row.entries;
   if (row.cuts_mass()) {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
-    if (threadIdx.x == 0) misc.near = 0;
     block_wait();
     Word total = 0;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
+      if (!used(j) || bits[j] == 0) continue;
       const Word own = row.mass(bits[j]);
       total += own;
       if (own) atomicAdd(sums + bin[j], own);
@@ -251,7 +282,7 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
     const Word before = misc.above;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      if (bits[j] == 0 || bin[j] != edge) continue;
+      if (!used(j) || bits[j] == 0 || bin[j] != edge) continue;
       const int at = atomicAdd(&misc.near, 1);
       if (at < kNearest) near[at] = bits[j], masses[at] = row.mass(bits[j]);
     }
@@ -272,14 +303,34 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
     // Weights are equal of scores that are not, too, and those may be in the bins around.
     Word larger = 0;
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) larger += bits[j] > low ? row.mass(bits[j]) : 0;
+    for (int j = 0; j < kOwn; ++j) {
+      if (!used(j)) continue;
+      if (bits[j] > low) larger += row.mass(bits[j]);
+      if (bits[j] != low) continue;
+      const int at = atomicAdd(&misc.listed, 1);
+      if (at < kNearest) near[at] = place[j];
+    }
     left -= block_sum(misc, larger);
-    bound = find_bound(row, low, left, [&](int end) {
-      Word count = 0;
+    // One entry more than fits.
+    const Word each = row.mass(low), wanted = (left + each - 1) / each;
+    const int equal = misc.listed;
+    if (wanted < Word(equal) && equal <= kNearest) {
+      for (int i = threadIdx.x; i < equal; i += kThreads) {
+        Word earlier = 0;
+#pragma unroll 8
+        for (int j = 0; j < equal; ++j) earlier += near[j] < near[i];
+        if (earlier + 1 == wanted) misc.bin = near[i] + 1;
+      }
+      block_wait();
+      bound = misc.bin;
+    } else {
+      bound = find_bound(row, wanted, equal, [&](int end) {
+        Word count = 0;
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) count += bits[j] == low && place[j] < end;
-      return count;
-    });
+        for (int j = 0; j < kOwn; ++j) count += bits[j] == low && place[j] < end;
+        return count;
+      });
+    }
   }
   Word best = kNobody;
 #pragma unroll
@@ -318,11 +369,13 @@ __device__ __forceinline__ int draw_any(const Row& row, int* keys, int least) {
       prefix = prefix << 10 | uint32_t(misc.bin);
     }
     low = int(prefix);
-    bound = find_bound(row, low, left, [&](int end) {
+    const auto equal_before = [&](int end) {
       Word count = 0;
       for (int i = threadIdx.x; i < end; i += kThreads) count += keys[i] == low;
       return count;
-    });
+    };
+    const Word each = row.mass(low);  // of `left`, one entry more than fits
+    bound = find_bound(row, (left + each - 1) / each, block_sum(misc, equal_before(entries)), equal_before);
   }
   Word best = kNobody;
   for (int i = threadIdx.x; i < entries; i += kThreads) {
@@ -342,10 +395,10 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
   const bool held = entries <= room;
   int* keys = held ? reinterpret_cast<int*>(memory + kKeysAt) : global_keys;
-  Word best = 0, lowest = 0;  // the latter: of finite scores, from the other end
+  uint32_t most = 0, lowest = 0;  // the latter: of finite scores, from the other end
   block_wait();
   const int packs = (entries + 3) / 4;
-  constexpr int kLoads = 8;
+  constexpr int kLoads = 16;
   for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
     int4 four[kLoads];
 #pragma unroll
@@ -361,39 +414,58 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
       for (int e = 0; e < 4; ++e) {
         if (4 * i + e >= entries) continue;
         const uint32_t key = uint32_t(own[e]) ^ 0x80000000u;
-        best = max(best, Word(key) << 32 | uint32_t(~(4 * i + e)));
-        if (own[e] > kLeast) lowest = max(lowest, Word(~key));
+        most = max(most, key);
+        lowest = max(lowest, own[e] > kLeast ? ~key : 0u);
       }
     }
   }
-  best = block_max(misc, best);  // its waits also make the copy of the keys visible
-  const int top = int(uint32_t(best >> 32) ^ 0x80000000u);
+  const int top = int(block_max(misc, most) ^ 0x80000000u);  // its waits also make the copy of the keys visible
   *unsound = top == kNaN;
-  if (draw.inverse_temperature == 0) return int(~uint32_t(best));
+  if (draw.inverse_temperature == 0) {
+    uint32_t first = 0;  // from the other end
+    for_keys(keys, entries, [&](int i, int key) { first = max(first, key == top ? ~uint32_t(i) : 0u); });
+    return int(~block_max(misc, first));
+  }
   if (top <= kLeast || top >= kInfinite) return 0;
 
   // The keys of the bins down to the one with the k-th largest make a list, if it is short.
   const Row row(memory, draw, entries, score_of(top));
   const bool cuts = draw.top_k > 0 && draw.top_k < entries;
-  const Scale scale(score_of(top), score_of(int(~uint32_t(block_max(misc, lowest)) ^ 0x80000000u)));
+  const Scale scale(score_of(top), score_of(int(~block_max(misc, lowest) ^ 0x80000000u)));
   if (cuts && scale.sound()) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
-    if (threadIdx.x == 0) misc.near = 0;
+    if (threadIdx.x == 0) misc.near = misc.listed = 0;
     block_wait();
     for_keys(keys, entries, [&](int, int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
     block_wait();
-    find_bin<kBins, false>(misc, draw.top_k, [&](int bin) { return Word(bins[bin]); });
+    find_bin<kBins, false>(misc, uint32_t(draw.top_k), [&](int bin) { return bins[bin]; });
     const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]), count = before + inside;
     block_wait();  // before anyone clears the bins
     if (count <= kListed && inside <= kNearest) {
-      int own = 0;
-      for_keys(keys, entries, [&](int, int key) { own += scale.bin(score_of(key)) <= edge; });
-      int at = int(block_before(misc, own));
-      for_keys(keys, entries, [&](int i, int key) {
-        const int bin = scale.bin(score_of(key));
-        if (bin <= edge) list[at++] = {key, i};
-        if (bin == edge) near[atomicAdd(&misc.near, 1)] = key;
-      });
+      // Each thread notes which of 64 keys it takes, each warp asks for places of the list. Their order does not matter.
+#pragma unroll 1
+      for (int base = 0; base < packs; base += kLoads * kThreads) {
+        Word taken = 0;
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          const int pack = base + j * kThreads + int(threadIdx.x);
+          const int4 four = pack < packs ? reinterpret_cast<const int4*>(keys)[pack] : int4{};
+          const int own[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            taken |= Word(4 * pack + e < entries && scale.upto(score_of(own[e]), edge)) << (4 * j + e);
+        }
+        const uint32_t own = __popcll(taken), upto = warp_upto(own);
+        uint32_t at = 0;
+        if (threadIdx.x % 32 == 31) at = atomicAdd(reinterpret_cast<uint32_t*>(&misc.listed), upto);
+        at = __shfl_sync(~0u, at, 31) + upto - own;
+        for (; taken; taken &= taken - 1) {
+          const int bit = __ffsll(static_cast<long long>(taken)) - 1;
+          const int i = 4 * (base + bit / 4 * kThreads + int(threadIdx.x)) + bit % 4, key = keys[i];
+          list[at++] = {key, i};
+          if (scale.bin(score_of(key)) == edge) near[atomicAdd(&misc.near, 1)] = key;
+        }
+      }
       block_wait();
       const int wanted = draw.top_k - before;  // of the edge's bin
       for (int i = threadIdx.x; i < inside; i += kThreads) {

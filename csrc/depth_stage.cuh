@@ -17,7 +17,6 @@ constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
 constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
 constexpr int kVectorsAt = kRedBytes + kStatBytes;  // a norm's gain and bias, then what a matrix is multiplied with
 constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
-constexpr int kExtras = 2;                 // parts of the residual stream beside it
 
 // Activations are written by other blocks: read from the second cache, where they are.
 __device__ __forceinline__ uint4 load_shared_by_all(const void* from) { return __ldcg(static_cast<const uint4*>(from)); }
@@ -49,24 +48,18 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
     // some way through the phases is held through all of them.)
     float4 held[kHeld];
     const auto read = [&](float4 (&to)[kHeld], int first) {
-      float4 other[kExtras][kHeld];
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
-#pragma unroll
-      for (int e = 0; e < kExtras; ++e) {
+#pragma unroll 1
+      for (int e = 0; e < extras; ++e) {
         const float4* more = reinterpret_cast<const float4*>(beside + e * int64_t(rows) * dim + begin);
+        float4 other[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
-          other[e][i] = e < extras && first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
-      }
+          other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
 #pragma unroll
-      for (int e = 0; e < kExtras; ++e) {
-        if (e >= extras) break;
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          const float4& v = other[e][i];
-          to[i] = {to[i].x + v.x, to[i].y + v.y, to[i].z + v.z, to[i].w + v.w};
-        }
+        for (int i = 0; i < kHeld; ++i)
+          to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
       }
     };
     // Deviations from the row's first element: a mean far from 0 costs no digits.

@@ -107,8 +107,14 @@ inline unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long valu
 inline float __shfl_xor_sync(unsigned mask, float value, int step) {
   return __uint_as_float(unsigned(__shfl_xor_sync(mask, (unsigned long long)__float_as_uint(value), step)));
 }
-inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, int step) {
-  const int lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  check_mask(mask);
+  return exchange(value, false, [](const uint64_t* all) { return unsigned(*std::max_element(all, all + 32)); });
+}
+inline int __popcll(unsigned long long word) { return __builtin_popcountll(word); }
+inline int __ffsll(long long word) { return __builtin_ffsll(word); }
+inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, unsigned step) {
+  const unsigned lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
   return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
 }
 extern "C" cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
