@@ -38,6 +38,7 @@ constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the wei
 constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
+constexpr int kNormSize = 12 << 10;        // numbers of the residual stream that every block may normalise for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
 
@@ -353,14 +354,30 @@ struct Decoder {
 
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
 
-  // Rows as they lie in memory; each warp copies the chunks that it multiplies.
+  // Rows as they lie in memory; each warp copies the chunks that it multiplies, many packs of 16 bytes at a time.
   __device__ __forceinline__ void stage_rows(const T* from, int width, const Share& share) {
-    for (int row = lane / 8; row < rows; row += 4) {
-      const T* own_row = from + int64_t(row) * width + lane % 8 * 8;
-      unsigned char* to = staged(row, width) + lane % 8 * 16;
-#pragma unroll 4
-      for (int chunk = first_own(share.span_first); chunk < share.span_last; chunk += kWarps)
-        *reinterpret_cast<uint4*>(to + chunk * kChunk * 2) = load_shared_by_all(own_row + chunk * kChunk);
+    constexpr int kBatch = 8;
+    const int first = first_own(share.span_first), own_row = lane / 8;
+    unsigned char* to = staged(own_row, width) + lane % 8 * 16;
+    from += int64_t(own_row) * width + lane % 8 * 8;
+    int row = 0, chunk = first;  // the former of the warp's first lanes
+    while (row < rows && first < share.span_last) {
+      uint4 held[kBatch];
+      int places[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const bool there = row + own_row < rows;
+        places[j] = there ? row * (width * 2 + kPad) + chunk * kChunk * 2 : -1;
+        held[j] = there ? load_shared_by_all(from + int64_t(row) * width + chunk * kChunk) : uint4{};
+        chunk += kWarps;
+        if (chunk >= share.span_last) {
+          chunk = first;
+          row += 4;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (places[j] >= 0) *reinterpret_cast<uint4*>(to + places[j]) = held[j];
     }
     __syncwarp();
   }
@@ -376,7 +393,14 @@ struct Decoder {
       stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
-  // The same for large sizes, each head by one warp of the grid.
+  // A norm's rows for many rows, each by one block.
+  __device__ __forceinline__ void normalise_apart(const Extra& extra) const {
+    for (int row = blockIdx.x; row < rows; row += gridDim.x)
+      normalise_row<T>(space<float>(at.x) + int64_t(row) * dim, extra.from + int64_t(row) * dim, int64_t(rows) * dim,
+                       extra.count, dim, memory, space<T>(at.y) + int64_t(row) * dim);
+  }
+
+  // Attention for large sizes, each head by one warp of the grid.
   __device__ __forceinline__ void attend_apart(int layer, int d) {
     const int groups = (rows + 7) / 8;
 #pragma unroll 1
@@ -660,6 +684,17 @@ struct Decoder {
       fetch_ahead(packed(i));
   }
 
+  // The same of the noise that a depth's codes are drawn with.
+  __device__ __forceinline__ void fetch_noise(int d) const {
+    constexpr int kPiece = 512;  // numbers
+    const int pieces = s.num_codes / kPiece, count = s.guided ? rows / 2 : rows;
+    if (a.noise == nullptr || a.inverse_temperature[d] == 0) return;
+    for (int i = blockIdx.x; i < count * pieces; i += gridDim.x) {
+      const float* from = a.noise + i / pieces * a.noise_row + d * a.noise_depth + i % pieces * kPiece;
+      if (reinterpret_cast<uintptr_t>(from) % 16 == 0) fetch_ahead(from);
+    }
+  }
+
   // The gain and bias of the norm before step `index` of a depth; null if it has none.
   __device__ __forceinline__ const T* norm_before(int index) const {
     if (index == 4 * s.layers + 1) return packed(layout.norm);
@@ -673,12 +708,13 @@ struct Decoder {
     const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
     const Share now = *share(kind_of(d, index));
     const T* direct = nullptr;
-    if (step == kQkv || step == kUp || step == kHead) {
+    const bool norm = step == kQkv || step == kUp || step == kHead;
+    if (norm && !apart) {
       stage_norm(beside(layer, step));
     } else if (step == kProj && !apart) {
       stage_attention(layer, d, now);
     } else {
-      direct = step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
+      direct = norm || step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
       if (index == 0 && d == 0) direct = static_cast<const T*>(a.hidden);
       if (fits(now.chunks * kChunk)) {
         stage_rows(direct, now.chunks * kChunk, now);
@@ -686,7 +722,10 @@ struct Decoder {
       }
     }
     product(place, now, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
-    if (warp == kWarps - 1 && lane == 0) fetch_vectors(layer, step);
+    if (warp == kWarps - 1 && lane == 0) {
+      fetch_vectors(layer, step);
+      if (index == steps - 2) fetch_noise(d);
+    }
   }
 
   __device__ __forceinline__ void run() {
@@ -695,7 +734,7 @@ struct Decoder {
     if (threadIdx.x >= kThreads) return bring();
     Place place{0, 0};
     int d = 0, index = 0;
-    bool apart = false;  // this layer's attention is done, in a phase of its own
+    bool apart = false;  // the norm before this step, or the attention, is done in a phase of its own
     do {
       look_again();
       if (index == steps) {
@@ -706,6 +745,9 @@ struct Decoder {
         for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
           space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
         index = 1;
+      } else if (!apart && rows * dim > kNormSize && norm_before(index) != nullptr) {
+        normalise_apart(beside((index - 1) / 4, index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4)));
+        apart = true;
       } else if (index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
         attend_apart((index - 1) / 4, d);
         apart = true;
@@ -714,7 +756,7 @@ struct Decoder {
         apart = false;
         ++index;
       }
-    } while (!wait(index == steps ? nullptr : norm_before(index)));
+    } while (!wait(index == steps || apart ? nullptr : norm_before(index)));
     drain(place, d, index);
   }
 };

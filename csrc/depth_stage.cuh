@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "depth.h"
 #include "depth_draw.cuh"
@@ -25,11 +26,13 @@ __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int 
   return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
 }
 
-// Of the rows of the residual stream, which are cut into parts, one a warp, whose sums are added up in order. kHeld: packs of
-// four numbers of a row that a lane has in flight; the first so many are kept.
+// LayerNorm of rows of the residual stream, x and `extras` tensors beside it, each `apart` numbers after the one before, to
+// rows of `pitch` bytes. Gain and bias lie at kVectorsAt. Rows are cut into parts, one a warp, whose sums are added up in
+// order: 2^shift parts of `span` packs of four numbers. kHeld: packs that a lane has in flight; the first so many are kept.
 template <typename T, int kHeld>
-__device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int extras, int rows, int dim, int shift,
-                                                int span, unsigned char* memory) {
+__device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int64_t apart, int extras, int rows,
+                                                int dim, int shift, int span, unsigned char* memory, unsigned char* out,
+                                                int pitch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
   const uint2* biases = gains + dim / 4;
@@ -52,7 +55,7 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
       for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
 #pragma unroll 1
       for (int e = 0; e < extras; ++e) {
-        const float4* more = reinterpret_cast<const float4*>(beside + e * int64_t(rows) * dim + begin);
+        const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
         float4 other[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
@@ -109,7 +112,7 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
     if (inside) {
       const float deviation = sum * each, mean = origin + deviation;
       const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
-      unsigned char* to = staged_row(memory, row, dim, dim);
+      unsigned char* to = out + row * pitch;
       const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
@@ -136,7 +139,7 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
   block_wait();
 }
 
-// LayerNorm of the residual stream, x and `extras` tensors beside it, to shared memory; gain and bias lie at kVectorsAt.
+// The same of all rows, to shared memory.
 template <typename T>
 __device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
                                                unsigned char* memory) {
@@ -144,13 +147,25 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
   static_assert(kWarps == 8, "a power of two");
   while (shift > 0 && rows << shift > kWarps) --shift;
   const int span = (dim / 4 + (32 << shift) - 1 >> (5 + shift)) * 32;
+  const auto normalise = [&](auto held) {
+    normalise_packs<T, decltype(held)::value>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
+                                              staged_row(memory, 0, dim, dim), dim * 2 + kPad);
+  };
   // What a lane has none of costs instructions all the same.
   if (span <= 2 * 32)
-    normalise_packs<T, 2>(x, beside, extras, rows, dim, shift, span, memory);
+    normalise(std::integral_constant<int, 2>{});
   else if (span <= 5 * 32)
-    normalise_packs<T, 5>(x, beside, extras, rows, dim, shift, span, memory);
+    normalise(std::integral_constant<int, 5>{});
   else
-    normalise_packs<T, 8>(x, beside, extras, rows, dim, shift, span, memory);
+    normalise(std::integral_constant<int, 8>{});
+}
+
+// The same of one row, by the whole block, to global memory.
+template <typename T>
+__device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
+                                              unsigned char* memory, T* out) {
+  const int span = (dim / 4 + kThreads - 1) / kThreads * 32;
+  normalise_packs<T, 5>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
 }
 
 // Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers

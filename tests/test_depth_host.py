@@ -228,6 +228,9 @@ def on_host(library, case, device=0, forced=None):
         pytest.param(
             {"rows": 32, "guidance": 2.0, "dim": 384, "layers": 1, "device": 2}, id="states too large to be staged"
         ),
+        pytest.param(
+            {"rows": 26, "guidance": 2.0, "dim": 512, "layers": 1, "depth": 2}, id="norms in phases of their own"
+        ),
         pytest.param({"layers": 0, "greedy": True}, id="greedy, no layer"),
         pytest.param(
             {"rows": 32, "guidance": 2.7, "dim": 64, "layers": 1, "num_codes": 2000, "greedy": True},
