@@ -497,7 +497,9 @@ struct Decoder {
         const int64_t place = int64_t(row) * dim + m;
         const Extra extra = beside(layer, step);
         float held = __ldcg(space<float>(at.x) + place);
-        for (int e = 0; e < extra.count; ++e) held += __ldcg(extra.from + e * int64_t(rows) * dim + place);
+#pragma unroll
+        for (int e = 0; e < kExtras; ++e)
+          if (e < extra.count) held += __ldcg(extra.from + e * int64_t(rows) * dim + place);
         return wide(__ldg(vectors + (step == kProj ? 5 : 12) * dim + m)) + held;
       }
     }

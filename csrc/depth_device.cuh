@@ -91,7 +91,7 @@ __device__ __forceinline__ void stage_arrive(void* empty) {
 
 // Waits for the block's threads but those of the warp that brings the weights.
 __device__ __forceinline__ void block_wait() {
-  asm volatile("barrier.sync 1, %0;" ::"n"(kThreads) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 // Asks for 2,048 bytes, aligned to 16, to be in the second cache.

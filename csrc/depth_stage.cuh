@@ -230,27 +230,42 @@ __device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& fr
 #pragma unroll 1
   for (int first = 0; first <= d; first += kBatch) {
     if (first > 0) read_depths(head, from, d, first, place);
+    // Of depths beyond d keys and values are zeros, and their weights.
+    float scores[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j > d) continue;
-      float score = 0;
+      float2 sum = {};
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         const float2 q = unpack_word(head.query[w], T{}), k = unpack_word(head.key[j][w], T{});
-        score += q.x * k.x;
-        score += q.y * k.y;
+        sum = {sum.x + q.x * k.x, sum.y + q.y * k.y};
       }
+      scores[j] = sum.x + sum.y;
+    }
 #pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) score += __shfl_xor_sync(~0u, score, distance);
-      score *= 0.125f;  // 1 / sqrt(64)
-      const float now = max(most, score);
-      const float old = __expf(most - now), weight = __expf(score - now);
-      most = now;
-      total = total * old + weight;
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) scores[j] += __shfl_xor_sync(~0u, scores[j], distance);
+    }
+    float now = most;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      scores[j] *= 0.125f;  // 1 / sqrt(64)
+      if (first + j <= d) now = max(now, scores[j]);
+    }
+    const float old = __expf(most - now);
+    most = now;
+    total *= old;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) y[w] = {y[w].x * old, y[w].y * old};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const float weight = first + j <= d ? __expf(scores[j] - now) : 0.f;
+      total += weight;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         const float2 v = unpack_word(head.value[j][w], T{});
-        y[w] = {y[w].x * old + weight * v.x, y[w].y * old + weight * v.y};
+        y[w] = {y[w].x + weight * v.x, y[w].y + weight * v.y};
       }
     }
   }
