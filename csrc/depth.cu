@@ -343,10 +343,7 @@ struct Decoder {
   // ---- what a matrix is multiplied with
 
   __device__ __forceinline__ int stage_at() const { return kVectorsAt + dim * 4; }
-  __device__ __forceinline__ unsigned char* staged(int row, int width) const {
-    return staged_row(memory, row, width, dim);
-  }
-  __device__ __forceinline__ bool fits(int width) const { return stage_at() + rows * (width * 2 + kPad) <= free_bytes; }
+  __device__ __forceinline__ bool fits(int bytes) const { return stage_at() + rows * (bytes + kPad) <= free_bytes; }
 
   __device__ __forceinline__ void stage_norm(const Extra& extra) const {
     normalise_rows<T>(space<float>(at.x), extra.from, extra.count, rows, dim, memory);
@@ -354,12 +351,23 @@ struct Decoder {
 
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
 
-  // Rows as they lie in memory; each warp copies the chunks that it multiplies, many packs of 16 bytes at a time.
-  __device__ __forceinline__ void stage_rows(const T* from, int width, const Share& share) {
+  // What a matrix is multiplied with: where chunk 0 of row 0 would be, in global memory or, if that is null, so many bytes
+  // into shared memory; and the bytes from row to row.
+  struct Inputs {
+    const unsigned char* global;
+    int shared, pitch;
+  };
+
+  // Rows of so many numbers as they lie in memory, of them the chunks that the block multiplies; in shared memory if they fit.
+  // Each warp copies the chunks that it multiplies, many packs of 16 bytes at a time.
+  __device__ __forceinline__ Inputs stage_rows(const T* rows_at, int width, const Share& share) {
+    const int bytes = (share.span_last - share.span_first) * kChunk * 2;
+    if (!fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
     constexpr int kBatch = 8;
     const int first = first_own(share.span_first), own_row = lane / 8;
-    unsigned char* to = staged(own_row, width) + lane % 8 * 16;
-    from += int64_t(own_row) * width + lane % 8 * 8;
+    const int begin = stage_at() - share.span_first * kChunk * 2;
+    unsigned char* to = memory + begin + own_row * (bytes + kPad) + lane % 8 * 16;
+    const T* from = rows_at + int64_t(own_row) * width + lane % 8 * 8;
     int row = 0, chunk = first;  // the former of the warp's first lanes
     while (row < rows && first < share.span_last) {
       uint4 held[kBatch];
@@ -367,7 +375,7 @@ struct Decoder {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const bool there = row + own_row < rows;
-        places[j] = there ? row * (width * 2 + kPad) + chunk * kChunk * 2 : -1;
+        places[j] = there ? row * (bytes + kPad) + chunk * kChunk * 2 : -1;
         held[j] = there ? load_shared_by_all(from + int64_t(row) * width + chunk * kChunk) : uint4{};
         chunk += kWarps;
         if (chunk >= share.span_last) {
@@ -380,6 +388,7 @@ struct Decoder {
         if (places[j] >= 0) *reinterpret_cast<uint4*>(to + places[j]) = held[j];
     }
     __syncwarp();
+    return {nullptr, begin, bytes + kPad};
   }
 
   __device__ __forceinline__ Attended<T> attended(int layer) const {
@@ -419,7 +428,7 @@ struct Decoder {
 
   // What a chunk of weights is multiplied with, of all rows: `from` is the lane's first 16 bytes of row lane / 4.
   template <bool kShared>
-  __device__ __forceinline__ void read_inputs(uint4 (&to)[kGroups][2], const unsigned char* from, int64_t pitch) const {
+  __device__ __forceinline__ void read_inputs(uint4 (&to)[kGroups][2], const unsigned char* from, int pitch) const {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -433,30 +442,42 @@ struct Decoder {
   }
 
   // The block's part of one tile, of the chunks from `first` to `last`: of each stage a warp has one. Inputs in global memory
-  // are read a stage ahead.
+  // are read kAhead stages ahead.
   template <bool kShared>
   __device__ __forceinline__ void tile(Place& place, int first, int last, float (&sum)[kAccumulators][4],
-                                       const unsigned char* from, int64_t pitch) {
+                                       const unsigned char* from, int pitch) {
     constexpr int kSets = kAccumulators / kGroups;  // of accumulators: no product waits for the one before
-    uint4 next[kGroups][2] = {};
+    constexpr int kAhead = kShared || kGroups == 4 ? 1 : 2;
+    uint4 next[kAhead][kGroups][2] = {};
     int chunk = first - first % kWarps + warp;
     const auto has = [&](int chunk) { return chunk >= first && chunk < last; };
-    if (!kShared && has(chunk)) read_inputs<kShared>(next, from + chunk * kChunk * 2, pitch);
+    const auto at = [&](int chunk) { return from + chunk * kChunk * 2; };
+    if (!kShared) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (has(chunk + j * kWarps)) read_inputs<kShared>(next[j], at(chunk + j * kWarps), pitch);
+    }
 #pragma unroll 1
     for (; chunk - warp < last; chunk += kWarps) {
       const bool own = has(chunk);
       const uint4* weights_at = reinterpret_cast<const uint4*>(take(place) + warp * kChunkBytes) + lane;
       uint4 weights[kPieces], inputs[kGroups][2];
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group)
-        inputs[group][0] = next[group][0], inputs[group][1] = next[group][1];
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          inputs[group][half] = next[0][group][half];
+          if (!kShared) next[0][group][half] = next[kAhead - 1][group][half];
+        }
+      }
       if (own) {
-        if (kShared) read_inputs<kShared>(inputs, from + chunk * kChunk * 2, pitch);
+        if (kShared) read_inputs<kShared>(inputs, at(chunk), pitch);
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
       }
       release(place);
-      if (!kShared && has(chunk + kWarps)) read_inputs<kShared>(next, from + (chunk + kWarps) * kChunk * 2, pitch);
+      if (!kShared && has(chunk + kAhead * kWarps))
+        read_inputs<kShared>(next[kAhead - 1], at(chunk + kAhead * kWarps), pitch);
       if (!own) continue;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
@@ -480,29 +501,39 @@ struct Decoder {
     }
   }
 
-  // What is added to output m of a step, for one row, besides the product: bias, position, what x held.
-  __device__ __forceinline__ float addend(int d, int layer, Step step, int m, int row) const {
-    const T* vectors = packed(layout.vectors + layer * layout.block_vectors);
-    switch (step) {
-      case kInput:
-        return wide(__ldg(packed(d ? layout.code_bias : layout.hidden_bias) + m)) +
-               wide(__ldg(packed(layout.position) + int64_t(d) * dim + m));
-      case kQkv:
-        return wide(__ldg(vectors + 2 * dim + m));
-      case kUp:
-        return wide(__ldg(vectors + 8 * dim + m));
-      case kHead:
-        return wide(__ldg(packed(layout.head_bias) + m));
-      default: {
-        const int64_t place = int64_t(row) * dim + m;
-        const Extra extra = beside(layer, step);
-        float held = __ldcg(space<float>(at.x) + place);
+  // What is added to output m of a step, for one row, besides the product: biases, position, what x held and what lies beside
+  // it. As it was read: a warp that uses any of it waits for it.
+  struct Addend {
+    unsigned short bias, position;
+    float held[1 + kExtras];
+
+    __device__ __forceinline__ float sum() const {
+      float all = held[0];
 #pragma unroll
-        for (int e = 0; e < kExtras; ++e)
-          if (e < extra.count) held += __ldcg(extra.from + e * int64_t(rows) * dim + place);
-        return wide(__ldg(vectors + (step == kProj ? 5 : 12) * dim + m)) + held;
-      }
+      for (int e = 0; e < kExtras; ++e) all += held[1 + e];
+      return unpack_word(bias, T{}).x + unpack_word(position, T{}).x + all;
     }
+  };
+  __device__ __forceinline__ Addend read_addend(int d, int layer, Step step, int m, int row, bool there) const {
+    const unsigned short* vectors = static_cast<const unsigned short*>(a.packed) + m;
+    int64_t bias = layout.vectors + layer * layout.block_vectors;
+    if (step == kInput)
+      bias = d ? layout.code_bias : layout.hidden_bias;
+    else if (step == kHead)
+      bias = layout.head_bias;
+    else
+      bias += (step == kQkv ? 2 : step == kProj ? 5 : step == kUp ? 8 : 12) * dim;
+    const bool adds = there && (step == kProj || step == kDown);
+    const int place = row * dim + m;
+    const Extra extra = beside(layer, step);
+    Addend read{};
+    if (there) read.bias = __ldg(vectors + bias);
+    if (there && step == kInput) read.position = __ldg(vectors + layout.position + int64_t(d) * dim);
+    if (adds) read.held[0] = __ldcg(space<float>(at.x) + place);
+#pragma unroll
+    for (int e = 0; e < kExtras; ++e)
+      if (adds && e < extra.count) read.held[1 + e] = __ldcg(extra.from + e * rows * dim + place);
+    return read;
   }
 
   // What becomes of output m of a step, for one row.
@@ -539,19 +570,16 @@ struct Decoder {
     space<int>(at.keys)[int64_t(row) * padded(s.num_codes, 4) + m] = ordered(score);
   }
 
-  // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null.
-  __device__ __forceinline__ void product(Place& place, const Share& share, const T* direct, int d, int layer, Step step,
+  // One matrix.
+  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, int d, int layer, Step step,
                                           int outputs) {
     constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups, kOwn = kTiles * kColumns * 16 / kThreads;
-    const int chunks = share.chunks, width = chunks * kChunk, begin = share.begin, end = share.end;
+    const int chunks = share.chunks, begin = share.begin, end = share.end;
     const int first_tile = share.first_tile, tiles = share.own_tiles, number = share.number;
     if (begin >= end) return;
     const Divisor& sharing = step == kHead ? pairs : all_rows;
     const int shown = int(sharing.number);
-    const bool in_shared = direct == nullptr;
-    const int64_t pitch = in_shared ? width * 2 + kPad : width * 2;
-    const unsigned char* from = in_shared ? memory + stage_at() : reinterpret_cast<const unsigned char*>(direct);
-    from += lane / 4 * pitch + lane % 4 * 16;
+    const int own = lane / 4 * inputs.pitch + lane % 4 * 16;
     float* red = reinterpret_cast<float*>(memory);
     for (int first = 0; first < tiles; first += kTiles) {
       const int count = min(kTiles, tiles - first);
@@ -559,21 +587,23 @@ struct Decoder {
       // Output m of a row is this thread's: one of every kThreads. What is added to them is read while others multiply.
       const auto output_of = [&](int tile, int i) { return (first_tile + first + tile) * 16 + i % 16; };
       const auto whose = [&](int tile) { return first + tile == 0 ? number : 0; };
-      float early[kOwn];
+      Addend early[kOwn];
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
+        early[j] = {};
+        if (j * kThreads >= count * shown * 16) continue;  // none of the block's threads has one
         const int i = threadIdx.x + j * kThreads, at_tile = sharing.quotient(i / 16), output = output_of(at_tile, i);
-        const bool adds = at_tile < count && output < outputs && whose(at_tile) == 0;
-        early[j] = adds ? addend(d, layer, step, output, i / 16 - at_tile * shown) : 0.f;
+        const bool there = at_tile < count && output < outputs && whose(at_tile) == 0;
+        early[j] = read_addend(d, layer, step, output, i / 16 - at_tile * shown, there);
       }
       for (int t = 0; t < count; ++t) {
         const int at = (first_tile + first + t) * chunks;
         const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
         float sum[kAccumulators][4] = {};
-        if (in_shared)
-          tile<true>(place, own_first, own_last, sum, from, pitch);
+        if (inputs.global == nullptr)
+          tile<true>(place, own_first, own_last, sum, memory + inputs.shared + own, inputs.pitch);
         else
-          tile<false>(place, own_first, own_last, sum, from, pitch);
+          tile<false>(place, own_first, own_last, sum, inputs.global + own, inputs.pitch);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
@@ -587,11 +617,12 @@ struct Decoder {
       block_wait();
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
+        if (j * kThreads >= count * shown * 16) break;
         const int i = threadIdx.x + j * kThreads;
         const int m = i % 16, at_tile = sharing.quotient(i / 16), row = i / 16 - at_tile * shown;
         const int output = output_of(at_tile, i), owner = whose(at_tile);
         if (at_tile >= count || output >= outputs) continue;
-        const float more = early[j];
+        const float more = early[j].sum();
         const auto add = [&](int row) {
           float sum = 0;
 #pragma unroll
@@ -709,21 +740,18 @@ struct Decoder {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
     const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
     const Share now = *share(kind_of(d, index));
-    const T* direct = nullptr;
     const bool norm = step == kQkv || step == kUp || step == kHead;
+    Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
     if (norm && !apart) {
       stage_norm(beside(layer, step));
     } else if (step == kProj && !apart) {
       stage_attention(layer, d, now);
     } else {
-      direct = norm || step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
-      if (index == 0 && d == 0) direct = static_cast<const T*>(a.hidden);
-      if (fits(now.chunks * kChunk)) {
-        stage_rows(direct, now.chunks * kChunk, now);
-        direct = nullptr;
-      }
+      const T* from = norm || step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
+      if (index == 0 && d == 0) from = static_cast<const T*>(a.hidden);
+      inputs = stage_rows(from, now.chunks * kChunk, now);
     }
-    product(place, now, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
+    product(place, now, inputs, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
     if (warp == kWarps - 1 && lane == 0) {
       fetch_vectors(layer, step);
       if (index == steps - 2) fetch_noise(d);
