@@ -38,7 +38,7 @@ constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the wei
 constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
-constexpr int kNormSize = 12 << 10;        // numbers of the residual stream that every block may normalise for itself
+constexpr int kNormSize = 6 << 10;        // numbers of the residual stream that every block may normalise for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
 
@@ -158,6 +158,22 @@ struct Decoder {
   unsigned char* workspace;
   uint32_t waits = 0;
 
+  static constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;  // added up together
+  static constexpr int kOwn = kTiles * kColumns * 16 / kThreads;             // of their outputs, a thread's
+
+  // What is added to an output, as it was read: a warp that uses any of it waits for it.
+  struct Addend {
+    unsigned short bias;
+    float held[1 + kExtras];  // what x held, and what lies beside it; of the input the bits of the position
+
+    __device__ __forceinline__ float sum(Step step) const {
+      float all = step == kInput ? unpack_word(__float_as_uint(held[0]), T{}).x : held[0];
+#pragma unroll
+      for (int e = 0; e < kExtras; ++e) all += held[1 + e];
+      return unpack_word(bias, T{}).x + all;
+    }
+  };
+
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
         all_rows(kernel.rows), pairs(kernel.pairs),
@@ -269,7 +285,7 @@ struct Decoder {
         for (int at = own.begin; at < own.end;) {
           const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
           stage_wait(empty(place.slot), place.parity);
-          if (ahead == kFlight) {
+          if (ahead == min(kFlight, slots)) {
             stage_wait(full(come.slot), come.parity);
             come.next(slots);
           } else {
@@ -314,10 +330,13 @@ struct Decoder {
     }
   }
 
-  // `vectors`, unless null: a norm's gain and bias, which are put where stage_norm reads them while others are waited for.
-  __device__ __forceinline__ bool wait(const T* vectors) {
+  // While others are waited for, what the next step reads of them apart is read: what it adds, and unless null `vectors`, a
+  // norm's gain and bias, to where stage_norm expects them; the latter not by the warp that looks whether all are there.
+  __device__ __forceinline__ bool wait(const T* vectors, Addend (&early)[kOwn], int d, int index) {
     ++waits;
     grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
+      if (index < 4 * s.layers + 2)
+        read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
       if (vectors == nullptr) return;
       for (int i = threadIdx.x - 32; i < dim / 4; i += kThreads - 32)
         reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
@@ -442,50 +461,47 @@ struct Decoder {
   }
 
   // The block's part of one tile, of the chunks from `first` to `last`: of each stage a warp has one. Inputs in global memory
-  // are read kAhead stages ahead.
+  // are read kAhead stages ahead, to registers in turn.
   template <bool kShared>
   __device__ __forceinline__ void tile(Place& place, int first, int last, float (&sum)[kAccumulators][4],
                                        const unsigned char* from, int pitch) {
     constexpr int kSets = kAccumulators / kGroups;  // of accumulators: no product waits for the one before
     constexpr int kAhead = kShared || kGroups == 4 ? 1 : 2;
-    uint4 next[kAhead][kGroups][2] = {};
+    uint4 inputs[kAhead][kGroups][2] = {};
     int chunk = first - first % kWarps + warp;
     const auto has = [&](int chunk) { return chunk >= first && chunk < last; };
     const auto at = [&](int chunk) { return from + chunk * kChunk * 2; };
     if (!kShared) {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j)
-        if (has(chunk + j * kWarps)) read_inputs<kShared>(next[j], at(chunk + j * kWarps), pitch);
+        if (has(chunk + j * kWarps)) read_inputs<kShared>(inputs[j], at(chunk + j * kWarps), pitch);
     }
-#pragma unroll 1
-    for (; chunk - warp < last; chunk += kWarps) {
-      const bool own = has(chunk);
-      const uint4* weights_at = reinterpret_cast<const uint4*>(take(place) + warp * kChunkBytes) + lane;
-      uint4 weights[kPieces], inputs[kGroups][2];
+    while (chunk - warp < last) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int turn = 0; turn < kAhead; ++turn) {
+        if (chunk - warp >= last) break;
+        const bool own = has(chunk);
+        const uint4* weights_at = reinterpret_cast<const uint4*>(take(place) + warp * kChunkBytes) + lane;
+        uint4 weights[kPieces];
+        if (own) {
+          if (kShared) read_inputs<kShared>(inputs[turn], at(chunk), pitch);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          inputs[group][half] = next[0][group][half];
-          if (!kShared) next[0][group][half] = next[kAhead - 1][group][half];
+          for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
         }
-      }
-      if (own) {
-        if (kShared) read_inputs<kShared>(inputs, at(chunk), pitch);
+        release(place);
+        if (own) {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
-      }
-      release(place);
-      if (!kShared && has(chunk + kAhead * kWarps))
-        read_inputs<kShared>(next[kAhead - 1], at(chunk + kAhead * kWarps), pitch);
-      if (!own) continue;
+          for (int i = 0; i < kPieces; ++i) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          const uint4& b = inputs[group][i / 2];
-          multiply_tile<T>(sum[group * kSets + i % kSets], weights[i], i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+            for (int group = 0; group < kGroups; ++group) {
+              const uint4& b = inputs[turn][group][i / 2];
+              multiply_tile<T>(sum[group * kSets + i % kSets], weights[i], i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+            }
+          }
         }
+        if (!kShared && has(chunk + kAhead * kWarps))
+          read_inputs<kShared>(inputs[turn], at(chunk + kAhead * kWarps), pitch);
+        chunk += kWarps;
       }
     }
 #pragma unroll
@@ -501,19 +517,39 @@ struct Decoder {
     }
   }
 
-  // What is added to output m of a step, for one row, besides the product: biases, position, what x held and what lies beside
-  // it. As it was read: a warp that uses any of it waits for it.
-  struct Addend {
-    unsigned short bias, position;
-    float held[1 + kExtras];
-
-    __device__ __forceinline__ float sum() const {
-      float all = held[0];
-#pragma unroll
-      for (int e = 0; e < kExtras; ++e) all += held[1 + e];
-      return unpack_word(bias, T{}).x + unpack_word(position, T{}).x + all;
-    }
+  // Outputs of tiles that are added up together are the block's threads', of each step in the same way: thread i has those of
+  // number i, i + kThreads, ..., which go through a tile's outputs, then its rows, then the tiles.
+  struct Output {
+    int tile, row, m;     // tile of those that are added up
+    bool there, first;    // whether it is one of a row and of the matrix; whether this block is the first of its tile
   };
+  __device__ __forceinline__ Output output_of(const Share& share, Step step, int first, int j) const {
+    const Divisor sharing = step == kHead ? pairs : all_rows;
+    const int i = threadIdx.x + j * kThreads, tile = sharing.quotient(i / 16);
+    const int m = (share.first_tile + first + tile) * 16 + i % 16;
+    const bool there = tile < min(kTiles, share.own_tiles - first) && m < (step == kHead ? s.num_codes : share.tiles * 16);
+    return {tile, i / 16 - tile * int(sharing.number), m, there, first + tile > 0 || share.number == 0};
+  }
+  // Whether any thread has a j-th one.
+  __device__ __forceinline__ bool any_has(const Share& share, Step step, int first, int j) const {
+    const int shown = step == kHead ? pairs.number : all_rows.number;
+    return j * kThreads < min(kTiles, share.own_tiles - first) * shown * 16;
+  }
+  __device__ __forceinline__ Step step_of(int index) const {
+    return index == 0 ? kInput : index == 4 * s.layers + 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
+  }
+  __device__ __forceinline__ void read_addends(Addend (&to)[kOwn], const Share& share, int d, int layer, Step step,
+                                               int first) const {
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      to[j] = {};
+      if (!any_has(share, step, first, j)) continue;
+      const Output own = output_of(share, step, first, j);
+      to[j] = read_addend(d, layer, step, own.m, own.row, own.there && own.first);
+    }
+  }
+
+  // What is added to output m of a step, for one row, besides the product: biases, position, what x held.
   __device__ __forceinline__ Addend read_addend(int d, int layer, Step step, int m, int row, bool there) const {
     const unsigned short* vectors = static_cast<const unsigned short*>(a.packed) + m;
     int64_t bias = layout.vectors + layer * layout.block_vectors;
@@ -528,7 +564,7 @@ struct Decoder {
     const Extra extra = beside(layer, step);
     Addend read{};
     if (there) read.bias = __ldg(vectors + bias);
-    if (there && step == kInput) read.position = __ldg(vectors + layout.position + int64_t(d) * dim);
+    if (there && step == kInput) read.held[0] = __uint_as_float(__ldg(vectors + layout.position + int64_t(d) * dim));
     if (adds) read.held[0] = __ldcg(space<float>(at.x) + place);
 #pragma unroll
     for (int e = 0; e < kExtras; ++e)
@@ -570,40 +606,24 @@ struct Decoder {
     space<int>(at.keys)[int64_t(row) * padded(s.num_codes, 4) + m] = ordered(score);
   }
 
-  // One matrix.
-  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, int d, int layer, Step step,
-                                          int outputs) {
-    constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups, kOwn = kTiles * kColumns * 16 / kThreads;
-    const int chunks = share.chunks, begin = share.begin, end = share.end;
-    const int first_tile = share.first_tile, tiles = share.own_tiles, number = share.number;
+  // One matrix. `early`: what is added to the first tiles.
+  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, Addend (&early)[kOwn], int d,
+                                          int layer, Step step) {
+    const int chunks = share.chunks, begin = share.begin, end = share.end, tiles = share.own_tiles;
     if (begin >= end) return;
-    const Divisor& sharing = step == kHead ? pairs : all_rows;
-    const int shown = int(sharing.number);
-    const int own = lane / 4 * inputs.pitch + lane % 4 * 16;
+    const int shown = step == kHead ? pairs.number : all_rows.number;
+    const int own_inputs = lane / 4 * inputs.pitch + lane % 4 * 16;
     float* red = reinterpret_cast<float*>(memory);
     for (int first = 0; first < tiles; first += kTiles) {
       const int count = min(kTiles, tiles - first);
-      const bool last = first + kTiles >= tiles;
-      // Output m of a row is this thread's: one of every kThreads. What is added to them is read while others multiply.
-      const auto output_of = [&](int tile, int i) { return (first_tile + first + tile) * 16 + i % 16; };
-      const auto whose = [&](int tile) { return first + tile == 0 ? number : 0; };
-      Addend early[kOwn];
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        early[j] = {};
-        if (j * kThreads >= count * shown * 16) continue;  // none of the block's threads has one
-        const int i = threadIdx.x + j * kThreads, at_tile = sharing.quotient(i / 16), output = output_of(at_tile, i);
-        const bool there = at_tile < count && output < outputs && whose(at_tile) == 0;
-        early[j] = read_addend(d, layer, step, output, i / 16 - at_tile * shown, there);
-      }
       for (int t = 0; t < count; ++t) {
-        const int at = (first_tile + first + t) * chunks;
+        const int at = (share.first_tile + first + t) * chunks;
         const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
         float sum[kAccumulators][4] = {};
         if (inputs.global == nullptr)
-          tile<true>(place, own_first, own_last, sum, memory + inputs.shared + own, inputs.pitch);
+          tile<true>(place, own_first, own_last, sum, memory + inputs.shared + own_inputs, inputs.pitch);
         else
-          tile<false>(place, own_first, own_last, sum, inputs.global + own, inputs.pitch);
+          tile<false>(place, own_first, own_last, sum, inputs.global + own_inputs, inputs.pitch);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
@@ -617,28 +637,31 @@ struct Decoder {
       block_wait();
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
-        if (j * kThreads >= count * shown * 16) break;
-        const int i = threadIdx.x + j * kThreads;
-        const int m = i % 16, at_tile = sharing.quotient(i / 16), row = i / 16 - at_tile * shown;
-        const int output = output_of(at_tile, i), owner = whose(at_tile);
-        if (at_tile >= count || output >= outputs) continue;
-        const float more = early[j].sum();
+        if (!any_has(share, step, first, j)) break;
+        const Output own = output_of(share, step, first, j);
+        if (!own.there) continue;
+        const float more = early[j].sum(step);
         const auto add = [&](int row) {
+          const float* from = red + (own.tile * kColumns + row) * kRedPitch + own.m % 16;
           float sum = 0;
 #pragma unroll
-          for (int w = 0; w < kWarps; ++w) sum += red[((w * kTiles + at_tile) * kColumns + row) * kRedPitch + m];
+          for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kColumns * kRedPitch];
           return sum + more;
         };
         if (step == kHead) {
-          const float conditional = put_logit(d, output, row, add(row));
-          put_key(d, output, row, conditional, s.guided ? put_logit(d, output, row + shown, add(row + shown)) : 0.f);
-        } else if (owner > 0) {
-          part(step == kProj ? 0 : 1, owner - 1)[int64_t(row) * dim + output] = add(row);
+          const float conditional = put_logit(d, own.m, own.row, add(own.row));
+          const float other = s.guided ? put_logit(d, own.m, own.row + shown, add(own.row + shown)) : 0.f;
+          put_key(d, own.m, own.row, conditional, other);
+        } else if (!own.first) {
+          part(step == kProj ? 0 : 1, share.number - 1)[int64_t(own.row) * dim + own.m] = add(own.row);
         } else {
-          put(d, layer, step, output, row, add(row));
+          put(d, layer, step, own.m, own.row, add(own.row));
         }
       }
-      if (!last) block_wait();
+      if (first + kTiles < tiles) {
+        read_addends(early, share, d, layer, step, first + kTiles);
+        block_wait();
+      }
     }
   }
 
@@ -736,9 +759,9 @@ struct Decoder {
   }
 
   // The matrix of step `index`, and what it is multiplied with.
-  __device__ __forceinline__ void multiply_by(Place& place, int d, int index, bool apart) {
+  __device__ __forceinline__ void multiply_by(Place& place, Addend (&early)[kOwn], int d, int index, bool apart) {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
-    const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
+    const Step step = step_of(index);
     const Share now = *share(kind_of(d, index));
     const bool norm = step == kQkv || step == kUp || step == kHead;
     Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
@@ -751,7 +774,7 @@ struct Decoder {
       if (index == 0 && d == 0) from = static_cast<const T*>(a.hidden);
       inputs = stage_rows(from, now.chunks * kChunk, now);
     }
-    product(place, now, inputs, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
+    product(place, now, inputs, early, d, layer, step);
     if (warp == kWarps - 1 && lane == 0) {
       fetch_vectors(layer, step);
       if (index == steps - 2) fetch_noise(d);
@@ -764,6 +787,8 @@ struct Decoder {
     if (threadIdx.x >= kThreads) return bring();
     Place place{0, 0};
     int d = 0, index = 0;
+    Addend early[kOwn] = {};
+    if (s.hidden_dim) read_addends(early, *share(kHidden), 0, 0, kInput, 0);
     bool apart = false;  // the norm before this step, or the attention, is done in a phase of its own
     do {
       look_again();
@@ -776,17 +801,17 @@ struct Decoder {
           space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
         index = 1;
       } else if (!apart && rows * dim > kNormSize && norm_before(index) != nullptr) {
-        normalise_apart(beside((index - 1) / 4, index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4)));
+        normalise_apart(beside((index - 1) / 4, step_of(index)));
         apart = true;
       } else if (index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
         attend_apart((index - 1) / 4, d);
         apart = true;
       } else {
-        multiply_by(place, d, index, apart);
+        multiply_by(place, early, d, index, apart);
         apart = false;
         ++index;
       }
-    } while (!wait(index == steps || apart ? nullptr : norm_before(index)));
+    } while (!wait(index == steps || apart ? nullptr : norm_before(index), early, d, index));
     drain(place, d, index);
   }
 };

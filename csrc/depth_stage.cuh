@@ -154,10 +154,8 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
   // What a lane has none of costs instructions all the same.
   if (span <= 2 * 32)
     normalise(std::integral_constant<int, 2>{});
-  else if (span <= 5 * 32)
-    normalise(std::integral_constant<int, 5>{});
   else
-    normalise(std::integral_constant<int, 8>{});
+    normalise(std::integral_constant<int, 5>{});
 }
 
 // The same of one row, by the whole block, to global memory.
