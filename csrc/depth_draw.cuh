@@ -4,6 +4,8 @@
 // to float32, sums of integers. How the entries at a cut are found does not change which they are. Here by bins that are
 // linear in the score, as scores lie: the one with the cut in it has few entries, and those are compared with each other.
 // Scores that lie otherwise (most of them equal, or too many kept) are cut by the digits of their integers.
+//
+// A draw runs once a depth: its instructions come from far away, and more of them cost more than loops do.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +16,7 @@ constexpr int kNaN = 0x7fffffff, kInfinite = 0x7f800000, kLeast = -0x7f800001;  
 constexpr int kBins = 2048;
 constexpr int kListed = 2048;  // entries that a list holds
 constexpr int kNearest = 512;  // of them those in the bin of a cut
-constexpr int kListAt = kBins * 8, kNearAt = kListAt + kListed * 8;
+constexpr int kListAt = kBins * 8, kWeightsAt = kListAt + kListed * 8, kNearAt = kWeightsAt + kListed * 4;
 constexpr int kMiscAt = kNearAt + kNearest * 4, kKeysAt = kMiscAt + 1024;
 
 __device__ __forceinline__ int ordered(float score) {
@@ -150,10 +152,10 @@ struct Scale {
   __device__ __forceinline__ int bin(float score) const { return int(min((top - score) * factor, float(kBins - 1))); }
 };
 
-// Calls use(i, key) for every key: of four packs of four at a time, which are read together.
+// Calls use(i, key) for every key: of two packs of four at a time, which are read together.
 template <typename Use>
 __device__ __forceinline__ void for_keys(const int* keys, int entries, const Use& use) {
-  constexpr int kPacks = 4;
+  constexpr int kPacks = 2;
   const int packs = (entries + 3) / 4;
 #pragma unroll 1
   for (int first = threadIdx.x; first < packs; first += kPacks * kThreads) {
@@ -231,67 +233,59 @@ __device__ __forceinline__ Word racer(int bits, float noise, int i) {
 }
 constexpr Word kNobody = 0xffffffffu;  // entry 0, which nothing of speed 0 beats
 
-// Draws among the `count` keys of a list that are `least` or more, by threads that hold eight entries each. Returns false if
-// too many have about the weight at the cut of top-p.
+// Draws among the `count` keys of a list that are `least` or more: thread i has those of number i, i + kThreads, ... Returns
+// false if too many have about the weight at the cut of top-p.
 __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, int count, int least, int* code) {
   constexpr int kOwn = kListed / kThreads;
   Misc& misc = row.misc();
   Word* sums = reinterpret_cast<Word*>(row.memory);
+  Word* masses = sums;  // of the entries at the cut, when the sums are no longer needed
   const int2* list = reinterpret_cast<const int2*>(row.memory + kListAt);
+  int* weights = reinterpret_cast<int*>(row.memory + kWeightsAt);
   int* near = reinterpret_cast<int*>(row.memory + kNearAt);
-  Word* masses = reinterpret_cast<Word*>(row.memory + kListAt);  // of the same entries, in the place of the list
-  int bits[kOwn], place[kOwn], bin[kOwn];
-  float noise[kOwn];
-  const auto used = [&](int j) { return j * kThreads < count; };  // the same for all threads
+  const auto bin_of = [&](int i) { return scale.bin(score_of(list[i].x)); };
+  float noise[kOwn];  // on its way while weights are computed
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     const int i = threadIdx.x + j * kThreads;
-    const int2 one = i < count ? list[i] : int2{kLeast, 0};
-    const bool kept = i < count && one.x >= least;
-    place[j] = one.y;
-    noise[j] = kept ? __ldg(row.draw.noise + one.y) : 1.f;
-    bits[j] = kept ? one.x : kLeast;  // for now
+    noise[j] = 1;
+    if (i < count) noise[j] = __ldg(row.draw.noise + list[i].y);
   }
-  if (row.cuts_mass()) {
+  const bool cuts = row.cuts_mass();
+  if (cuts) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
     if (threadIdx.x == 0) misc.near = misc.listed = 0;
+    block_wait();
   }
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    const int key = bits[j];
-    bin[j] = bits[j] = 0;
-    if (!used(j) || key == kLeast) continue;
-    bits[j] = row.weight(key);
-    bin[j] = scale.bin(score_of(key));
+  Word total = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int key = list[i].x, bits = key >= least ? row.weight(key) : 0;
+    weights[i] = bits;
+    if (!cuts) continue;
+    const Word own = row.mass(bits);
+    total += own;
+    if (own) atomicAdd(sums + bin_of(i), own);
   }
   // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
   int low = 1, bound = row.entries;
-  if (row.cuts_mass()) {
-    block_wait();
-    Word total = 0;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (!used(j) || bits[j] == 0) continue;
-      const Word own = row.mass(bits[j]);
-      total += own;
-      if (own) atomicAdd(sums + bin[j], own);
-    }
+  if (cuts) {
     Word left = row.goal(block_sum(misc, total));
     find_bin<kBins, false>(misc, left, [&](int bin) { return sums[bin]; });
     const int edge = misc.bin;
     const Word before = misc.above;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (!used(j) || bits[j] == 0 || bin[j] != edge) continue;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      if (weights[i] == 0 || bin_of(i) != edge) continue;
       const int at = atomicAdd(&misc.near, 1);
-      if (at < kNearest) near[at] = bits[j], masses[at] = row.mass(bits[j]);
+      if (at < kNearest) near[at] = weights[i], masses[at] = row.mass(weights[i]);
     }
     block_wait();
     const int inside = misc.near;
     if (inside > kNearest) return false;
     for (int i = threadIdx.x; i < inside; i += kThreads) {
       Word larger = before, equal = 0;
-#pragma unroll 8
+#pragma unroll 4
       for (int j = 0; j < inside; ++j) {
         larger += near[j] > near[i] ? masses[j] : 0;
         equal += near[j] == near[i] ? masses[j] : 0;
@@ -302,13 +296,12 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
     low = misc.bin;
     // Weights are equal of scores that are not, too, and those may be in the bins around.
     Word larger = 0;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (!used(j)) continue;
-      if (bits[j] > low) larger += row.mass(bits[j]);
-      if (bits[j] != low) continue;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      if (weights[i] > low) larger += row.mass(weights[i]);
+      if (weights[i] != low) continue;
       const int at = atomicAdd(&misc.listed, 1);
-      if (at < kNearest) near[at] = place[j];
+      if (at < kNearest) near[at] = list[i].y;
     }
     left -= block_sum(misc, larger);
     // One entry more than fits.
@@ -317,7 +310,7 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
     if (wanted < Word(equal) && equal <= kNearest) {
       for (int i = threadIdx.x; i < equal; i += kThreads) {
         Word earlier = 0;
-#pragma unroll 8
+#pragma unroll 4
         for (int j = 0; j < equal; ++j) earlier += near[j] < near[i];
         if (earlier + 1 == wanted) misc.bin = near[i] + 1;
       }
@@ -325,18 +318,20 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
       bound = misc.bin;
     } else {
       bound = find_bound(row, wanted, equal, [&](int end) {
-        Word count = 0;
-#pragma unroll
-        for (int j = 0; j < kOwn; ++j) count += bits[j] == low && place[j] < end;
-        return count;
+        Word own = 0;
+        for (int i = threadIdx.x; i < count; i += kThreads) own += weights[i] == low && list[i].y < end;
+        return own;
       });
     }
   }
   Word best = kNobody;
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j)
-    if (bits[j] > 0 && (bits[j] > low || (bits[j] == low && place[j] < bound)))
-      best = max(best, racer(bits[j], noise[j], place[j]));
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    if (i >= count) break;
+    const int bits = weights[i], place = list[i].y;
+    if (bits > 0 && (bits > low || (bits == low && place < bound))) best = max(best, racer(bits, noise[j], place));
+  }
   *code = winner(misc, best);
   return true;
 }
@@ -399,26 +394,23 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   block_wait();
   const int packs = (entries + 3) / 4;
   constexpr int kLoads = 16;
-  for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
-    int4 four[kLoads];
+  if (held) {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
+      int4 four[kLoads];
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-      four[j] = first + j * kThreads < packs ? __ldcg(reinterpret_cast<const int4*>(global_keys) + first + j * kThreads) : int4{};
+      for (int j = 0; j < kLoads; ++j)
+        four[j] = first + j * kThreads < packs ? __ldcg(reinterpret_cast<const int4*>(global_keys) + first + j * kThreads) : int4{};
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int i = first + j * kThreads;
-      if (i >= packs) continue;
-      if (held) reinterpret_cast<int4*>(keys)[i] = four[j];
-      const int own[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (4 * i + e >= entries) continue;
-        const uint32_t key = uint32_t(own[e]) ^ 0x80000000u;
-        most = max(most, key);
-        lowest = max(lowest, own[e] > kLeast ? ~key : 0u);
-      }
+      for (int j = 0; j < kLoads; ++j)
+        if (first + j * kThreads < packs) reinterpret_cast<int4*>(keys)[first + j * kThreads] = four[j];
     }
   }
+  for_keys(keys, entries, [&](int, int signed_key) {  // a thread's own ones
+    const uint32_t key = uint32_t(signed_key) ^ 0x80000000u;
+    most = max(most, key);
+    lowest = max(lowest, signed_key > kLeast ? ~key : 0u);
+  });
   const int top = int(block_max(misc, most) ^ 0x80000000u);  // its waits also make the copy of the keys visible
   *unsound = top == kNaN;
   if (draw.inverse_temperature == 0) {
@@ -446,14 +438,16 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
 #pragma unroll 1
       for (int base = 0; base < packs; base += kLoads * kThreads) {
         Word taken = 0;
-#pragma unroll
+#pragma unroll 2
         for (int j = 0; j < kLoads; ++j) {
           const int pack = base + j * kThreads + int(threadIdx.x);
-          const int4 four = pack < packs ? reinterpret_cast<const int4*>(keys)[pack] : int4{};
+          if (pack >= packs) break;
+          const int4 four = reinterpret_cast<const int4*>(keys)[pack];
           const int own[4] = {four.x, four.y, four.z, four.w};
+          uint32_t some = 0;
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            taken |= Word(4 * pack + e < entries && scale.upto(score_of(own[e]), edge)) << (4 * j + e);
+          for (int e = 0; e < 4; ++e) some |= uint32_t(4 * pack + e < entries && scale.upto(score_of(own[e]), edge)) << e;
+          taken |= Word(some) << 4 * j;
         }
         const uint32_t own = __popcll(taken), upto = warp_upto(own);
         uint32_t at = 0;
@@ -470,7 +464,7 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
       const int wanted = draw.top_k - before;  // of the edge's bin
       for (int i = threadIdx.x; i < inside; i += kThreads) {
         int larger = 0, equal = 0;
-#pragma unroll 8
+#pragma unroll 4
         for (int j = 0; j < inside; ++j) {
           larger += near[j] > near[i];
           equal += near[j] == near[i];
