@@ -27,7 +27,7 @@ namespace unifiedar {
 namespace {
 
 constexpr int kMostSlots = 8, kLeastSlots = 2;  // stages of the ring
-constexpr int kFlight = 3;                 // stages that are asked for and not there yet
+constexpr int kNarrow = 2048;              // up to this width one stage is asked for and not there yet, else two
 constexpr int kChunk = 64;                 // inputs that a warp takes at a time
 constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
@@ -88,7 +88,7 @@ struct Share {
   int span_first, span_last;  // chunks of the inputs that the block multiplies: all, unless its share is within one tile
 };
 
-static_assert(sizeof(Share) * kKinds <= kShareBytes && kShareBytes % 16 == 0);
+static_assert(sizeof(Share) * kKinds + 4 <= kShareBytes && kShareBytes % 16 == 0);
 
 // The blocks' share of a matrix: whole tiles or, if it is `divided`, of a tile at least half.
 __host__ __device__ __forceinline__ int share_of(int tiles, int chunks, bool divided, int whole) {
@@ -156,7 +156,6 @@ struct Decoder {
   const int* const extras;
   int rows, dim, warp, lane;
   unsigned char* workspace;
-  uint32_t waits = 0;
 
   static constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;  // added up together
   static constexpr int kOwn = kTiles * kColumns * 16 / kThreads;             // of their outputs, a thread's
@@ -263,13 +262,14 @@ struct Decoder {
 
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
+    if (threadIdx.x == 0) waits() = 0;
     if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kWarps);
     stage_barriers_done();
     __syncthreads();
   }
 
   // The last warp, from the first depth to the last: fills the ring with what the others will multiply. What is on its way
-  // is bounded, for what they read comes through the same queues.
+  // is bounded, for what they read comes through the same queues: it may not be more than the ring has, kLeastSlots.
   __device__ __forceinline__ void bring() const {
     Place place{0, 1}, come{0, 0};
     int ahead = 0;
@@ -285,7 +285,7 @@ struct Decoder {
         for (int at = own.begin; at < own.end;) {
           const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
           stage_wait(empty(place.slot), place.parity);
-          if (ahead == min(kFlight, slots)) {
+          if (ahead == (s.dim <= kNarrow ? 1 : 2)) {
             stage_wait(full(come.slot), come.parity);
             come.next(slots);
           } else {
@@ -330,18 +330,20 @@ struct Decoder {
     }
   }
 
+  // How often the grid has waited; in shared memory, for a register is not to be had.
+  __device__ __forceinline__ uint32_t& waits() const { return *reinterpret_cast<uint32_t*>(share(kKinds)); }
+
   // While others are waited for, what the next step reads of them apart is read: what it adds, and unless null `vectors`, a
   // norm's gain and bias, to where stage_norm expects them; the latter not by the warp that looks whether all are there.
   __device__ __forceinline__ bool wait(const T* vectors, Addend (&early)[kOwn], int d, int index) {
-    ++waits;
-    grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
+    grid_wait(space<uint32_t>(at.barrier), [&] { return ++waits() * gridDim.x; }, [&] {
       if (index < 4 * s.layers + 2)
         read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
       if (vectors == nullptr) return;
       for (int i = threadIdx.x - 32; i < dim / 4; i += kThreads - 32)
         reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
     });
-    return int(waits) == a.stop;
+    return int(waits()) == a.stop;
   }
 
   // ---- the residual stream
@@ -488,7 +490,6 @@ struct Decoder {
 #pragma unroll
           for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
         }
-        release(place);
         if (own) {
 #pragma unroll
           for (int i = 0; i < kPieces; ++i) {
@@ -499,6 +500,7 @@ struct Decoder {
             }
           }
         }
+        release(place);  // not before all of it is in registers, as products have it
         if (!kShared && has(chunk + kAhead * kWarps))
           read_inputs<kShared>(inputs[turn], at(chunk + kAhead * kWarps), pitch);
         chunk += kWarps;

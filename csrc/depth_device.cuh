@@ -115,15 +115,16 @@ __device__ __forceinline__ Value again(Value value) {
 }
 
 // Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
-// `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included.
+// `counter` was 0 at the launch; `goal`, called by thread 0, is the number of blocks times that of barriers, this one included.
 // `meanwhile` is called by all threads once the block has said that it is there. Thread 0 looks at the counter after that.
 // Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
-template <typename Meanwhile>
-__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
+template <typename Goal, typename Meanwhile>
+__device__ __forceinline__ void grid_wait(uint32_t* counter, const Goal& goal, const Meanwhile& meanwhile) {
   block_wait();
   if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
   meanwhile();
   if (threadIdx.x == 0) {
+    const uint32_t wanted = goal();
     uint32_t arrived;
 #ifdef UNIFIEDAR_WATCHDOG
     const long long begin = clock64();
@@ -133,7 +134,7 @@ __device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, cons
 #ifdef UNIFIEDAR_WATCHDOG
       if (clock64() - begin > 2000000000ll) __trap();
 #endif
-    } while (arrived < goal);
+    } while (arrived < wanted);
   }
   block_wait();
 }
