@@ -3,9 +3,9 @@
 //
 // A matrix is cut into tiles of 16 outputs and those into chunks of 64 inputs, 2 KB each, which lie packed as the matrix
 // units take them (see DepthLayout). A block has a run of tiles, its 8 warps sharing the inputs by chunks, and adds their
-// parts up in shared memory in the order of the warps. Each warp has a ring of chunks of its own in shared memory: as soon
-// as one is used, the next one that the warp will need is asked for, of this matrix or one of the next, so that memory
-// works while blocks wait for each other or a code is drawn.
+// parts up in shared memory in the order of the warps. One more warp does nothing but have chunks brought to a ring in
+// shared memory, eight of them at a time, of this matrix and the next ones, as soon as there is room: memory works while
+// blocks wait for each other or a code is drawn.
 //
 // Of the two matrices that are added to the residual stream a block's run may begin and end inside a tile, so that all have
 // as much. The first block of a tile adds what the stream held; the parts of up to two others lie beside it, and whoever
@@ -26,15 +26,19 @@
 namespace unifiedar {
 namespace {
 
-constexpr int kMostSlots = 8, kLeastSlots = 2;  // chunks of a warp's ring
+constexpr int kMostSlots = 8, kLeastSlots = 2;  // stages of the ring
+constexpr int kNarrow = 2048;              // up to this width one stage is asked for and not there yet, else two
 constexpr int kChunk = 64;                 // inputs that a warp takes at a time
 constexpr int kPieces = 4;                 // 16 x 16 pieces of a chunk
 constexpr int kChunkLoads = kPieces * 32;  // 16-byte loads of a chunk
-constexpr int kSlotBytes = kChunkLoads * 16, kRingBytes = kWarps * kSlotBytes;  // the latter: one slot of all rings
-constexpr int kBarrierBytes = kWarps * kMostSlots * 8;
+constexpr int kChunkBytes = kChunkLoads * 16, kStageBytes = kWarps * kChunkBytes;
+constexpr int kBarrierBytes = 2 * kMostSlots * 8;
+constexpr int kAccumulators = 4;           // of a warp, each of 16 outputs and 8 rows
+constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the weights
 constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
+constexpr int kNormSize = 6 << 10;        // numbers of the residual stream that every block may normalise for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
 
@@ -84,7 +88,7 @@ struct Share {
   int span_first, span_last;  // chunks of the inputs that the block multiplies: all, unless its share is within one tile
 };
 
-static_assert(sizeof(Share) * kKinds <= kShareBytes && kShareBytes % 16 == 0);
+static_assert(sizeof(Share) * kKinds + 4 <= kShareBytes && kShareBytes % 16 == 0);
 
 // The blocks' share of a matrix: whole tiles or, if it is `divided`, of a tile at least half.
 __host__ __device__ __forceinline__ int share_of(int tiles, int chunks, bool divided, int whole) {
@@ -117,49 +121,26 @@ __device__ __forceinline__ __half narrow(float value) { return __float2half(valu
 template <>
 __device__ __forceinline__ float narrow(float value) { return value; }
 
-// The way of a warp through its block's share of a matrix: of each tile the chunks warp, warp + 8, ...
-struct Walk {
-  int at, column, end, chunks;  // chunk of the matrix, and of its tile; chunk at which the share ends
+// A place in the ring, and the parity of the phase of its barriers that is waited for.
+struct Place {
+  int slot;
+  uint32_t parity;
 
-  __device__ __forceinline__ void begin(const Share& share, int warp) {
-    chunks = share.chunks;
-    at = share.begin;
-    end = share.end;
-    if (at >= end) return;
-    column = share.column;
-    const int skipped = (warp - column) & (kWarps - 1);
-    at += skipped;
-    column += skipped;
-    wrap(warp);
-  }
-  __device__ __forceinline__ void wrap(int warp) {
-    if (column < chunks) return;
-    at = warp < chunks ? at - column + chunks + warp : end;
-    column = warp;
-  }
-  __device__ __forceinline__ void next(int warp) {
-    at += kWarps;
-    column += kWarps;
-    wrap(warp);
+  __device__ __forceinline__ void next(int slots) {
+    if (++slot < slots) return;
+    slot = 0;
+    parity ^= 1;
   }
 };
 
 // ---- the kernel ------------------------------------------------------------------------------------------------------
-
-template <typename Book>
-__device__ __forceinline__ float add_rounded(Book* total, const Book* row, int channel, bool first) {
-  const float before = first ? 0.f : wide(total[channel]);
-  const Book sum = narrow<Book>(before + (row == nullptr ? 0.f : wide(__ldg(row + channel))));
-  total[channel] = sum;
-  return wide(sum);
-}
 
 struct Kernel {
   DepthArgs args;
   DepthWorkspace at;
   DepthLayout layout;
   Divisor rows, pairs;          // the latter: rows that share codes
-  int free_bytes, slots;        // shared memory before the rings' barriers; chunks of a warp's ring
+  int free_bytes, slots;        // shared memory before the ring's barriers; stages of the ring
   int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
 
@@ -175,7 +156,22 @@ struct Decoder {
   const int* const extras;
   int rows, dim, warp, lane;
   unsigned char* workspace;
-  uint32_t waits = 0;
+
+  static constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;  // added up together
+  static constexpr int kOwn = kTiles * kColumns * 16 / kThreads;             // of their outputs, a thread's
+
+  // What is added to an output, as it was read: a warp that uses any of it waits for it.
+  struct Addend {
+    unsigned short bias;
+    float held[1 + kExtras];  // what x held, and what lies beside it; of the input the bits of the position
+
+    __device__ __forceinline__ float sum(Step step) const {
+      float all = step == kInput ? unpack_word(__float_as_uint(held[0]), T{}).x : held[0];
+#pragma unroll
+      for (int e = 0; e < kExtras; ++e) all += held[1 + e];
+      return unpack_word(bias, T{}).x + all;
+    }
+  };
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
@@ -258,80 +254,96 @@ struct Decoder {
 
   // ---- the ring
 
-  // Where a warp is in its ring, and what it asks for next.
-  struct Stream {
-    Walk walk;
-    const uint4* weights;
-    int d, index;               // of the matrix asked for
-    int asked, taken;           // slots: the next one to be filled, the next one to be used
-    int in_flight;
-    uint32_t parity;            // of the phase that fills the next one to be used
-  };
-
-  __device__ __forceinline__ unsigned char* slot(int number) const {
-    return memory + free_bytes + kBarrierBytes + kShareBytes + (warp * slots + number) * kSlotBytes;
+  __device__ __forceinline__ unsigned char* stage(int slot) const {
+    return memory + free_bytes + kBarrierBytes + kShareBytes + slot * kStageBytes;
   }
-  __device__ __forceinline__ unsigned char* slot_barrier(int number) const {
-    return memory + free_bytes + (warp * kMostSlots + number) * 8;
-  }
+  __device__ __forceinline__ unsigned char* full(int slot) const { return memory + free_bytes + slot * 16; }
+  __device__ __forceinline__ unsigned char* empty(int slot) const { return full(slot) + 8; }
 
-  // Has the next chunk of the warp brought to its ring, if there is one.
-  __device__ __forceinline__ void ask(Stream& stream) const {
-    while (stream.walk.at >= stream.walk.end && stream.d < s.depth) {
-      if (++stream.index == 4 * s.layers + 2) {
-        stream.index = 0;
-        ++stream.d;
-      }
-      if (stream.d == s.depth) break;
-      const int kind = kind_of(stream.d, stream.index);
-      stream.weights = weights_of(kind, stream.index) + lane;
-      stream.walk.begin(*share(kind), warp);
-    }
-    const bool more = stream.d < s.depth;
-    if (more) {
-      chunk_copy(slot(stream.asked), stream.weights + int64_t(stream.walk.at) * kChunkLoads, slot_barrier(stream.asked));
-      if (++stream.asked == slots) stream.asked = 0;
-      ++stream.in_flight;
-      stream.walk.next(warp);
-    }
-    chunk_asked();
-  }
-
-  // Waits for the warp's next chunk.
-  __device__ __forceinline__ const uint4* take(Stream& stream) const {
-    chunk_wait(slot_barrier(stream.taken), stream.parity, slots);
-    return reinterpret_cast<const uint4*>(slot(stream.taken)) + lane;
-  }
-
-  // The chunk is used by all lanes: its place is free.
-  __device__ __forceinline__ void release(Stream& stream) const {
-    --stream.in_flight;
-    if (++stream.taken == slots) {
-      stream.taken = 0;
-      stream.parity ^= 1;
-    }
-    __syncwarp();
-    ask(stream);
-  }
-
-  __device__ __forceinline__ void begin(Stream& stream) const {
+  __device__ __forceinline__ void begin() const {
     if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
-    if (lane < slots) chunk_barrier(slot_barrier(lane));
-    chunk_barriers_done();
+    if (threadIdx.x == 0) waits() = 0;
+    if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kWarps);
+    stage_barriers_done();
     __syncthreads();
-    stream = {{0, 0, 0, 1}, nullptr, 0, s.hidden_dim ? -1 : 0, 0, 0, 0, 0};
-    for (int i = 0; i < slots; ++i) ask(stream);
   }
 
-  // `vectors`, unless null: a norm's gain and bias, which are put where stage_norm reads them while others are waited for.
-  __device__ __forceinline__ bool wait(const T* vectors) {
-    ++waits;
-    grid_wait(space<uint32_t>(at.barrier), waits * gridDim.x, [&] {
+  // The last warp, from the first depth to the last: fills the ring with what the others will multiply. What is on its way
+  // is bounded, for what they read comes through the same queues: it may not be more than the ring has, kLeastSlots.
+  __device__ __forceinline__ void bring() const {
+    Place place{0, 1}, come{0, 0};
+    int ahead = 0;
+#pragma unroll 1
+    for (int d = 0; d < s.depth; ++d) {
+#pragma unroll 1
+      for (int index = d == 0 && s.hidden_dim == 0 ? 1 : 0; index < 4 * s.layers + 2; ++index) {
+        const int kind = kind_of(d, index);
+        const Share own = *share(kind);
+        const uint4* weights = weights_of(kind, index);
+        int column = own.column;
+#pragma unroll 1
+        for (int at = own.begin; at < own.end;) {
+          const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
+          stage_wait(empty(place.slot), place.parity);
+          if (ahead == (s.dim <= kNarrow ? 1 : 2)) {
+            stage_wait(full(come.slot), come.parity);
+            come.next(slots);
+          } else {
+            ++ahead;
+          }
+          stage_copy(stage(place.slot) + column % kWarps * kChunkBytes, weights + int64_t(at) * kChunkLoads,
+                     count * kChunkBytes, full(place.slot));
+          place.next(slots);
+          at += count;
+          column += count;
+          if (column == own.chunks) column = 0;
+        }
+      }
+    }
+  }
+
+  // The block's next stage; then it is free.
+  __device__ __forceinline__ const unsigned char* take(const Place& place) const {
+    stage_wait(full(place.slot), place.parity);
+    return stage(place.slot);
+  }
+  __device__ __forceinline__ void release(Place& place) const {
+    __syncwarp();
+    if (lane == 0) stage_arrive(empty(place.slot));
+    place.next(slots);
+  }
+
+  // Of a launch that is stopped before step `index` of depth d: no copy may outlive the block.
+  __device__ __forceinline__ void drain(Place& place, int d, int index) const {
+    for (; d < s.depth; ++d, index = 0) {
+      for (; index < 4 * s.layers + 2; ++index) {
+        const Share own = *share(kind_of(d, index));
+        int column = own.column;
+        for (int at = own.begin; at < own.end;) {
+          const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
+          take(place);
+          release(place);
+          at += count;
+          column = column + count == own.chunks ? 0 : column + count;
+        }
+      }
+    }
+  }
+
+  // How often the grid has waited; in shared memory, for a register is not to be had.
+  __device__ __forceinline__ uint32_t& waits() const { return *reinterpret_cast<uint32_t*>(share(kKinds)); }
+
+  // While others are waited for, what the next step reads of them apart is read: what it adds, and unless null `vectors`, a
+  // norm's gain and bias, to where stage_norm expects them; the latter not by the warp that looks whether all are there.
+  __device__ __forceinline__ bool wait(const T* vectors, Addend (&early)[kOwn], int d, int index) {
+    grid_wait(space<uint32_t>(at.barrier), [&] { return ++waits() * gridDim.x; }, [&] {
+      if (index < 4 * s.layers + 2)
+        read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
       if (vectors == nullptr) return;
-      for (int i = threadIdx.x; i < dim / 4; i += kThreads)
+      for (int i = threadIdx.x - 32; i < dim / 4; i += kThreads - 32)
         reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
     });
-    return int(waits) == a.stop;
+    return int(waits()) == a.stop;
   }
 
   // ---- the residual stream
@@ -352,10 +364,7 @@ struct Decoder {
   // ---- what a matrix is multiplied with
 
   __device__ __forceinline__ int stage_at() const { return kVectorsAt + dim * 4; }
-  __device__ __forceinline__ unsigned char* staged(int row, int width) const {
-    return staged_row(memory, row, width, dim);
-  }
-  __device__ __forceinline__ bool fits(int width) const { return stage_at() + rows * (width * 2 + kPad) <= free_bytes; }
+  __device__ __forceinline__ bool fits(int bytes) const { return stage_at() + rows * (bytes + kPad) <= free_bytes; }
 
   __device__ __forceinline__ void stage_norm(const Extra& extra) const {
     normalise_rows<T>(space<float>(at.x), extra.from, extra.count, rows, dim, memory);
@@ -363,16 +372,44 @@ struct Decoder {
 
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
 
-  // Rows as they lie in memory; each warp copies the chunks that it multiplies.
-  __device__ __forceinline__ void stage_rows(const T* from, int width, const Share& share) {
-    for (int row = lane / 8; row < rows; row += 4) {
-      const T* own_row = from + int64_t(row) * width + lane % 8 * 8;
-      unsigned char* to = staged(row, width) + lane % 8 * 16;
-#pragma unroll 4
-      for (int chunk = first_own(share.span_first); chunk < share.span_last; chunk += kWarps)
-        *reinterpret_cast<uint4*>(to + chunk * kChunk * 2) = load_shared_by_all(own_row + chunk * kChunk);
+  // What a matrix is multiplied with: where chunk 0 of row 0 would be, in global memory or, if that is null, so many bytes
+  // into shared memory; and the bytes from row to row.
+  struct Inputs {
+    const unsigned char* global;
+    int shared, pitch;
+  };
+
+  // Rows of so many numbers as they lie in memory, of them the chunks that the block multiplies; in shared memory if they fit.
+  // Each warp copies the chunks that it multiplies, many packs of 16 bytes at a time.
+  __device__ __forceinline__ Inputs stage_rows(const T* rows_at, int width, const Share& share) {
+    const int bytes = (share.span_last - share.span_first) * kChunk * 2;
+    if (!fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
+    constexpr int kBatch = 8;
+    const int first = first_own(share.span_first), own_row = lane / 8;
+    const int begin = stage_at() - share.span_first * kChunk * 2;
+    unsigned char* to = memory + begin + own_row * (bytes + kPad) + lane % 8 * 16;
+    const T* from = rows_at + int64_t(own_row) * width + lane % 8 * 8;
+    int row = 0, chunk = first;  // the former of the warp's first lanes
+    while (row < rows && first < share.span_last) {
+      uint4 held[kBatch];
+      int places[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const bool there = row + own_row < rows;
+        places[j] = there ? row * (bytes + kPad) + chunk * kChunk * 2 : -1;
+        held[j] = there ? load_shared_by_all(from + int64_t(row) * width + chunk * kChunk) : uint4{};
+        chunk += kWarps;
+        if (chunk >= share.span_last) {
+          chunk = first;
+          row += 4;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (places[j] >= 0) *reinterpret_cast<uint4*>(to + places[j]) = held[j];
     }
     __syncwarp();
+    return {nullptr, begin, bytes + kPad};
   }
 
   __device__ __forceinline__ Attended<T> attended(int layer) const {
@@ -386,7 +423,14 @@ struct Decoder {
       stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
-  // The same for large sizes, each head by one warp of the grid.
+  // A norm's rows for many rows, each by one block.
+  __device__ __forceinline__ void normalise_apart(const Extra& extra) const {
+    for (int row = blockIdx.x; row < rows; row += gridDim.x)
+      normalise_row<T>(space<float>(at.x) + int64_t(row) * dim, extra.from + int64_t(row) * dim, int64_t(rows) * dim,
+                       extra.count, dim, memory, space<T>(at.y) + int64_t(row) * dim);
+  }
+
+  // Attention for large sizes, each head by one warp of the grid.
   __device__ __forceinline__ void attend_apart(int layer, int d) {
     const int groups = (rows + 7) / 8;
 #pragma unroll 1
@@ -405,7 +449,7 @@ struct Decoder {
 
   // What a chunk of weights is multiplied with, of all rows: `from` is the lane's first 16 bytes of row lane / 4.
   template <bool kShared>
-  __device__ __forceinline__ void read_inputs(uint4 (&to)[kGroups][2], const unsigned char* from, int64_t pitch) const {
+  __device__ __forceinline__ void read_inputs(uint4 (&to)[kGroups][2], const unsigned char* from, int pitch) const {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -418,65 +462,116 @@ struct Decoder {
     }
   }
 
-  // The warp's next chunk, four pieces times all rows.
-  __device__ __forceinline__ void multiply(Stream& stream, float (&sum)[kGroups][4], const uint4 (&inputs)[kGroups][2]) {
-    const uint4* from = take(stream);
-    uint4 weights[kPieces];
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) weights[i] = from[i * 32];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        multiply_tile<T>(sum[group], weights[2 * half], inputs[group][half].x, inputs[group][half].y);
-        multiply_tile<T>(sum[group], weights[2 * half + 1], inputs[group][half].z, inputs[group][half].w);
-      }
-    }
-    release(stream);
-  }
-
-  // The warp's chunks of one tile, of those from `first` to `last`. Inputs in global memory are read a chunk ahead.
+  // The block's part of one tile, of the chunks from `first` to `last`: of each stage a warp has one. Inputs in global memory
+  // are read kAhead stages ahead, to registers in turn.
   template <bool kShared>
-  __device__ __forceinline__ void tile(Stream& stream, int first, int last, float (&sum)[kGroups][4],
-                                       const unsigned char* from, int64_t pitch) {
-    int chunk = first_own(first);
-    uint4 inputs[kGroups][2], next[kGroups][2] = {};
-    if (!kShared && chunk < last) read_inputs<kShared>(next, from + chunk * kChunk * 2, pitch);
-    for (; chunk < last; chunk += kWarps) {
-      if constexpr (kShared) {
-        read_inputs<kShared>(inputs, from + chunk * kChunk * 2, pitch);
-        multiply(stream, sum, inputs);
-      } else {
+  __device__ __forceinline__ void tile(Place& place, int first, int last, float (&sum)[kAccumulators][4],
+                                       const unsigned char* from, int pitch) {
+    constexpr int kSets = kAccumulators / kGroups;  // of accumulators: no product waits for the one before
+    constexpr int kAhead = kShared || kGroups == 4 ? 1 : 2;
+    uint4 inputs[kAhead][kGroups][2] = {};
+    int chunk = first - first % kWarps + warp;
+    const auto has = [&](int chunk) { return chunk >= first && chunk < last; };
+    const auto at = [&](int chunk) { return from + chunk * kChunk * 2; };
+    if (!kShared) {
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-          for (int half = 0; half < 2; ++half) inputs[group][half] = next[group][half];
-        if (chunk + kWarps < last) read_inputs<kShared>(next, from + (chunk + kWarps) * kChunk * 2, pitch);
-        multiply(stream, sum, inputs);
+      for (int j = 0; j < kAhead; ++j)
+        if (has(chunk + j * kWarps)) read_inputs<kShared>(inputs[j], at(chunk + j * kWarps), pitch);
+    }
+    while (chunk - warp < last) {
+#pragma unroll
+      for (int turn = 0; turn < kAhead; ++turn) {
+        if (chunk - warp >= last) break;
+        const bool own = has(chunk);
+        const uint4* weights_at = reinterpret_cast<const uint4*>(take(place) + warp * kChunkBytes) + lane;
+        uint4 weights[kPieces];
+        if (own) {
+          if (kShared) read_inputs<kShared>(inputs[turn], at(chunk), pitch);
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
+        }
+        if (own) {
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) {
+              const uint4& b = inputs[turn][group][i / 2];
+              multiply_tile<T>(sum[group * kSets + i % kSets], weights[i], i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+            }
+          }
+        }
+        release(place);  // not before all of it is in registers, as products have it
+        if (!kShared && has(chunk + kAhead * kWarps))
+          read_inputs<kShared>(inputs[turn], at(chunk + kAhead * kWarps), pitch);
+        chunk += kWarps;
+      }
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& total = sum[group * kSets][i];
+        if (kSets == 4)
+          total = (total + sum[1][i]) + (sum[2][i] + sum[3][i]);
+        else if (kSets == 2)
+          total += sum[group * kSets + 1][i];
       }
     }
   }
 
-  // What is added to output m of a step, for one row, besides the product: bias, position, what x held.
-  __device__ __forceinline__ float addend(int d, int layer, Step step, int m, int row) const {
-    const T* vectors = packed(layout.vectors + layer * layout.block_vectors);
-    switch (step) {
-      case kInput:
-        return wide(__ldg(packed(d ? layout.code_bias : layout.hidden_bias) + m)) +
-               wide(__ldg(packed(layout.position) + int64_t(d) * dim + m));
-      case kQkv:
-        return wide(__ldg(vectors + 2 * dim + m));
-      case kUp:
-        return wide(__ldg(vectors + 8 * dim + m));
-      case kHead:
-        return wide(__ldg(packed(layout.head_bias) + m));
-      default: {
-        const int64_t place = int64_t(row) * dim + m;
-        const Extra extra = beside(layer, step);
-        float held = __ldcg(space<float>(at.x) + place);
-        for (int e = 0; e < extra.count; ++e) held += __ldcg(extra.from + e * int64_t(rows) * dim + place);
-        return wide(__ldg(vectors + (step == kProj ? 5 : 12) * dim + m)) + held;
-      }
+  // Outputs of tiles that are added up together are the block's threads', of each step in the same way: thread i has those of
+  // number i, i + kThreads, ..., which go through a tile's outputs, then its rows, then the tiles.
+  struct Output {
+    int tile, row, m;     // tile of those that are added up
+    bool there, first;    // whether it is one of a row and of the matrix; whether this block is the first of its tile
+  };
+  __device__ __forceinline__ Output output_of(const Share& share, Step step, int first, int j) const {
+    const Divisor sharing = step == kHead ? pairs : all_rows;
+    const int i = threadIdx.x + j * kThreads, tile = sharing.quotient(i / 16);
+    const int m = (share.first_tile + first + tile) * 16 + i % 16;
+    const bool there = tile < min(kTiles, share.own_tiles - first) && m < (step == kHead ? s.num_codes : share.tiles * 16);
+    return {tile, i / 16 - tile * int(sharing.number), m, there, first + tile > 0 || share.number == 0};
+  }
+  // Whether any thread has a j-th one.
+  __device__ __forceinline__ bool any_has(const Share& share, Step step, int first, int j) const {
+    const int shown = step == kHead ? pairs.number : all_rows.number;
+    return j * kThreads < min(kTiles, share.own_tiles - first) * shown * 16;
+  }
+  __device__ __forceinline__ Step step_of(int index) const {
+    return index == 0 ? kInput : index == 4 * s.layers + 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
+  }
+  __device__ __forceinline__ void read_addends(Addend (&to)[kOwn], const Share& share, int d, int layer, Step step,
+                                               int first) const {
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      to[j] = {};
+      if (!any_has(share, step, first, j)) continue;
+      const Output own = output_of(share, step, first, j);
+      to[j] = read_addend(d, layer, step, own.m, own.row, own.there && own.first);
     }
+  }
+
+  // What is added to output m of a step, for one row, besides the product: biases, position, what x held.
+  __device__ __forceinline__ Addend read_addend(int d, int layer, Step step, int m, int row, bool there) const {
+    const unsigned short* vectors = static_cast<const unsigned short*>(a.packed) + m;
+    int64_t bias = layout.vectors + layer * layout.block_vectors;
+    if (step == kInput)
+      bias = d ? layout.code_bias : layout.hidden_bias;
+    else if (step == kHead)
+      bias = layout.head_bias;
+    else
+      bias += (step == kQkv ? 2 : step == kProj ? 5 : step == kUp ? 8 : 12) * dim;
+    const bool adds = there && (step == kProj || step == kDown);
+    const int place = row * dim + m;
+    const Extra extra = beside(layer, step);
+    Addend read{};
+    if (there) read.bias = __ldg(vectors + bias);
+    if (there && step == kInput) read.held[0] = __uint_as_float(__ldg(vectors + layout.position + int64_t(d) * dim));
+    if (adds) read.held[0] = __ldcg(space<float>(at.x) + place);
+#pragma unroll
+    for (int e = 0; e < kExtras; ++e)
+      if (adds && e < extra.count) read.held[1 + e] = __ldcg(extra.from + e * rows * dim + place);
+    return read;
   }
 
   // What becomes of output m of a step, for one row.
@@ -513,69 +608,62 @@ struct Decoder {
     space<int>(at.keys)[int64_t(row) * padded(s.num_codes, 4) + m] = ordered(score);
   }
 
-  // One matrix: what it is multiplied with is staged, or at `direct` in global memory if that is not null.
-  __device__ __forceinline__ void product(Stream& stream, const Share& share, const T* direct, int d, int layer, Step step,
-                                          int outputs) {
-    constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;
-    const int chunks = share.chunks, width = chunks * kChunk, begin = share.begin, end = share.end;
-    const int first_tile = share.first_tile, tiles = share.own_tiles, number = share.number;
+  // One matrix. `early`: what is added to the first tiles.
+  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, Addend (&early)[kOwn], int d,
+                                          int layer, Step step) {
+    const int chunks = share.chunks, begin = share.begin, end = share.end, tiles = share.own_tiles;
     if (begin >= end) return;
-    const Divisor& sharing = step == kHead ? pairs : all_rows;
-    const int shown = int(sharing.number);
-    const bool in_shared = direct == nullptr;
-    const int64_t pitch = in_shared ? width * 2 + kPad : width * 2;
-    const unsigned char* from = in_shared ? memory + stage_at() : reinterpret_cast<const unsigned char*>(direct);
-    from += lane / 4 * pitch + lane % 4 * 16;
+    const int shown = step == kHead ? pairs.number : all_rows.number;
+    const int own_inputs = lane / 4 * inputs.pitch + lane % 4 * 16;
     float* red = reinterpret_cast<float*>(memory);
     for (int first = 0; first < tiles; first += kTiles) {
       const int count = min(kTiles, tiles - first);
-      const bool last = first + kTiles >= tiles;
-      // Output m of a row is this thread's: one of every kThreads. What is added to the first is read while others multiply.
-      const auto output_of = [&](int tile, int i) { return (first_tile + first + tile) * 16 + i % 16; };
-      const auto whose = [&](int tile) { return first + tile == 0 ? number : 0; };
-      const int early_tile = sharing.quotient(threadIdx.x / 16), early_output = output_of(early_tile, threadIdx.x);
-      float early = 0;
-      if (early_tile < count && early_output < outputs && whose(early_tile) == 0)
-        early = addend(d, layer, step, early_output, int(threadIdx.x / 16) - early_tile * shown);
       for (int t = 0; t < count; ++t) {
-        const int at = (first_tile + first + t) * chunks;
+        const int at = (share.first_tile + first + t) * chunks;
         const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
-        float sum[kGroups][4] = {};
-        if (in_shared)
-          tile<true>(stream, own_first, own_last, sum, from, pitch);
+        float sum[kAccumulators][4] = {};
+        if (inputs.global == nullptr)
+          tile<true>(place, own_first, own_last, sum, memory + inputs.shared + own_inputs, inputs.pitch);
         else
-          tile<false>(stream, own_first, own_last, sum, from, pitch);
+          tile<false>(place, own_first, own_last, sum, inputs.global + own_inputs, inputs.pitch);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
-          to[0] = sum[group][0];
-          to[kRedPitch] = sum[group][1];
-          to[8] = sum[group][2];
-          to[kRedPitch + 8] = sum[group][3];
+          const float(&own)[4] = sum[group * (kAccumulators / kGroups)];
+          to[0] = own[0];
+          to[kRedPitch] = own[1];
+          to[8] = own[2];
+          to[kRedPitch + 8] = own[3];
         }
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < count * shown * 16; i += kThreads) {
-        const int m = i % 16, at_tile = sharing.quotient(i / 16), row = i / 16 - at_tile * shown;
-        const int output = output_of(at_tile, i), owner = whose(at_tile);
-        if (output >= outputs) continue;
-        const float more = owner > 0 ? 0.f : i == int(threadIdx.x) ? early : addend(d, layer, step, output, row);
+      block_wait();
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        if (!any_has(share, step, first, j)) break;
+        const Output own = output_of(share, step, first, j);
+        if (!own.there) continue;
+        const float more = early[j].sum(step);
         const auto add = [&](int row) {
+          const float* from = red + (own.tile * kColumns + row) * kRedPitch + own.m % 16;
           float sum = 0;
 #pragma unroll
-          for (int w = 0; w < kWarps; ++w) sum += red[((w * kTiles + at_tile) * kColumns + row) * kRedPitch + m];
+          for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kColumns * kRedPitch];
           return sum + more;
         };
         if (step == kHead) {
-          const float conditional = put_logit(d, output, row, add(row));
-          put_key(d, output, row, conditional, s.guided ? put_logit(d, output, row + shown, add(row + shown)) : 0.f);
-        } else if (owner > 0) {
-          part(step == kProj ? 0 : 1, owner - 1)[int64_t(row) * dim + output] = add(row);
+          const float conditional = put_logit(d, own.m, own.row, add(own.row));
+          const float other = s.guided ? put_logit(d, own.m, own.row + shown, add(own.row + shown)) : 0.f;
+          put_key(d, own.m, own.row, conditional, other);
+        } else if (!own.first) {
+          part(step == kProj ? 0 : 1, share.number - 1)[int64_t(own.row) * dim + own.m] = add(own.row);
         } else {
-          put(d, layer, step, output, row, add(row));
+          put(d, layer, step, own.m, own.row, add(own.row));
         }
       }
-      if (!last) __syncthreads();
+      if (first + kTiles < tiles) {
+        read_addends(early, share, d, layer, step, first + kTiles);
+        block_wait();
+      }
     }
   }
 
@@ -589,10 +677,25 @@ struct Decoder {
       entry = static_cast<const Book*>(a.codebook) + d * a.book_level + code * a.book_entry;
     const int width = padded(s.code_dim, kChunk);
     T* sums = space<T>(at.sums) + int64_t(row) * width;
-    for (int channel = threadIdx.x; channel < width; channel += kThreads) {
-      const float sum = channel < s.code_dim ? add_rounded(total, entry, channel, d == 0) : 0.f;
-      sums[channel] = narrow<T>(sum);
-      if (s.guided) sums[int64_t(rows / 2) * width + channel] = narrow<T>(sum);
+    constexpr int kBatch = 4;  // channels of a thread that are read before any is written
+#pragma unroll 1
+    for (int first = threadIdx.x; first < width; first += kBatch * kThreads) {
+      Book before[kBatch], more[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int channel = first + j * kThreads;
+        before[j] = d > 0 && channel < s.code_dim ? total[channel] : narrow<Book>(0.f);
+        more[j] = entry != nullptr && channel < s.code_dim ? __ldg(entry + channel) : narrow<Book>(0.f);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int channel = first + j * kThreads;
+        if (channel >= width) continue;
+        const Book sum = narrow<Book>(wide(before[j]) + wide(more[j]));
+        if (channel < s.code_dim) total[channel] = sum;
+        sums[channel] = narrow<T>(wide(sum));
+        if (s.guided) sums[int64_t(rows / 2) * width + channel] = narrow<T>(wide(sum));
+      }
     }
   }
 
@@ -639,6 +742,17 @@ struct Decoder {
       fetch_ahead(packed(i));
   }
 
+  // The same of the noise that a depth's codes are drawn with.
+  __device__ __forceinline__ void fetch_noise(int d) const {
+    constexpr int kPiece = 512;  // numbers
+    const int pieces = s.num_codes / kPiece, count = s.guided ? rows / 2 : rows;
+    if (a.noise == nullptr || a.inverse_temperature[d] == 0) return;
+    for (int i = blockIdx.x; i < count * pieces; i += gridDim.x) {
+      const float* from = a.noise + i / pieces * a.noise_row + d * a.noise_depth + i % pieces * kPiece;
+      if (reinterpret_cast<uintptr_t>(from) % 16 == 0) fetch_ahead(from);
+    }
+  }
+
   // The gain and bias of the norm before step `index` of a depth; null if it has none.
   __device__ __forceinline__ const T* norm_before(int index) const {
     if (index == 4 * s.layers + 1) return packed(layout.norm);
@@ -647,33 +761,37 @@ struct Decoder {
   }
 
   // The matrix of step `index`, and what it is multiplied with.
-  __device__ __forceinline__ void multiply_by(Stream& stream, int d, int index, bool apart) {
+  __device__ __forceinline__ void multiply_by(Place& place, Addend (&early)[kOwn], int d, int index, bool apart) {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
-    const Step step = index == 0 ? kInput : index == steps - 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
+    const Step step = step_of(index);
     const Share now = *share(kind_of(d, index));
-    const T* direct = nullptr;
-    if (step == kQkv || step == kUp || step == kHead) {
+    const bool norm = step == kQkv || step == kUp || step == kHead;
+    Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
+    if (norm && !apart) {
       stage_norm(beside(layer, step));
     } else if (step == kProj && !apart) {
       stage_attention(layer, d, now);
     } else {
-      direct = step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
-      if (index == 0 && d == 0) direct = static_cast<const T*>(a.hidden);
-      if (fits(now.chunks * kChunk)) {
-        stage_rows(direct, now.chunks * kChunk, now);
-        direct = nullptr;
-      }
+      const T* from = norm || step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
+      if (index == 0 && d == 0) from = static_cast<const T*>(a.hidden);
+      inputs = stage_rows(from, now.chunks * kChunk, now);
     }
-    product(stream, now, direct, d, layer, step, step == kHead ? s.num_codes : now.tiles * 16);
-    if (warp == kWarps - 1 && lane == 0) fetch_vectors(layer, step);
+    product(place, now, inputs, early, d, layer, step);
+    if (warp == kWarps - 1 && lane == 0) {
+      fetch_vectors(layer, step);
+      if (index == steps - 2) fetch_noise(d);
+    }
   }
 
   __device__ __forceinline__ void run() {
-    Stream stream;
     const int steps = 4 * s.layers + 2;
-    begin(stream);
+    begin();
+    if (threadIdx.x >= kThreads) return bring();
+    Place place{0, 0};
     int d = 0, index = 0;
-    bool apart = false;  // this layer's attention is done, in a phase of its own
+    Addend early[kOwn] = {};
+    if (s.hidden_dim) read_addends(early, *share(kHidden), 0, 0, kInput, 0);
+    bool apart = false;  // the norm before this step, or the attention, is done in a phase of its own
     do {
       look_again();
       if (index == steps) {
@@ -684,27 +802,25 @@ struct Decoder {
         for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
           space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
         index = 1;
+      } else if (!apart && rows * dim > kNormSize && norm_before(index) != nullptr) {
+        normalise_apart(beside((index - 1) / 4, step_of(index)));
+        apart = true;
       } else if (index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
         attend_apart((index - 1) / 4, d);
         apart = true;
       } else {
-        multiply_by(stream, d, index, apart);
+        multiply_by(place, early, d, index, apart);
         apart = false;
         ++index;
       }
-    } while (!wait(index == steps ? nullptr : norm_before(index)));
-    while (stream.in_flight > 0) {  // a launch that is stopped: no copy may outlive the block
-      take(stream);
-      stream.d = s.depth;
-      stream.walk.at = stream.walk.end;
-      release(stream);
-    }
+    } while (!wait(index == steps || apart ? nullptr : norm_before(index), early, d, index));
+    drain(place, d, index);
   }
 };
 
 // Grid: as many blocks as there are multiprocessors, all of them there at the same time.
 template <typename T, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) depth_decode_kernel(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kAllThreads, 1) depth_decode_kernel(const __grid_constant__ Kernel kernel) {
   Decoder<T, kGroups>(kernel).run();
 }
 
@@ -732,7 +848,7 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   if (!together) return cudaSuccess;
   // A norm's rows and the least that a draw needs have to fit beside two slots; all keys of a row, and the MLP's states,
   // beside six.
-  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - kShareBytes - bytes) / kRingBytes); };
+  const auto slots_beside = [&](int64_t bytes) { return int((int64_t(shared) - kBarrierBytes - kShareBytes - bytes) / kStageBytes); };
   const auto staged = [&](int64_t width) { return kVectorsAt + sizes.dim * 4 + sizes.rows * (width * 2 + kPad); };
   int slots = std::min({kMostSlots, slots_beside(staged(sizes.dim)), slots_beside(kKeysAt)});
   for (const int64_t more : {int64_t(kKeysAt) + padded(sizes.num_codes, 4) * 4, staged(4 * int64_t(sizes.dim))})
@@ -743,10 +859,10 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       e != cudaSuccess)
     return e;
-  if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kThreads, shared); e != cudaSuccess)
+  if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kAllThreads, shared); e != cudaSuccess)
     return e;
   if (per < 1) return cudaSuccess;
-  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kRingBytes, slots};
+  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kStageBytes, slots};
   return cudaDeviceGetAttribute(&plan->blocks, cudaDevAttrMultiProcessorCount, device);
 }
 
@@ -815,7 +931,7 @@ cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t
   if (const cudaError_t e = cudaMemsetAsync(zeros, 0, kernel.at.x - kernel.at.barrier, stream); e != cudaSuccess) return e;
   void* arguments[] = {&kernel};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function_of(dtype, args.sizes.rows)), dim3(found.blocks),
-                                     dim3(kThreads), arguments, found.shared, stream);
+                                     dim3(kAllThreads), arguments, found.shared, stream);
 }
 
 }  // namespace unifiedar

@@ -13,6 +13,8 @@
 
 namespace unifiedar {
 
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block, besides the warp that brings the weights
+
 // d (16 x 8, float32) += a (16 x 16) b (16 x 8). PTX ISA, "Matrix Fragments for mma.m16n8k16": lane l has of d the rows
 // l / 4 (words 0, 1) and l / 4 + 8 (words 2, 3), columns 2 (l % 4) + {0, 1}; of a the same rows in words 0, 2 and 1, 3,
 // columns 2 (l % 4) + {0, 1} and 8 more; of b the column l / 4, rows 2 (l % 4) + {0, 1} and 8 more.
@@ -31,75 +33,65 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint4& a, uin
   }
 }
 
-// ---- chunks of weights on their way to shared memory: 2,048 bytes, all lanes of a warp call
+// ---- stages of weights on their way to shared memory
 //
-// From compute capability 9.0 on by the copy engine, and a barrier says when one is there; before by copies of 16 bytes of
-// each lane, which are counted in the order in which they were asked for.
+// A stage has two barriers: `full` says that what was asked for is there, `empty` that the warps have used it. From compute
+// capability 9.0 on the copy engine brings the bytes; before, copies of 16 bytes of each lane do.
 
-__device__ __forceinline__ void chunk_barrier(void* barrier) {
+__device__ __forceinline__ void stage_barriers(void* full, void* empty, int users) {
 #if __CUDA_ARCH__ >= 900
-  barrier_init(shared_address(barrier), 1);
+  barrier_init(shared_address(full), 1);
+#else
+  barrier_init(shared_address(full), 32);
 #endif
+  barrier_init(shared_address(empty), users);
 }
-__device__ __forceinline__ void chunk_barriers_done() {
+__device__ __forceinline__ void stage_barriers_done() {
 #if __CUDA_ARCH__ >= 900
   barrier_init_done();
 #endif
 }
 
-// `from` is the lane's first 16 bytes, of which it has every 32nd.
-__device__ __forceinline__ void chunk_copy(void* to, const uint4* from, void* barrier) {
+// By all lanes of a warp. Addresses and bytes are multiples of 16.
+__device__ __forceinline__ void stage_copy(void* to, const void* from, int bytes, void* full) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x % 32 == 0) {
-    barrier_expect(shared_address(barrier), 2048);
-    load_bytes(shared_address(to), from, 2048, shared_address(barrier));
+    barrier_expect(shared_address(full), bytes);
+    load_bytes(shared_address(to), from, bytes, shared_address(full));
   }
 #else
-  const uint32_t place = shared_address(to) + threadIdx.x % 32 * 16;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place + i * 512),
-                 "l"(__cvta_generic_to_global(from + i * 32))
+  for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + at),
+                 "l"(__cvta_generic_to_global(static_cast<const char*>(from) + at))
                  : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full)) : "memory");
 #endif
 }
 
-// After each chunk asked for, and in its place where there is none.
-__device__ __forceinline__ void chunk_asked() {
-#if __CUDA_ARCH__ < 900
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for the oldest of `count` chunks that were asked for.
-__device__ __forceinline__ void chunk_wait(void* barrier, uint32_t parity, int count) {
+// Waits for the phase of this parity of either barrier.
+__device__ __forceinline__ void stage_wait(void* barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   barrier_wait(shared_address(barrier), parity);
 #else
-  switch (count) {
-    case 2:
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      break;
-    case 3:
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-      break;
-    case 4:
-      asm volatile("cp.async.wait_group 3;" ::: "memory");
-      break;
-    case 5:
-      asm volatile("cp.async.wait_group 4;" ::: "memory");
-      break;
-    case 6:
-      asm volatile("cp.async.wait_group 5;" ::: "memory");
-      break;
-    case 7:
-      asm volatile("cp.async.wait_group 6;" ::: "memory");
-      break;
-    default:
-      asm volatile("cp.async.wait_group 7;" ::: "memory");
-  }
-  __syncwarp();
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 #endif
+}
+
+__device__ __forceinline__ void stage_arrive(void* empty) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(empty)) : "memory");
+}
+
+// Waits for the block's threads but those of the warp that brings the weights.
+__device__ __forceinline__ void block_wait() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 // Asks for 2,048 bytes, aligned to 16, to be in the second cache.
@@ -123,15 +115,16 @@ __device__ __forceinline__ Value again(Value value) {
 }
 
 // Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
-// `counter` was 0 at the launch and `goal` is the number of blocks times the number of barriers so far, this one included.
-// `meanwhile` is called by all threads once the block has said that it is there.
+// `counter` was 0 at the launch; `goal`, called by thread 0, is the number of blocks times that of barriers, this one included.
+// `meanwhile` is called by all threads once the block has said that it is there. Thread 0 looks at the counter after that.
 // Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
-template <typename Meanwhile>
-__device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
-  __syncthreads();
+template <typename Goal, typename Meanwhile>
+__device__ __forceinline__ void grid_wait(uint32_t* counter, const Goal& goal, const Meanwhile& meanwhile) {
+  block_wait();
   if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
   meanwhile();
   if (threadIdx.x == 0) {
+    const uint32_t wanted = goal();
     uint32_t arrived;
 #ifdef UNIFIEDAR_WATCHDOG
     const long long begin = clock64();
@@ -141,9 +134,9 @@ __device__ __forceinline__ void grid_wait(uint32_t* counter, uint32_t goal, cons
 #ifdef UNIFIEDAR_WATCHDOG
       if (clock64() - begin > 2000000000ll) __trap();
 #endif
-    } while (arrived < goal);
+    } while (arrived < wanted);
   }
-  __syncthreads();
+  block_wait();
 }
 
 }  // namespace unifiedar

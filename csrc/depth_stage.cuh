@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "depth.h"
 #include "depth_draw.cuh"
@@ -17,7 +18,6 @@ constexpr int kRedBytes = kWarps * kRedTiles * 8 * kRedPitch * 4;
 constexpr int kStatBytes = kMaxDepthRows * kWarps * 8;
 constexpr int kVectorsAt = kRedBytes + kStatBytes;  // a norm's gain and bias, then what a matrix is multiplied with
 constexpr int kPad = 64;                   // bytes between staged rows: two rows and four lanes of each cover all banks
-constexpr int kHeld = 8;                   // packs of four numbers of a row that a lane has in flight, or keeps
 
 // Activations are written by other blocks: read from the second cache, where they are.
 __device__ __forceinline__ uint4 load_shared_by_all(const void* from) { return __ldcg(static_cast<const uint4*>(from)); }
@@ -26,21 +26,20 @@ __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int 
   return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
 }
 
-// LayerNorm of the residual stream, x and `extras` tensors beside it, to shared memory; gain and bias lie at kVectorsAt.
-// Rows are cut into parts, one a warp, whose sums are added up in order.
-template <typename T>
-__device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
-                                            unsigned char* memory) {
+// LayerNorm of rows of the residual stream, x and `extras` tensors beside it, each `apart` numbers after the one before, to
+// rows of `pitch` bytes. Gain and bias lie at kVectorsAt. Rows are cut into parts, one a warp, whose sums are added up in
+// order: 2^shift parts of `span` packs of four numbers. kHeld: packs that a lane has in flight; the first so many are kept.
+template <typename T, int kHeld>
+__device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int64_t apart, int extras, int rows,
+                                                int dim, int shift, int span, unsigned char* memory, unsigned char* out,
+                                                int pitch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
   const uint2* biases = gains + dim / 4;
   float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
-  int shift = 3;  // warps a row: 8, or fewer for more rows
-  static_assert(kWarps == 8, "a power of two");
-  while (shift > 0 && rows << shift > kWarps) --shift;
-  const int parts = 1 << shift, part = warp & (parts - 1);
-  // Of a row's packs of four a warp has a run, and its lanes every 32nd, at places that differ by constants.
-  const int packs = dim / 4, span = ((packs + 31) / 32 + parts - 1 >> shift) * 32;
+  const float each = 1.f / dim;
+  // Of a row's packs a warp has a run, and its lanes every 32nd, at places that differ by constants.
+  const int packs = dim / 4, parts = 1 << shift, part = warp & (parts - 1);
   const int first = part * span + lane, end = min(packs, (part + 1) * span);
 #pragma unroll 1
   for (int base = 0; base < rows; base += kWarps >> shift) {
@@ -48,42 +47,41 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
     const bool inside = row < rows;
     const int64_t begin = int64_t(inside ? row : 0) * dim;
     const float4* from = reinterpret_cast<const float4*>(x + begin);
-    const auto more = [&](int e, int i) {
-      return __ldcg(reinterpret_cast<const float4*>(beside + e * int64_t(rows) * dim + begin) + i);
-    };
-    const auto add = [](float4& to, const float4& v) { to = {to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w}; };
-    // A batch is read at once; the first one is kept. (Zeros where there is nothing: a register that is not written on some
-    // way through the phases is held through all of them.)
+    // All of a batch is asked for before any of it is used. (Zeros where there is nothing: a register that is not written on
+    // some way through the phases is held through all of them.)
     float4 held[kHeld];
     const auto read = [&](float4 (&to)[kHeld], int first) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i)
-        to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
+      for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
 #pragma unroll 1
       for (int e = 0; e < extras; ++e) {
+        const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
         float4 other[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
-          other[i] = first + i * 32 < end ? more(e, first + i * 32) : float4{};
+          other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
-          add(to[i], other[i]);
+          to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
       }
     };
     // Deviations from the row's first element: a mean far from 0 costs no digits.
     const float origin = __ldcg(reinterpret_cast<const float*>(from));
     float sum = 0, squares = 0;
     const auto count = [&](const float4 (&batch)[kHeld], int first) {
+      float sums[4] = {}, more[4] = {};
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         if (first + i * 32 >= end) continue;
         const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          sum += b[e];
-          squares += b[e] * b[e];
+          sums[e] += b[e];
+          more[e] += b[e] * b[e];
         }
       }
+      sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      squares += (more[0] + more[1]) + (more[2] + more[3]);
     };
     read(held, first);
     count(held, first);
@@ -98,32 +96,36 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
       sum += __shfl_xor_sync(~0u, sum, distance);
       squares += __shfl_xor_sync(~0u, squares, distance);
     }
-    if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
-    if (parts > 1)
-      __syncthreads();
-    else
-      __syncwarp();
-    if (inside) {
-      sum = squares = 0;
-      for (int p = 0; p < parts; ++p) {
-        sum += stats[row * kWarps + p].x;
-        squares += stats[row * kWarps + p].y;
+    if (parts > 1) {
+      if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
+      block_wait();
+      if (inside) {
+        sum = squares = 0;
+#pragma unroll
+        for (int p = 0; p < kWarps; ++p) {
+          const float2 one = p < parts ? stats[row * kWarps + p] : float2{};
+          sum += one.x;
+          squares += one.y;
+        }
       }
-      const float deviation = sum / dim, mean = origin + deviation;
-      const float scale = rsqrtf(max(squares / dim - deviation * deviation, 0.f) + 1e-5f);
-      unsigned char* to = staged_row(memory, row, dim, dim);
-      const auto put = [&](int i, const float4& v) {
-        const uint2 g = gains[i], b = biases[i];
-        const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
-        const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
-        reinterpret_cast<uint2*>(to)[i] = {
-            pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
-            pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
-      };
+    }
+    if (inside) {
+      const float deviation = sum * each, mean = origin + deviation;
+      const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
+      unsigned char* to = out + row * pitch;
       const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i)
-          if (first + i * 32 < end) put(first + i * 32, batch[i]);
+        for (int i = 0; i < kHeld; ++i) {
+          const int place = first + i * 32;
+          if (place >= end) continue;
+          const float4& v = batch[i];
+          const uint2 g = gains[place], b = biases[place];
+          const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+          const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+          reinterpret_cast<uint2*>(to)[place] = {
+              pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+              pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
+        }
       };
       put_all(held, first);
 #pragma unroll 1
@@ -134,7 +136,34 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
       }
     }
   }
-  __syncthreads();
+  block_wait();
+}
+
+// The same of all rows, to shared memory.
+template <typename T>
+__device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
+                                               unsigned char* memory) {
+  int shift = 3;  // warps a row: 8, or fewer for more rows
+  static_assert(kWarps == 8, "a power of two");
+  while (shift > 0 && rows << shift > kWarps) --shift;
+  const int span = (dim / 4 + (32 << shift) - 1 >> (5 + shift)) * 32;
+  const auto normalise = [&](auto held) {
+    normalise_packs<T, decltype(held)::value>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
+                                              staged_row(memory, 0, dim, dim), dim * 2 + kPad);
+  };
+  // What a lane has none of costs instructions all the same.
+  if (span <= 2 * 32)
+    normalise(std::integral_constant<int, 2>{});
+  else
+    normalise(std::integral_constant<int, 5>{});
+}
+
+// The same of one row, by the whole block, to global memory.
+template <typename T>
+__device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
+                                              unsigned char* memory, T* out) {
+  const int span = (dim / 4 + kThreads - 1) / kThreads * 32;
+  normalise_packs<T, 5>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
 }
 
 // Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
@@ -199,27 +228,42 @@ __device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& fr
 #pragma unroll 1
   for (int first = 0; first <= d; first += kBatch) {
     if (first > 0) read_depths(head, from, d, first, place);
+    // Of depths beyond d keys and values are zeros, and their weights.
+    float scores[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j > d) continue;
-      float score = 0;
+      float2 sum = {};
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         const float2 q = unpack_word(head.query[w], T{}), k = unpack_word(head.key[j][w], T{});
-        score += q.x * k.x;
-        score += q.y * k.y;
+        sum = {sum.x + q.x * k.x, sum.y + q.y * k.y};
       }
+      scores[j] = sum.x + sum.y;
+    }
 #pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) score += __shfl_xor_sync(~0u, score, distance);
-      score *= 0.125f;  // 1 / sqrt(64)
-      const float now = max(most, score);
-      const float old = __expf(most - now), weight = __expf(score - now);
-      most = now;
-      total = total * old + weight;
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) scores[j] += __shfl_xor_sync(~0u, scores[j], distance);
+    }
+    float now = most;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      scores[j] *= 0.125f;  // 1 / sqrt(64)
+      if (first + j <= d) now = max(now, scores[j]);
+    }
+    const float old = __expf(most - now);
+    most = now;
+    total *= old;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) y[w] = {y[w].x * old, y[w].y * old};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const float weight = first + j <= d ? __expf(scores[j] - now) : 0.f;
+      total += weight;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         const float2 v = unpack_word(head.value[j][w], T{});
-        y[w] = {y[w].x * old + weight * v.x, y[w].y * old + weight * v.y};
+        y[w] = {y[w].x + weight * v.x, y[w].y + weight * v.y};
       }
     }
   }

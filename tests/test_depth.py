@@ -269,7 +269,12 @@ def check_kernel(case):
         pytest.param({"layers": 0}, id="no layer"),
         pytest.param({"greedy": True, "rows": 8, "guidance": 1.5}, id="greedy"),
         pytest.param({"dim": 1024, "layers": 1, "num_codes": 16384, "rows": 2, "guidance": 3.0}, id="width 1024"),
-        pytest.param({"dim": 2560, "layers": 1, "num_codes": 4001, "rows": 32, "guidance": 3.0}, id="width 2560"),
+        *(
+            pytest.param(
+                {"dim": 2560, "layers": 1, "num_codes": 4001, "rows": n, "guidance": 3.0}, id=f"width 2560, {n}"
+            )
+            for n in (2, 16, 32)
+        ),
         pytest.param({"dim": 64, "num_codes": 65536, "layers": 1, "rows": 3}, id="codes beyond shared memory"),
     ],
 )
@@ -278,12 +283,20 @@ def test_kernel(options, dtype):
 
 
 @pytest.mark.gpu
-def test_kernel_repeats_bit_for_bit():
-    """10,000 positions in a row: no race, no wait that is left too early."""
-    _, kernel = on_gpu(small_case(rows=4, guidance=2.0))
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        pytest.param({"rows": 4}, 10_000, id="small"),
+        pytest.param({"rows": 2, "dim": 1024, "layers": 2}, 300, id="width 1024"),
+        *(pytest.param({"rows": n, "dim": 2560, "layers": 1}, 300, id=f"width 2560, {n}") for n in (2, 16, 32)),
+    ],
+)
+def test_kernel_repeats_bit_for_bit(options, times):
+    """Many positions in a row: no race, no wait that is left too early."""
+    _, kernel = on_gpu(small_case(guidance=2.0, **options))
     want = kernel(return_logits=True)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(10_000):
+    for _ in range(times):
         for one, other in zip(kernel(return_logits=True), want, strict=True):
             wrong += (one != other).sum()
     assert wrong.item() == 0

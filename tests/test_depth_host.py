@@ -40,42 +40,61 @@ template <typename T> void multiply_tile(float (&d)[4], const uint4& a, uint32_t
     return 0;
   });
 }
-// Chunks come when they are waited for, and until then their place holds NaN.
-struct Chunk { const char* from; char* to; };
-inline std::map<void*, Chunk> coming;
-inline void chunk_barrier(void* barrier) { coming.erase(barrier); }
-inline void chunk_barriers_done() {}
-inline void chunk_copy(void* to, const uint4* from, void* barrier) {
+constexpr int kThreads = 256, kWarps = 8;
+inline std::map<unsigned, Barrier> own_waits;  // by block
+inline void block_wait() { cluster->wait(own_waits[cluster_rank()], kThreads); }
+// Stages come when they are waited for, and until then their place holds NaN.
+struct Stage { const void* from; void* to; int bytes; };
+struct Counted { Barrier barrier; unsigned count; };
+inline std::map<void*, Stage> coming;
+inline std::map<void*, Counted> counted;
+inline void stage_barriers(void* full, void* empty, int users) {
+  coming.erase(full);
+  counted[full] = {{}, 1};
+  counted[empty] = {{}, unsigned(users)};
+}
+inline void stage_barriers_done() {}
+inline void stage_arrive(void* barrier) { cluster->arrive(counted.at(barrier).barrier, counted.at(barrier).count); }
+inline void stage_come(void* full) {
+  const auto found = coming.find(full);
+  if (found == coming.end()) return;
+  std::memcpy(found->second.to, found->second.from, found->second.bytes);
+  coming.erase(found);
+  stage_arrive(full);
+}
+inline void stage_copy(void* to, const void* from, int bytes, void* full) {
   __syncwarp();
   if (threadIdx.x % 32 > 0) return;
-  if (coming.count(barrier)) __builtin_trap();
-  std::memset(to, 255, 2048);
-  coming[barrier] = {reinterpret_cast<const char*>(from), static_cast<char*>(to)};
+  if (coming.count(full)) __builtin_trap();
+  std::memset(to, 255, bytes);
+  coming[full] = {from, to, bytes};
+  if (!counted.at(full).barrier.waiting.empty()) stage_come(full);
 }
-inline void chunk_asked() {}
-inline void chunk_wait(void* barrier, uint32_t, int) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    const auto found = coming.find(barrier);
-    if (found == coming.end()) __builtin_trap();
-    std::memcpy(found->second.to, found->second.from, 2048);
-    coming.erase(found);
-  }
-  __syncwarp();
+inline void stage_wait(void* barrier, uint32_t parity) {
+  stage_come(barrier);
+  Barrier& own = counted.at(barrier).barrier;
+  if (own.phase % 2 == parity) cluster->wait(own);
 }
 template <class Value> Value again(Value value) { return value; }
 inline void fetch_ahead(const void* from) { volatile char all[2048]; std::memcpy((void*)all, from, 2048); }
-template <class Meanwhile> void grid_wait(uint32_t* counter, uint32_t goal, const Meanwhile& meanwhile) {
-  __syncthreads();
+inline Barrier all_waits;
+template <class Goal, class Meanwhile> void grid_wait(uint32_t* counter, const Goal& goal, const Meanwhile& meanwhile) {
+  block_wait();
   if (threadIdx.x == 0) ++*counter;
   meanwhile();
-  cluster_sync();
-  if (*counter != goal) __builtin_trap();
-  cluster_sync();
+  cluster->wait(all_waits, kThreads * gridDim.x);
+  if (threadIdx.x == 0 && *counter != goal()) __builtin_trap();
+  cluster->wait(all_waits, kThreads * gridDim.x);
 }
 }  // namespace unifiedar
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 #define __expf std::exp
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  check_mask(mask);
+  return exchange(value, false, [](const uint64_t* all) { return unsigned(*std::max_element(all, all + 32)); });
+}
+inline int __popcll(unsigned long long word) { return __builtin_popcountll(word); }
+inline int __ffsll(long long word) { return __builtin_ffsll(word); }
 extern "C" cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   return std::memset(at, value, bytes), cudaSuccess;
 }
@@ -185,7 +204,14 @@ def on_host(library, case, device=0, forced=None):
         pytest.param({"rows": 9, "dim": 128, "projected": False, "device": 1}, id="nine rows, not projected"),
         pytest.param({"rows": 18, "guidance": "rows", "dim": 64, "layers": 1, "shared": False}, id="eighteen rows"),
         pytest.param(
-            {"rows": 32, "guidance": 2.0, "dim": 384, "layers": 1, "device": 2}, id="states too large to be staged"
+            {"rows": 32, "guidance": 2.0, "dim": 512, "layers": 1, "device": 2}, id="states too large to be staged"
+        ),
+        pytest.param(
+            {"rows": 18, "guidance": 2.0, "dim": 384, "layers": 1, "depth": 2}, id="norms in phases of their own"
+        ),
+        pytest.param(
+            {"rows": 16, "guidance": 3.0, "dim": 448, "layers": 1, "depth": 2, "num_codes": 401, "device": 2},
+            id="states of sixteen rows too large",
         ),
         pytest.param({"layers": 0, "greedy": True}, id="greedy, no layer"),
         pytest.param(
