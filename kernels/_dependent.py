@@ -12,9 +12,6 @@ import torch
 
 __all__ = ["dependent"]
 
-ON = False
-"""Off until pictures drawn with such launches have been compared with others on a GPU, which two tests do."""
-
 
 @functools.cache
 def _has(index: int) -> bool:
@@ -23,6 +20,6 @@ def _has(index: int) -> bool:
 
 def dependent(tensor: torch.Tensor) -> dict[str, bool]:
     """What a launch for a tensor's device is given besides its arguments: a kernel's PDL, and the launch's own flag."""
-    if not ON or not tensor.is_cuda or not _has(tensor.get_device()):
+    if not tensor.is_cuda or not _has(tensor.get_device()):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}

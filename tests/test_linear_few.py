@@ -1,7 +1,5 @@
 """`few_linear`, `linear_parts`, `parts_norm`: backends by a float64 oracle, odd sizes, views; who takes them."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,10 +154,9 @@ def test_layers_of_the_models(rows, width, dtype):
 
 
 @pytest.mark.gpu
-def test_a_chain_of_dependent_launches(monkeypatch):
+def test_a_chain_of_dependent_launches():
     """Each begins before the one before is over; what that wrote is there all the same, a thousand times in a graph."""
     room = ("triton", "cuda", torch.float16)
-    monkeypatch.setattr(importlib.import_module("unifiedar.kernels._dependent"), "ON", True)
     layers = [(product_of(room, 2, 4096, 1024, i), product_of(room, 2, 1024, 4096, i)) for i in range(8)]
     six = norm_of(room, 1, 2, 4, 1024)
 

@@ -141,20 +141,18 @@ def _run_parts_norm_triton(x, sums, gate, scale, shift, bias, eps, dtype):
     return out, new
 
 
-_WAITS = "not run on a GPU yet in whole pictures"
-
 _few_linear = Op(
     "few_linear(Tensor x, Tensor weight, Tensor? bias, bool activated) -> Tensor",
     eager=_few_eager,
     fake=_few_fake,
-    backends=(Backend("triton", _run_few_triton, _few_unfit_triton, on_request=_WAITS),),
+    backends=(Backend("triton", _run_few_triton, _few_unfit_triton),),
 )
 
 _linear_parts = Op(
     "linear_parts(Tensor x, Tensor weight, int parts) -> Tensor",
     eager=_parts_eager,
     fake=_parts_fake,
-    backends=(Backend("triton", _run_parts_triton, _parts_unfit_triton, on_request=_WAITS),),
+    backends=(Backend("triton", _run_parts_triton, _parts_unfit_triton),),
 )
 
 _parts_norm = Op(
@@ -162,7 +160,7 @@ _parts_norm = Op(
     "ScalarType dtype) -> (Tensor, Tensor)",
     eager=_parts_norm_eager,
     fake=_parts_norm_fake,
-    backends=(Backend("triton", _run_parts_norm_triton, _parts_norm_unfit_triton, on_request=_WAITS),),
+    backends=(Backend("triton", _run_parts_norm_triton, _parts_norm_unfit_triton),),
 )
 
 
