@@ -310,8 +310,8 @@ inline unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long valu
 inline float __shfl_xor_sync(unsigned mask, float value, int step) {
   return __uint_as_float(unsigned(__shfl_xor_sync(mask, (unsigned long long)__float_as_uint(value), step)));
 }
-inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, int step) {
-  const int lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
+inline unsigned long long __shfl_up_sync(unsigned mask, unsigned long long value, unsigned step) {
+  const unsigned lane = threadIdx.x % 32, from = lane < step ? lane : lane - step;
   return exchange(value, false, [=](const uint64_t* values) { return (unsigned long long)values[from]; });
 }
 """
