@@ -21,8 +21,11 @@ __all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "p
 
 OURS = "unifiedar"
 
-Check = Callable[["Variant", object], None]
-"""Called with a variant and the output of its first call, on input set 0; raises ValueError if that is wrong."""
+Check = Callable[["Variant", object], float | None]
+"""Called with a variant and the output of its first call, on input set 0; raises ValueError if that is wrong.
+
+Returns the share of the output's codes that are not the ones that float64 chooses, None where nothing is chosen.
+"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Prepared:
     case: Case
     sets: list[Any]
     calls: dict[str, list[Call]]
-    check: Callable[[str, object], None]
+    check: Callable[[str, object], float | None]
 
 
 def prepare(case: Case, device: torch.device | str, only: str | None = None) -> Prepared:

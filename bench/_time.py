@@ -63,6 +63,7 @@ class Timing:
         samples: number of samples behind the percentiles.
         method: how a sample was taken ("graph of 40 calls", "events", "wall, 8 calls", ...).
         error: None, or the error that kept the variant from being timed.
+        differ: share of its codes, 0 to 1, that are not the ones that float64 chooses; None where nothing is chosen.
     """
 
     median_ms: float | None
@@ -72,6 +73,7 @@ class Timing:
     samples: int
     method: str
     error: str | None = None
+    differ: float | None = None
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def measure(
     variants: Mapping[str, Sequence[Call]],
     device: torch.device | str,
     *,
-    check: Callable[[str, object], None] | None = None,
+    check: Callable[[str, object], float | None] | None = None,
     budget_s: float = 2.0,
     rounds: tuple[int, int] = (20, 200),
 ) -> dict[str, Timing]:
@@ -325,7 +327,8 @@ def measure(
     Args:
         variants: name to calls, one call per input set; set 0 of every variant is the same input.
         device: a CUDA device (GPU time) or the CPU (wall time).
-        check: called as check(name, output) with the output of each variant's first call; it raises if that is wrong.
+        check: called as check(name, output) with the output of each variant's first call; it raises if that is wrong,
+            and may return what becomes `Timing.differ`.
         budget_s: seconds to spend on samples, all variants together, within the bounds of `rounds`.
         rounds: least and most samples per variant.
 
@@ -346,12 +349,12 @@ def measure(
 
     errors: dict[str, str] = {}
     memory: dict[str, int | None] = {}
+    differ: dict[str, float | None] = {}
     for name, calls in variants.items():
         try:
             output = calls[0]()
             _synchronize(device)
-            if check is not None:
-                check(name, output)
+            differ[name] = None if check is None else check(name, output)
             del output
             for call in calls:
                 call()
@@ -382,7 +385,8 @@ def measure(
             continue
         ordered = sorted(1e3 * s for s in seconds[name])
         median, p10, p90 = (percentile(ordered, share) for share in (0.5, 0.1, 0.9))
-        result[name] = Timing(median, p10, p90, memory[name], len(ordered), samplers[name].method)
+        method = samplers[name].method
+        result[name] = Timing(median, p10, p90, memory[name], len(ordered), method, differ=differ[name])
     return result
 
 

@@ -94,6 +94,13 @@ def test_measure_checks_before_it_times():
     assert result["right"].error is None
 
 
+def test_measure_keeps_what_a_check_returns():
+    shares = {"one": 0.25, "two": None}
+    result = measure({name: [lambda: 0] for name in shares}, CPU, check=lambda name, _: shares[name], budget_s=0.01)
+    assert {name: timing.differ for name, timing in result.items()} == shares
+    assert measure({"alone": [lambda: 0]}, CPU, budget_s=0.01)["alone"].differ is None
+
+
 def test_measure_keeps_a_variant_that_raises():
     def broken():
         raise RuntimeError("first line\nsecond line")
@@ -267,6 +274,7 @@ def _drop(*path):
         (_set(["cases", 0, "ours", "p10_ms"], 5.0), "p10_ms <= median_ms <= p90_ms must hold"),
         (_set(["cases", 0, "ours", "error"], "no"), "ours: has both an error and times"),
         (_set(["cases", 0, "peers", "peer", "samples"], 1.5), "peers: peer: samples must be int, got 1.5"),
+        (_set(["cases", 0, "ours", "differ"], 1.5), "ours: differ must be at most 1, got 1.5"),
         (_set(["cases", 1, "name"], "model/forward"), "name occurs twice"),
     ],
 )
@@ -278,6 +286,14 @@ def test_bad_results_are_rejected(tmp_path, change, text):
     with pytest.raises(ResultsError, match=text) as caught:
         _results.read(path)
     assert str(path) in str(caught.value)
+
+
+def test_results_from_before_have_no_share_of_codes(tmp_path):
+    path = _results.write(Run("codes", environment(), [row()]), tmp_path)
+    document = json.loads(path.read_text())
+    del document["cases"][0]["ours"]["differ"]
+    path.write_text(json.dumps(document))
+    assert _results.read(path).cases[0].ours.differ is None
 
 
 def test_a_truncated_file_is_rejected(tmp_path):
@@ -518,6 +534,29 @@ def test_results_refuse_wrong_beginnings(tmp_path, start, text):
     assert _results.read(path).cases[0].starts == {}, "files from before have none"
 
 
+def test_the_share_of_codes_unlike_float64_is_counted():
+    """Three of the last codes of a search, and one of a pyramid's last scale, are made the next ones."""
+    (case,) = (one for one in family_cases("codes", CPU) if one.name == "rqvae-ffhq/quantize")
+    x, codebook = case.make(0, CPU)
+    ours, peer = case.variants[0], next(one for one in case.variants if one.role == "peer")
+    check, depth = case.check((x, codebook)), case.shape["D"]
+    codes, quantized = (one.clone() for one in ours.bind((x, codebook))())
+    assert check(ours, (codes, quantized)) == 0
+    codes[5:8, -1] = (codes[5:8, -1] + 1) % len(codebook)
+    assert check(peer, (codes, quantized)) == 3 / (len(x) * depth)
+    with pytest.raises(ValueError, match="3 codes are not the nearest, allowed 0"):
+        check(ours, (codes, quantized))
+    (case,) = (one for one in family_cases("codes", CPU) if one.name == "var/encode-b1")
+    inputs = case.make(0, CPU)
+    check, found = case.check(inputs), [one.clone() for one in case.variants[0].bind(inputs)()]
+    before = check(peer, found)
+    found[-1][0, 7] = (found[-1][0, 7] + 1) % case.shape["K"]
+    assert check(peer, found) - before == pytest.approx(1 / case.shape["L"])
+    (case,) = (one for one in family_cases("codes", CPU) if one.name == "infinity-2b-b1/encode")
+    inputs = case.make(0, CPU)
+    assert case.check(inputs)(ours, case.variants[0].bind(inputs)()) <= 1e-3
+
+
 # ---- running every case once -----------------------------------------------------------------------------------------
 
 
@@ -687,6 +726,17 @@ def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
     assert "2.00× (fast peer)" in svg
     assert "0.50× (fast peer)" in svg
     assert "d/forward" not in svg
+
+
+def test_scoreboard_shows_codes_unlike_float64(tmp_path, matplotlib):
+    def chosen(share):
+        return dataclasses.replace(timing(1.0), differ=share)
+
+    one = row("a/quantize", ours=chosen(0.0), peers=[("TF32", chosen(0.0125)), ("other", 2.0)])
+    text = _board(tmp_path, Run("codes", environment(), [one, row("b/forward")]))
+    lines = text[text.index("Codes that are not the ones that float64 chooses") :].splitlines()
+    assert lines[2:] == ["| case | ours | TF32 |", "| --- | --- | --- |", "| a/quantize | 0.0 | 12,500.0 |"]
+    assert "float64 chooses" not in _board(tmp_path / "none", Run("codes", environment(), [row("b/forward")]))
 
 
 def test_scoreboard_says_when_no_peer_wins(tmp_path, matplotlib):
