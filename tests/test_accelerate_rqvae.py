@@ -560,11 +560,27 @@ def test_dead_codes_stay_without_restarts():
         (lambda m: m.get_soft_codes(torch.zeros(2, 4), 0.0), "temp must be above 0, got 0.0"),
         (lambda m: m.embed_partial_code(torch.zeros(1, 2).long(), 2), r"code_idx must be in \[0, 2\), got 2"),
         (lambda m: m.embed_partial_code(torch.zeros(1, 2).long(), 0, "mean"), "decode_type must be .* got 'mean'"),
+        (lambda m: m(torch.zeros(2, 3)), r"x must be \(..., 4\)"),
+        (lambda m: m.train()(torch.zeros(0, 3, 4)), r"at least one vector in training mode, got \(0, 3, 4\)"),
+        (lambda m: m.train().quantize(torch.zeros(0, 4)), "at least one vector"),
+        (lambda m: m(torch.zeros(2, 4).long()), "ResidualQuantizer: x must be float32, .* got int64"),
+        (lambda m: m.get_soft_codes([1.0]), "get_soft_codes: x must be a tensor, got list"),
+        (lambda m: ResidualQuantizer(0, 4, 2), "ResidualQuantizer: num_codes must be at least 1, got 0"),
+        (lambda m: ResidualQuantizer(8, 4.0, 2), "ResidualQuantizer: dim must be an integer, got float"),
+        (lambda m: ResidualQuantizer(8, 4, -1), "ResidualQuantizer: depth must be at least 1, got -1"),
+        (lambda m: ResidualQuantizer(8, 4, 2, decay=1.5), "ResidualQuantizer: decay must be at most 1, got 1.5"),
+        (lambda m: ResidualQuantizer(8, 4, 2, update="never"), "update must be 'step' or 'depth', got 'never'"),
     ],
 )
 def test_bad_arguments(call, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         call(ResidualQuantizer(8, 4, 2))
+
+
+def test_no_vectors_are_quantized_to_none():
+    module = ResidualQuantizer(8, 4, 2).eval()
+    found = module(torch.zeros(0, 3, 4))
+    assert (found.features.shape, found.codes.shape) == ((0, 3, 4), (0, 3, 2))
 
 
 def test_the_published_package_is_found_or_skipped():

@@ -731,11 +731,19 @@ def test_usage():
 
 
 def test_module_refuses():
-    for arguments in ((0, 6, (1,)), (30, 0, (1,)), (30, 6, ())):
-        with pytest.raises(ValueError, match="MultiScaleQuantizer: num_codes, dim and"):
-            MultiScaleQuantizer(*arguments)
-    with pytest.raises(ValueError, match="got 'l1'"):
-        MultiScaleQuantizer(30, 6, (1,), metric="l1")
+    for arguments, options, text in (
+        ((0, 6, (1,)), {}, "num_codes must be at least 1, got 0"),
+        ((30, 0, (1,)), {}, "dim must be at least 1, got 0"),
+        ((30, 6.0, (1,)), {}, "dim must be an integer, got float"),
+        ((30, 6, ()), {}, "scales must name at least one, got none"),
+        ((30, 6, (1,)), {"convolutions": -1}, "convolutions must be at least 0, got -1"),
+        ((30, 6, (1,)), {"ratio": "half"}, "ratio must be a number, got str"),
+        ((30, 6, (1,)), {"metric": "l1"}, "metric must be 'l2' or 'cosine', got 'l1'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"MultiScaleQuantizer: {text}"):
+            MultiScaleQuantizer(*arguments, **options)
+    with pytest.raises(TypeError, match=r"MultiScaleQuantizer: x must be float32, .* got int64"):
+        MultiScaleQuantizer(30, 6, (1, 2))(torch.zeros(1, 6, 2, 2).long())
 
 
 def test_training_step_compiles_as_one_graph(fresh_compiler):
