@@ -12,6 +12,7 @@ import torch
 
 from bench import _results, _scoreboard, card, certificate
 from bench._case import Case, families, family_cases, run_family
+from bench._launches import counted
 from bench._start import fresh
 from bench.tune import KNOBS, tune
 
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
             "--starts",
             action="store_true",
             help="also what beginning costs: one fresh process for each variant",
+        )
+        measure.add_argument(
+            "--launches", action="store_true", help="also what a call launches, and how long the GPU is busy with it"
         )
     return parser
 
@@ -166,6 +170,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         commit=arguments.commit,
         budget_s=arguments.budget,
         start=(lambda case, name: fresh(arguments.command, case, name, device)) if arguments.starts else None,
+        count=(lambda call: counted(call, device)) if arguments.launches else None,
         report=lambda line: print(line, flush=True),
     )
     print(f"wrote {_results.write(run, arguments.out)}")

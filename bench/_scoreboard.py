@@ -34,6 +34,10 @@ compiling included; the first call afterwards with another schedule; what is don
 mask:"""
 
 
+_LAUNCHES = """What a call launches (`bench/_launches.py`): calls of the host, a CUDA graph being one; what then ran on
+the GPU; for how many milliseconds something ran there, and the share of the call's time that this is:"""
+
+
 class MissingMatplotlib(RuntimeError):
     """Plots were asked for where matplotlib is not installed."""
 
@@ -143,6 +147,9 @@ def _section(run: Run, plot: str | None) -> str:
     starts = _starts(run)
     if starts:
         lines += ["", _STARTS, "", *starts]
+    launches = _launches(run)
+    if launches:
+        lines += ["", _LAUNCHES, "", *launches]
     return "\n".join(lines) + "\n"
 
 
@@ -156,6 +163,24 @@ def _starts(run: Run) -> list[str]:
     if not rows:
         return []
     head = ["case", "variant", "first call, fresh process", "first call, another schedule", "preparing"]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _launches(run: Run) -> list[str]:
+    rows = []
+    for case in run.cases:
+        others = {**case.backends, **case.peers}
+        for name, count in case.launches.items():
+            if count.busy_ms is None:
+                cells = [count.error or "", "", "", ""]
+            else:
+                whole = others.get(name, case.ours).median_ms
+                share = "–" if not whole else f"{100 * count.busy_ms / whole:.0f} %"
+                cells = [f"{count.launches:,}", f"{count.kernels:,}", _milliseconds(count.busy_ms), share]
+            rows.append([_cell(cell) for cell in (case.name, name, *cells)])
+    if not rows:
+        return []
+    head = ["case", "variant", "launches", "kernels", "GPU busy, ms", "share"]
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
