@@ -424,6 +424,30 @@ def test_every_family_lists_cases(family, device):
         assert (ROOT / "bench" / f"test_{family}.py").is_file()
 
 
+@pytest.mark.parametrize("model", ["width-1024", "vila-u-256", "vila-u-384", "rq-1.4b", "rq-3.8b", "qwen3-tts-0.6b"])
+def test_depth_decoding_has_cases_of_few_and_many_rows(model):
+    """And the way without a kernel of its own, in a graph, is a peer in each; one row has no unconditional partner."""
+    cases = {case.name: case for case in family_cases("depth", "cuda") if case.name.startswith(f"{model}/")}
+    assert {f"{model}/r{rows}" for rows in (1, 2, 8, 16, 64)} <= set(cases)
+    for case in cases.values():
+        peers = [variant.name for variant in case.variants if variant.role == "peer"]
+        assert {"depth cache", "depth cache, CUDA graph", "depth cache, torch.compile"} <= set(peers)
+        positions = case.shape["R"] if model.startswith("qwen") else max(case.shape["R"] // 2, 1)
+        noise = 4 * positions * case.shape["D"] * case.shape["K"]
+        assert (case.bytes - noise) % 2 == 0
+        assert case.bytes - noise == cases[f"{model}/r2"].bytes - 4 * case.shape["D"] * case.shape["K"] * (
+            2 if model.startswith("qwen") else 1
+        ), "weights are read once, however many rows there are"
+
+
+def test_depth_cases_decode_as_defined():
+    """Ours and all peers, with guidance and, of one row, without."""
+    for case in family_cases("depth", CPU):
+        prepared = prepare(case, CPU)
+        for name, calls in prepared.calls.items():
+            prepared.check(name, calls[0]())
+
+
 def test_least_traffic_of_the_code_embedding():
     cases = {case.name: case for case in family_cases("codes", "cuda")}
     # 8192 x 4 codes of 16384 touch 16384 (1 - (1 - 1/16384)^32768) = 14166.6 distinct rows of 2 KiB.
