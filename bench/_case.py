@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench._results import CaseResult, Run, environment
-from bench._time import Call, Start, copy_rate, input_sets, matmul_rate, measure
+from bench._time import Call, Launches, Start, copy_rate, input_sets, matmul_rate, measure
 
 __all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "run_family"]
 
@@ -165,6 +165,12 @@ def _said(cost: Start) -> str:
     return f"beginning: cold {cost.cold_ms:.0f} ms, {new}preparing {cost.prepare_ms:.2f} ms"
 
 
+def _told(count: Launches) -> str:
+    if count.kernels is None:
+        return f"on the GPU: {count.error}"
+    return f"on the GPU: {count.launches} launches, {count.kernels} kernels, busy for {count.busy_ms:.3f} ms"
+
+
 def _floor(case: Case, copy: float, matmul: float | None) -> tuple[float, str]:
     by_bytes = case.bytes / copy * 1e3
     how = f"{case.bytes} bytes at the copy rate of this run, {copy / 1e9:.0f} GB/s"
@@ -184,6 +190,7 @@ def run_family(
     commit: str | None = None,
     budget_s: float = 1.0,
     start: Callable[[str, str], Start] | None = None,
+    count: Callable[[Call], Launches] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Measure cases of one family.
@@ -195,6 +202,7 @@ def run_family(
         commit: of the sources (see `bench._results.environment`).
         budget_s: seconds of samples per case.
         start: takes the names of a case and a variant and measures what beginning costs; None leaves that out.
+        count: takes a call of every variant that was timed and counts what it launches; None leaves that out.
         report: called with a line of text per variant as results come in.
 
     An interrupt (Ctrl-C) ends the run at the case before.
@@ -236,6 +244,11 @@ def run_family(
             backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
             peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
         )
+        if count is not None:
+            watched = {name: count(prepared.calls[name][0]) for name, timing in timings.items() if not timing.error}
+            row = replace(row, launches=watched)
+            for name, one in watched.items():
+                report(f"{case.name:32} {name:28} {_told(one)}")
         del prepared
         if start is not None:
             begun = {one.name: start(case.name, one.name) for one in case.variants if one.role != "yardstick"}

@@ -26,6 +26,7 @@ import torch
 
 __all__ = [
     "Call",
+    "Launches",
     "Sampler",
     "Start",
     "Timing",
@@ -90,6 +91,23 @@ class Start:
     cold_ms: float | None
     new_ms: float | None
     prepare_ms: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a call launches (see `bench._launches`).
+
+    Attributes:
+        launches: calls of the host that start something on the GPU; None if the variant could not be watched.
+        kernels: what ran there.
+        busy_ms: milliseconds during which something ran.
+        error: None, or why there is no count.
+    """
+
+    launches: int | None
+    kernels: int | None
+    busy_ms: float | None
     error: str | None = None
 
 
