@@ -14,6 +14,7 @@ import torch
 
 from bench import _results, _scoreboard, card, certificate
 from bench._case import Case, families, family_cases, run_family
+from bench._launches import counted
 from bench._start import fresh
 from bench._time import Start
 from bench._warm import Task, share_caches, warm
@@ -105,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
             help="time nothing and write nothing: run every case once, in JOBS processes, so that the same command "
             "without --warm finds compiled what it needs",
         )
+        measure.add_argument(
+            "--launches", action="store_true", help="also what a call launches, and how long the GPU is busy with it"
+        )
     return parser
 
 
@@ -187,6 +191,7 @@ def _measure(arguments: argparse.Namespace) -> int:
             commit=arguments.commit,
             budget_s=arguments.budget,
             start=begin,
+            count=(lambda call: counted(call, device)) if arguments.launches else None,
             report=lambda line: print(line, flush=True),
         )
         print(f"wrote {_results.write(run, arguments.out)}", flush=True)

@@ -15,7 +15,17 @@ from typing import Any
 import torch
 
 from bench._results import CaseResult, Run, environment
-from bench._time import Call, Start, copy_rate, input_sets, matmul_rate, measure
+from bench._time import (
+    Call,
+    Launches,
+    Start,
+    Timing,
+    copy_rate,
+    describe_error,
+    input_sets,
+    matmul_rate,
+    measure,
+)
 
 __all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "run_family"]
 
@@ -165,6 +175,12 @@ def _said(cost: Start) -> str:
     return f"beginning: cold {cost.cold_ms:.0f} ms, {new}preparing {cost.prepare_ms:.2f} ms"
 
 
+def _told(count: Launches) -> str:
+    if count.kernels is None:
+        return f"on the GPU: {count.error}"
+    return f"on the GPU: {count.launches} launches, {count.kernels} kernels, busy for {count.busy_ms:.3f} ms"
+
+
 def _floor(case: Case, copy: float, matmul: float | None) -> tuple[float, str]:
     by_bytes = case.bytes / copy * 1e3
     how = f"{case.bytes} bytes at the copy rate of this run, {copy / 1e9:.0f} GB/s"
@@ -184,6 +200,7 @@ def run_family(
     commit: str | None = None,
     budget_s: float = 1.0,
     start: Callable[[str, str], Start] | None = None,
+    count: Callable[[Call], Launches] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Measure cases of one family.
@@ -195,9 +212,10 @@ def run_family(
         commit: of the sources (see `bench._results.environment`).
         budget_s: seconds of samples per case.
         start: takes the names of a case and a variant and measures what beginning costs; None leaves that out.
+        count: takes a call of every variant that was timed and counts what it launches; None leaves that out.
         report: called with a line of text per variant as results come in.
 
-    An interrupt (Ctrl-C) ends the run at the case before.
+    An interrupt (Ctrl-C) ends the run at the case before. A case that cannot be prepared is a row with its error.
     """
     device = torch.device(device)
     on_matrix_units = any(case.on_matrix_units for case in cases)
@@ -216,6 +234,10 @@ def run_family(
                 raise
             report(f"interrupted at {case.name}; what was measured before is kept")
             break
+        except Exception as error:  # of the inputs or the check; the cases behind it are measured all the same
+            prepared = Prepared(case, [], {}, lambda name, output: None)
+            ours = next(one.name for one in case.variants if one.role == "ours")
+            timings = {ours: Timing(None, None, None, None, 0, "not timed", describe_error(error))}
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
@@ -231,12 +253,19 @@ def run_family(
             floor_ms=0.0,  # known at the end
             floor="",
             sets=len(prepared.sets),
-            backend=case.backend(prepared.sets[0]),
+            backend=case.backend(prepared.sets[0]) if prepared.sets else None,
             ours=next(timing for name, timing in timings.items() if roles[name] == "ours"),
             backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
             peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
         )
+        if count is not None:
+            watched = {name: count(prepared.calls[name][0]) for name, timing in timings.items() if not timing.error}
+            row = replace(row, launches=watched)
+            for name, one in watched.items():
+                report(f"{case.name:32} {name:28} {_told(one)}")
         del prepared
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next case finds whole blocks
         if start is not None:
             begun = {one.name: start(case.name, one.name) for one in case.variants if one.role != "yardstick"}
             row = replace(row, starts=begun)

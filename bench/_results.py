@@ -7,14 +7,14 @@ A file holds one run of one family on one device:
     environment   device, kind ("cuda" or "cpu"), driver, python, torch, triton, cuda, unifiedar, commit, date,
                   copy_bytes_per_s, matmul_flops_per_s
     cases         a list of {name, shape, dtype, bytes, flops, floor_ms, floor, sets, backend, ours, backends, peers,
-                  starts}
+                  starts, launches}
 
 `ours` is the timing of the public function with backend="auto", `backend` the backend that it chose, `backends` the
 timings of single backends that were forced, `peers` those of everyone else. A timing is {median_ms, p10_ms, p90_ms,
 extra_memory_bytes, samples, method, error, differ} (see `bench._time.Timing`; `differ` may be absent). `floor_ms` is
 the time that no implementation beats and `floor` says how it was computed; `bytes` and `flops` are what the work needs
-at least. `starts` says what beginning costs some of the variants (see `bench._time.Start`); it may be absent, and is
-empty unless asked for.
+at least. `starts` says what beginning costs some of the variants (see `bench._time.Start`), `launches` what a call of
+some of them starts on the GPU (`bench._time.Launches`); both may be absent, and are empty unless asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from bench._time import Start, Timing
+from bench._time import Launches, Start, Timing
 
 __all__ = [
     "SCHEMA",
@@ -93,6 +93,7 @@ class CaseResult:
     backends: dict[str, Timing] = field(default_factory=dict)
     peers: dict[str, Timing] = field(default_factory=dict)
     starts: dict[str, Start] = field(default_factory=dict)
+    launches: dict[str, Launches] = field(default_factory=dict)
 
     def best_peer(self) -> tuple[str, float] | None:
         """Name and median milliseconds of the fastest peer that worked, or None."""
@@ -232,6 +233,7 @@ def read(path: Path | str) -> Run:
                 "backends": timings(case["backends"]),
                 "peers": timings(case["peers"]),
                 "starts": {name: Start(**start) for name, start in case.get("starts", {}).items()},
+                "launches": {name: Launches(**count) for name, count in case.get("launches", {}).items()},
             }
         )
         for case in document["cases"]
@@ -271,10 +273,15 @@ _CASE: _Rules = {
     **dict.fromkeys(("bytes", "flops", "sets"), (_INT, False)),
     "floor_ms": (_NUMBER, False),
     "backend": (_TEXT, True),
-    **dict.fromkeys(("shape", "ours", "backends", "peers", "starts"), ((dict,), False)),
+    **dict.fromkeys(("shape", "ours", "backends", "peers", "starts", "launches"), ((dict,), False)),
 }
 _START: _Rules = {
     **dict.fromkeys(("cold_ms", "new_ms", "prepare_ms"), (_NUMBER, True)),
+    "error": (_TEXT, True),
+}
+_LAUNCHES: _Rules = {
+    **dict.fromkeys(("launches", "kernels"), (_INT, True)),
+    "busy_ms": (_NUMBER, True),
     "error": (_TEXT, True),
 }
 _TIMING: _Rules = {
@@ -285,7 +292,9 @@ _TIMING: _Rules = {
     "error": (_TEXT, True),
     "differ": (_NUMBER, True),
 }
-for _record, _rules in ((Environment, _ENVIRONMENT), (CaseResult, _CASE), (Timing, _TIMING), (Start, _START)):
+for _record, _rules in (
+    (Environment, _ENVIRONMENT), (CaseResult, _CASE), (Timing, _TIMING), (Start, _START), (Launches, _LAUNCHES),
+):  # fmt: skip
     if {one.name for one in fields(_record)} != set(_rules):
         raise RuntimeError(f"{_record.__name__} and its rules name different fields")
 
@@ -335,6 +344,12 @@ def _check_start(document: object, where: str) -> None:
         raise ResultsError(f"{where}: has neither times nor an error")
 
 
+def _check_launches(document: object, where: str) -> None:
+    count = _check(document, _LAUNCHES, where)
+    if (count["error"] is None) == (None in (count["launches"], count["kernels"], count["busy_ms"])):
+        raise ResultsError(f"{where}: must have either all counts or an error")
+
+
 def _check_run(document: object, path: Path) -> None:
     where = str(path)
     # The schema number goes first: with another one, any further complaint would mislead.
@@ -350,7 +365,7 @@ def _check_run(document: object, path: Path) -> None:
         raise ResultsError(f"{where}: environment: date must be ISO 8601, got {environment['date']!r}") from error
     names: set[str] = set()
     for i, entry in enumerate(run["cases"]):
-        case = _check(entry, _CASE, f"{where}: cases[{i}]", absent=("starts",))
+        case = _check(entry, _CASE, f"{where}: cases[{i}]", absent=("starts", "launches"))
         at = f"{where}: cases[{i}] ({case['name']})"
         if case["name"] in names:
             raise ResultsError(f"{at}: name occurs twice")
@@ -364,3 +379,5 @@ def _check_run(document: object, path: Path) -> None:
                 _check_timing(timing, f"{at}: {group}: {name}")
         for name, start in case.get("starts", {}).items():
             _check_start(start, f"{at}: starts: {name}")
+        for name, count in case.get("launches", {}).items():
+            _check_launches(count, f"{at}: launches: {name}")

@@ -37,6 +37,10 @@ compiling included; the first call afterwards with another schedule; what is don
 mask:"""
 
 
+_LAUNCHES = """What a call launches (`bench/_launches.py`): calls of the host, a CUDA graph being one; what then ran on
+the GPU; for how many milliseconds something ran there, and the share of the call's time that this is:"""
+
+
 class MissingMatplotlib(RuntimeError):
     """Plots were asked for where matplotlib is not installed."""
 
@@ -149,6 +153,9 @@ def _section(run: Run, plot: str | None) -> str:
     starts = _starts(run)
     if starts:
         lines += ["", _STARTS, "", *starts]
+    launches = _launches(run)
+    if launches:
+        lines += ["", _LAUNCHES, "", *launches]
     return "\n".join(lines) + "\n"
 
 
@@ -180,6 +187,24 @@ def _differ(run: Run) -> list[str]:
         if any(share is not None for share in shares):
             rows.append([_cell(case), *("–" if share is None else f"{1e6 * share:,.1f}" for share in shares)])
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _launches(run: Run) -> list[str]:
+    rows = []
+    for case in run.cases:
+        others = {**case.backends, **case.peers}
+        for name, count in case.launches.items():
+            if count.busy_ms is None:
+                cells = [count.error or "", "", "", ""]
+            else:
+                whole = others.get(name, case.ours).median_ms
+                share = "–" if not whole else f"{100 * count.busy_ms / whole:.0f} %"
+                cells = [f"{count.launches:,}", f"{count.kernels:,}", _milliseconds(count.busy_ms), share]
+            rows.append([_cell(cell) for cell in (case.name, name, *cells)])
+    if not rows:
+        return []
+    head = ["case", "variant", "launches", "kernels", "GPU busy, ms", "share"]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def _backends(run: Run) -> list[str]:

@@ -4,13 +4,14 @@ Every variant of a comparison comes as a list of zero-argument calls, one per in
 
 - Cold L2: successive calls walk through the input sets, and a buffer larger than the L2 cache is written before
   each sample (which also gives the host a head start, so that launch latency stays out of the sample).
-- Under a millisecond between two events, host included: if the fastest variant takes less, every variant of the
+- Under five milliseconds between two events, host included: if the fastest variant takes less, every variant of the
   comparison is captured into a CUDA graph of repeated calls, so that none of them is charged for the host. A variant
-  that cannot be captured is timed as a loop between two events, and its `method` says so.
+  that cannot be captured is timed as a loop between two events, and its `method` says so. The graphs of a comparison
+  share their memory, which none of them leaves anything in.
 - Interleaved: one sample of each variant per round, the order turning with the round, so that clocks and
   temperature drift alike for all.
 - Nothing is timed before it was checked: the caller's `check` sees the output of each variant first. A variant that
-  raises is kept as a row with its error; it never stops the others.
+  raises, then or later, is kept as a row with its error; it never stops the others.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 __all__ = [
     "Call",
+    "Launches",
     "Sampler",
     "Start",
     "Timing",
@@ -39,9 +42,11 @@ __all__ = [
 
 Call = Callable[[], object]
 
-GRAPH_BELOW_S = 1e-3
-"""Calls faster than this are repeated within a sample: by a CUDA graph on a GPU, by a loop on the CPU. A call of ten
-launches takes the host about this long where the GPU is done in a tenth of it."""
+GRAPH_BELOW_S = 5e-3
+"""Calls faster than this are captured into a CUDA graph on a GPU: fifty operators take the host about this long where
+the GPU is done in a tenth of it."""
+LOOP_BELOW_S = 1e-3
+"""Calls faster than this are repeated within a sample on the CPU, by a loop."""
 SAMPLE_S = 1e-3
 """How long a sample of repeated calls should last, in seconds."""
 MAX_REPEATS = 256
@@ -90,6 +95,23 @@ class Start:
     cold_ms: float | None
     new_ms: float | None
     prepare_ms: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a call launches (see `bench._launches`).
+
+    Attributes:
+        launches: calls of the host that start something on the GPU; None if the variant could not be watched.
+        kernels: what ran there.
+        busy_ms: milliseconds during which something ran.
+        error: None, or why there is no count.
+    """
+
+    launches: int | None
+    kernels: int | None
+    busy_ms: float | None
     error: str | None = None
 
 
@@ -168,8 +190,19 @@ class _Events(Sampler):
         return [begin.elapsed_time(end) * 1e-3 / self.repeats for begin, end in pairs]
 
 
+class _Pool:
+    """Memory that several graphs share, which run one after another and leave nothing behind that is read later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        # A pool lives as long as a graph of it does; this one cannot fail.
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=self.handle):
+            torch.zeros(1, device=device)
+
+
 class _Graph(_Events):
-    def __init__(self, calls: Sequence[Call], repeats: int, device: torch.device) -> None:
+    def __init__(self, calls: Sequence[Call], repeats: int, device: torch.device, pool: _Pool | None) -> None:
         super().__init__(calls, repeats, device)
         self.method = f"graph of {repeats} calls"
         # Handles, autograd's threads and cuBLAS workspaces are made at first use, which must not be the capture.
@@ -180,7 +213,7 @@ class _Graph(_Events):
                 call()
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool.handle if pool else None):
             for _ in range(repeats):
                 self._turn()()
 
@@ -255,19 +288,26 @@ def _estimate_gpu(calls: Sequence[Call], device: torch.device) -> float:
     return max(min(events.collect()), 1e-7)
 
 
+def _below(device: torch.device) -> float:
+    return GRAPH_BELOW_S if device.type == "cuda" else LOOP_BELOW_S
+
+
 def _repeats(seconds: float, sets: int) -> int:
     """Calls per sample: about SAMPLE_S long, and a whole number of turns through the input sets where that fits."""
     wanted = max(1, min(MAX_REPEATS, math.ceil(SAMPLE_S / seconds)))
     return min(MAX_REPEATS, math.ceil(wanted / sets) * sets)
 
 
-def sampler(calls: Sequence[Call], device: torch.device | str, *, repeated: bool | None = None) -> Sampler:
+def sampler(
+    calls: Sequence[Call], device: torch.device | str, *, repeated: bool | None = None, pool: _Pool | None = None
+) -> Sampler:
     """The sampler that fits one variant.
 
     Args:
         calls: one call per input set, all warm (compiled, autotuned) already.
         device: where they run.
         repeated: take many calls per sample; None decides by the rule above.
+        pool: where a graph has its memory; None gives it its own.
 
     Returns:
         A Sampler; on a GPU with `repeated`, a CUDA graph if the calls can be captured.
@@ -275,13 +315,13 @@ def sampler(calls: Sequence[Call], device: torch.device | str, *, repeated: bool
     device = torch.device(device)
     seconds = _estimate_gpu(calls, device) if device.type == "cuda" else _estimate(calls, device)
     if repeated is None:
-        repeated = seconds < GRAPH_BELOW_S
+        repeated = seconds < _below(device)
     repeats = _repeats(seconds, len(calls)) if repeated else 1
     if device.type != "cuda":
         return _Wall(calls, repeats)
     if repeated:
         try:
-            return _Graph(calls, repeats, device)
+            return _Graph(calls, repeats, device, pool)
         except RuntimeError:  # something in it synchronizes or is otherwise not capturable
             torch.cuda.synchronize(device)
     return _Events(calls, repeats, device)
@@ -365,18 +405,36 @@ def measure(
 
     samplers: dict[str, Sampler] = {}
     seconds: dict[str, list[float]] = {name: [] for name in alive}
+
+    def tried(name: str, work: Callable[[], Any]) -> Any:
+        """What work returns, or None: then the variant is out of the comparison, for lack of memory for example."""
+        try:
+            return work() if name in alive else None
+        except Exception as error:
+            errors[name] = describe_error(error)
+            alive.pop(name)
+            return None
+
+    estimate = _estimate_gpu if device.type == "cuda" else _estimate
+    estimates = [tried(name, functools.partial(estimate, calls, device)) for name, calls in list(alive.items())]
     if alive:
-        estimate = _estimate_gpu if device.type == "cuda" else _estimate
-        repeated = min(estimate(calls, device) for calls in alive.values()) < GRAPH_BELOW_S
-        samplers = {name: sampler(calls, device, repeated=repeated) for name, calls in alive.items()}
-        one_round = _warm_up(list(samplers.values()))
-        count = max(rounds[0], min(rounds[1], int(budget_s / max(one_round, 1e-6))))
+        repeated = min(one for one in estimates if one is not None) < _below(device)
+        pool = _Pool(device) if repeated and device.type == "cuda" else None
+        for name, calls in list(alive.items()):
+            make = functools.partial(sampler, calls, device, repeated=repeated, pool=pool)
+            found = tried(name, make)
+            if found is not None:
+                samplers[name] = found
+    if samplers:
         names = list(samplers)
+        one_round = _warm_up(functools.partial(tried, name, one.sample) for name, one in samplers.items())
+        count = max(rounds[0], min(rounds[1], int(budget_s / max(one_round, 1e-6))))
         for turn in range(count):
             for i in range(len(names)):
-                samplers[names[(i + turn) % len(names)]].launch()
+                name = names[(i + turn) % len(names)]
+                tried(name, samplers[name].launch)
             for name in names:
-                seconds[name] += samplers[name].collect()
+                seconds[name] += tried(name, samplers[name].collect) or []
 
     result = {}
     for name in variants:
@@ -390,18 +448,18 @@ def measure(
     return result
 
 
-def _warm_up(samplers: Iterable[Sampler]) -> float:
+def _warm_up(samples: Iterable[Callable[[], object]]) -> float:
     """Run rounds for WARM_UP_S seconds, at least two unless one is slow; returns the wall seconds of the last one."""
-    samplers = list(samplers)
+    samples = list(samples)
     begin = time.perf_counter()
     turns = 0
     while True:
         started = time.perf_counter()
-        for one in samplers:
-            one.sample()
+        for sample in samples:
+            sample()
         turns += 1
         now = time.perf_counter()
-        enough = turns >= 2 or now - started > len(samplers) * SLOW_S
+        enough = turns >= 2 or now - started > len(samples) * SLOW_S
         if enough and now - begin > WARM_UP_S:
             return now - started
 

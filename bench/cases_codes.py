@@ -406,7 +406,9 @@ def _module_case(model: Model, training: bool, small: bool) -> Case:
             x, codebook = inputs
             module, batch = _residual_vq_of(codebook, depth).train(training), x[None].requires_grad_(training)
             if swap:
-                accelerate(module, verbose=False)
+                refused = accelerate(module, verbose=False).refused
+                if refused:
+                    raise RuntimeError(f"not swapped: {refused}")
 
             def call() -> Pair:
                 quantized, codes, _ = module(batch)

@@ -1,9 +1,9 @@
 """Cases of the family `depth`: all codes of a position by published depth transformers, on random weights.
 
-`<model>/r<rows>`: so many rows, half of them unconditional (guidance 3, top-k 900, top-p 0.96, as VILA-U draws), in
-bfloat16, with noise given. `width-1024` is a head of 98 M weights; `rq-1.4b` and `rq-3.8b` are the heads of
-RQ-Transformer's ImageNet models. Least traffic: every weight that a depth needs, once a depth. The weights are the same
-in all input sets: they are larger than the cache.
+`<model>/r<rows>`: so many rows, half of them unconditional (guidance 3, top-k 900, top-p 0.96, as VILA-U draws; one row
+is without guidance), in bfloat16, with noise given. `width-1024` is a head of 98 M weights; `rq-1.4b` and `rq-3.8b` are
+the heads of RQ-Transformer's ImageNet models. Least traffic: every weight that a depth needs, once a depth. The weights
+are the same in all input sets: they are larger than the cache.
 
 `qwen3-tts-0.6b/r<rows>` is the code predictor of that speech model's size: 5 layers, 15 codes of a frame, no guidance,
 temperature .9, top-k 50.
@@ -32,10 +32,13 @@ from unifiedar.ops.depth import served_by
 
 __all__ = ["cases"]
 
-SETTINGS: dict[str, Any] = {"guidance": 3.0, "top_k": 900, "top_p": 0.96}
+SETTINGS: dict[str, Any] = {"top_k": 900, "top_p": 0.96}
+GUIDANCE = 3.0
+ROWS = (1, 2, 8, 16, 64)
 
 Inputs = dict[str, Any]
-"""module; hidden (rows, hidden_dim); codebook (K, C); noise (rows / 2, D, K); weights, the module's tensors."""
+"""module; hidden (rows, hidden_dim); codebook (K, C); noise (positions, D, K), half as many positions as rows with
+guidance; guidance or None; weights, the module's tensors."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Model:
 
 
 MODELS = (
-    (Model("width-1024", 4096, 1024, 1024, 6, 16, 4, 16384), (2, 16, 32)),
-    (Model("vila-u-256", 4096, 1024, 2560, 6, 40, 4, 16384), (2, 16, 32)),
-    (Model("vila-u-384", 4096, 1152, 2560, 6, 40, 16, 16384), (2, 16)),
-    (Model("rq-1.4b", None, 256, 1536, 6, 24, 4, 16384), (2, 16)),
-    (Model("rq-3.8b", None, 256, 2560, 6, 40, 4, 16384), (16,)),
+    Model("width-1024", 4096, 1024, 1024, 6, 16, 4, 16384),
+    Model("vila-u-256", 4096, 1024, 2560, 6, 40, 4, 16384),
+    Model("vila-u-384", 4096, 1152, 2560, 6, 40, 16, 16384),
+    Model("rq-1.4b", None, 256, 1536, 6, 24, 4, 16384),
+    Model("rq-3.8b", None, 256, 2560, 6, 40, 4, 16384),
 )
 
 
@@ -96,10 +99,13 @@ FRAME: dict[str, Any] = {"temperature": 0.9, "top_k": 50}
 def cases(device: torch.device) -> list[Case]:
     """Every model and number of rows; on the CPU narrow ones of two layers, so that it takes seconds."""
     if device.type == "cuda":
-        speech = [_speech_case(QWEN3_TTS, rows, device) for rows in (1, 8, 32)]
-        return [_case(model, rows, device) for model, counts in MODELS for rows in counts] + speech
+        # 32 rows are the most that one launch of the CUDA kernel takes.
+        counts = {"width-1024": (*ROWS, 32), "vila-u-256": (*ROWS, 32)}
+        found = [_case(model, rows, device) for model in MODELS for rows in sorted(counts.get(model.name, ROWS))]
+        return found + [_speech_case(QWEN3_TTS, rows, device) for rows in sorted((*ROWS, 32))]
     narrow = Model("narrow", 128, 32, 128, 2, 2, 4, 1024)
-    return [_case(narrow, 2, device), _speech_case(Speech("narrow-speech", 64, 2, 2, 1, 32, 96, 3, 256), 2, device)]
+    speech = Speech("narrow-speech", 64, 2, 2, 1, 32, 96, 3, 256)
+    return [_case(narrow, 1, device), _case(narrow, 2, device), _speech_case(speech, 2, device)]
 
 
 def _peers(formula: Callable[[Inputs], tuple[Tensor, Tensor]], device: torch.device) -> list[Variant]:
@@ -135,19 +141,19 @@ def _module(model: Model, device: torch.device) -> tuple[DepthTransformer, Tenso
 
 def _case(model: Model, rows: int, device: torch.device) -> Case:
     small = device.type != "cuda"
+    count, guidance = (rows, None) if rows % 2 else (rows // 2, GUIDANCE)
 
     def make(seed: int, device: torch.device) -> Inputs:
         module, codebook = _module(model, device)
         generator = torch.Generator(device).manual_seed(seed)
         hidden = torch.randn(rows, model.hidden_dim or model.dim, device=device, generator=generator)
-        noise = torch.empty(rows // 2, model.depth, model.num_codes, device=device).exponential_(generator=generator)
-        weights = list(module.parameters())
-        return {"module": module, "hidden": hidden.bfloat16(), "codebook": codebook, "noise": noise, "weights": weights}
+        noise = torch.empty(count, model.depth, model.num_codes, device=device).exponential_(generator=generator)
+        given = {"hidden": hidden.bfloat16(), "codebook": codebook, "noise": noise, "guidance": guidance}
+        return {"module": module, "weights": list(module.parameters()), **given}
 
     def decode(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
-        found = inputs["module"].decode(
-            inputs["hidden"], inputs["codebook"], noise=inputs["noise"], backend=backend, **SETTINGS
-        )
+        rest = {key: inputs[key] for key in ("codebook", "noise", "guidance")}
+        found = inputs["module"].decode(inputs["hidden"], **rest, **SETTINGS, backend=backend)
         return found.codes, found.total
 
     def variant(name: str, role: str, backend: str) -> Variant:
@@ -155,7 +161,7 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
 
     variants = [variant(OURS, "ours", "auto")]
     if not small:
-        variants += [variant(f"{OURS} {name}", "backend", name) for name in ("cuda", "eager")]
+        variants += [variant(f"{OURS} {name}", "backend", name) for name in ("cuda", "triton", "eager")]
     variants += _peers(_cached, device)
     variants.append(Variant("published code", "peer", lambda inputs: lambda: _published(inputs)))
 
@@ -163,7 +169,7 @@ def _case(model: Model, rows: int, device: torch.device) -> Case:
         name=f"{model.name}/r{rows}",
         shape={"R": rows, "W": model.dim, "D": model.depth, "K": model.num_codes, "C": model.code_dim},
         dtype=torch.bfloat16,
-        bytes=2 * model.streamed() + 4 * (rows // 2) * model.depth * model.num_codes,
+        bytes=2 * model.streamed() + 4 * count * model.depth * model.num_codes,
         flops=2 * rows * model.streamed(),
         make=make,
         variants=variants,
@@ -265,16 +271,15 @@ def _check(inputs: Inputs) -> Check:
     """Each code is what the definition draws after those before it, but for one in five: so many draws at guidance 3
     turn on the half-precision roundings of the definition's own states, of which the kernel has none."""
     module, codebook, hidden, noise = (inputs[key] for key in ("module", "codebook", "hidden", "noise"))
+    cuts = {**SETTINGS, "guidance": inputs["guidance"]}
 
     def check(variant: Variant, output: object) -> None:
         assert isinstance(output, tuple)
         codes, total = output
         sums = residual_lookup(codes, codebook, cumulative=True)
         with torch.no_grad():
-            logits = module(hidden, torch.cat([sums, sums]))
-        want = torch.stack(
-            [sample_codes(logits[:, d], noise=noise[:, d], **SETTINGS) for d in range(codes.shape[1])], 1
-        )
+            logits = module(hidden, _each_row(inputs, sums))
+        want = torch.stack([sample_codes(logits[:, d], noise=noise[:, d], **cuts) for d in range(codes.shape[1])], 1)
         differ = int((codes != want).sum())
         if differ > codes.numel() / 10 + 1:
             raise ValueError(f"wrong result: {differ} of {codes.numel()} codes differ")
@@ -284,18 +289,23 @@ def _check(inputs: Inputs) -> Check:
     return check
 
 
+def _each_row(inputs: Inputs, positions: Tensor) -> Tensor:
+    """What belongs to positions, for their rows: with guidance those without condition come after all others."""
+    return positions if inputs["guidance"] is None else torch.cat([positions, positions])
+
+
 @torch.no_grad()
 def _cached(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """A step at a time with keys and values kept, as plain modules."""
     module, codebook, noise = inputs["module"], inputs["codebook"], inputs["noise"]
     x, codes = module.in_mlp_2(inputs["hidden"]), []
-    total = codebook.new_zeros(len(x) // 2, codebook.shape[1])
+    total = codebook.new_zeros(len(noise), codebook.shape[1])
     cache = module.head_transformer.cache(x, module.depth)
     for d in range(module.depth):
         x = module.head_transformer((x + module.pos_emb_d[:, d]).unsqueeze(1), cache, d)
-        codes.append(_draw(module.classifier_mlp(x[:, 0]), noise[:, d]))
+        codes.append(_draw(module.classifier_mlp(x[:, 0]), noise[:, d], inputs["guidance"]))
         total = total + codebook[codes[-1]]
-        x = module.in_mlp_1(torch.cat([total, total]))
+        x = module.in_mlp_1(_each_row(inputs, total))
     return torch.stack(codes, 1), total
 
 
@@ -307,18 +317,20 @@ def _published(inputs: Inputs) -> tuple[Tensor, Tensor]:
     sums: list[Tensor] = []
     codes: list[Tensor] = []
     for d in range(module.depth):
-        x = torch.cat([head, module.in_mlp_1(torch.stack(sums, 1).repeat(2, 1, 1))], 1) if sums else head
+        x = torch.cat([head, module.in_mlp_1(_each_row(inputs, torch.stack(sums, 1)))], 1) if sums else head
         x = module.head_transformer(x + module.pos_emb_d[:, : d + 1])
-        codes.append(_draw(module.classifier_mlp(x[:, -1]), noise[:, d]))
+        codes.append(_draw(module.classifier_mlp(x[:, -1]), noise[:, d], inputs["guidance"]))
         chosen = codebook[codes[-1]]
         sums.append(sums[-1] + chosen if sums else chosen)
     return torch.stack(codes, 1), sums[-1]
 
 
-def _draw(logits: Tensor, noise: Tensor) -> Tensor:
+def _draw(logits: Tensor, noise: Tensor, guidance: float | None) -> Tensor:
     """Guidance, top-k by topk, top-p by a whole sort, and a race: no wait for the host."""
-    conditional, unconditional = logits.chunk(2)
-    scores = (unconditional + (conditional - unconditional) * SETTINGS["guidance"]).float()
+    if guidance is not None:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + (conditional - unconditional) * guidance
+    scores = logits.float()
     kth = scores.topk(SETTINGS["top_k"], dim=-1).values[:, -1:]
     p = scores.masked_fill(scores < kth, -torch.inf).softmax(-1)
     ordered, index = p.sort(dim=-1, descending=True, stable=True)
