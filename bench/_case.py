@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,16 @@ def _said(cost: Start) -> str:
     return f"beginning: cold {cost.cold_ms:.0f} ms, {new}preparing {cost.prepare_ms:.2f} ms"
 
 
+def _begin(start: Callable[[str, str], Start], case: Case, at_once: int) -> dict[str, Start]:
+    names = [one.name for one in case.variants if one.role != "yardstick"]
+    at_once = min(at_once, len(names))
+    if at_once == 1:
+        return {name: start(case.name, name) for name in names}
+    with ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(lambda name: replace(start(case.name, name), at_once=at_once), names)
+        return dict(zip(names, found, strict=True))
+
+
 def _told(count: Launches) -> str:
     if count.kernels is None:
         return f"on the GPU: {count.error}"
@@ -200,6 +211,7 @@ def run_family(
     commit: str | None = None,
     budget_s: float = 1.0,
     start: Callable[[str, str], Start] | None = None,
+    starts_at_once: int = 1,
     count: Callable[[Call], Launches] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Run:
@@ -212,6 +224,7 @@ def run_family(
         commit: of the sources (see `bench._results.environment`).
         budget_s: seconds of samples per case.
         start: takes the names of a case and a variant and measures what beginning costs; None leaves that out.
+        starts_at_once: how many of a case's variants do so side by side.
         count: takes a call of every variant that was timed and counts what it launches; None leaves that out.
         report: called with a line of text per variant as results come in.
 
@@ -267,7 +280,7 @@ def run_family(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the next case finds whole blocks
         if start is not None:
-            begun = {one.name: start(case.name, one.name) for one in case.variants if one.role != "yardstick"}
+            begun = _begin(start, case, starts_at_once)
             row = replace(row, starts=begun)
             for name, cost in begun.items():
                 report(f"{case.name:32} {name:28} {_said(cost)}")

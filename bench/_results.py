@@ -278,6 +278,7 @@ _CASE: _Rules = {
 _START: _Rules = {
     **dict.fromkeys(("cold_ms", "new_ms", "prepare_ms"), (_NUMBER, True)),
     "error": (_TEXT, True),
+    "at_once": (_INT, False),
 }
 _LAUNCHES: _Rules = {
     **dict.fromkeys(("launches", "kernels"), (_INT, True)),
@@ -335,7 +336,7 @@ def _check_timing(document: object, where: str) -> None:
 
 
 def _check_start(document: object, where: str) -> None:
-    start = _check(document, _START, where)
+    start = _check(document, _START, where, absent=("at_once",))
     times = [start[name] for name in ("cold_ms", "new_ms", "prepare_ms")]
     if start["error"] is not None:
         if times != [None, None, None]:

@@ -34,7 +34,7 @@ _DIFFER = (
 )
 _STARTS = """What beginning costs, in milliseconds of wall time (`bench/_start.py`): the first call in a fresh process,
 compiling included; the first call afterwards with another schedule; what is done once a schedule, such as making a
-mask:"""
+mask{beside}:"""
 
 
 _LAUNCHES = """What a call launches (`bench/_launches.py`): calls of the host, a CUDA graph being one; what then ran on
@@ -152,7 +152,9 @@ def _section(run: Run, plot: str | None) -> str:
         lines += ["", _DIFFER, "", *differ]
     starts = _starts(run)
     if starts:
-        lines += ["", _STARTS, "", *starts]
+        at_once = max(start.at_once for case in run.cases for start in case.starts.values())
+        beside = f" (up to {at_once} processes at once)" if at_once > 1 else ""
+        lines += ["", _STARTS.format(beside=beside), "", *starts]
     launches = _launches(run)
     if launches:
         lines += ["", _LAUNCHES, "", *launches]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -563,6 +564,25 @@ def test_run_family_asks_for_beginnings(tmp_path, matplotlib):
     assert "ImportError: no \\| such" in text
 
 
+def test_beginnings_side_by_side(tmp_path, matplotlib):
+    """All of them are under way before one ends, and the file and the scoreboard say so."""
+    names = {variant.name for variant in _case().variants}
+    together = threading.Barrier(len(names), timeout=60)
+
+    def start(case, name):
+        together.wait()
+        return Start(1.0, None, float(len(name)))
+
+    run = run_family("toy", [_case()], CPU, budget_s=0.02, commit="c", start=start, starts_at_once=99)
+    starts = run.cases[0].starts
+    assert {name: (one.prepare_ms, one.at_once) for name, one in starts.items()} == {
+        name: (len(name), len(names)) for name in names
+    }
+    assert _results.read(_results.write(run, tmp_path / "results")) == run
+    text = _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
+    assert f"such as making a\nmask (up to {len(names)} processes at once):" in text
+
+
 @pytest.mark.parametrize(
     ("start", "text"),
     [
@@ -984,6 +1004,7 @@ def test_command_says_what_failed_while_warming(capsys, monkeypatch):
         (["codes", "--device", "cpu", "--budget", "0"], "--budget must be positive, got 0"),
         (["codes", "nope", "--device", "cpu"], "nope: no family; there are attention, codes"),
         (["codes", "--device", "cpu", "--warm", "0"], "--warm must be at least 1, got 0"),
+        (["codes", "--device", "cpu", "--starts", "0"], "--starts must be at least 1, got 0"),
         (["codes", "--device", "cpu", "--warm", "1", "--starts"], "--starts times beginnings with empty caches"),
         (["codes", "--device", "cpu", "--warm", "1", "--budget", "-1"], "--budget must be positive, got -1"),
     ],
