@@ -196,11 +196,16 @@ class _Pool:
     """Memory that several graphs share, which run one after another and leave nothing behind that is read later."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.renew()
+
+    def renew(self) -> None:
+        """Other memory for the graphs to come: what a capture that failed wrote into takes no further one."""
         self.handle = torch.cuda.graph_pool_handle()
         # A pool lives as long as a graph of it does; this one cannot fail.
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=self.handle):
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=self._device)
 
 
 class _Graph(_Events):
@@ -326,6 +331,8 @@ def sampler(
             return _Graph(calls, repeats, device, pool)
         except RuntimeError:  # something in it synchronizes or is otherwise not capturable
             torch.cuda.synchronize(device)
+            if pool:
+                pool.renew()
     return _Events(calls, repeats, device)
 
 
