@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench._results import CaseResult, Run, environment
+from bench._results import CaseResult, Run, Yardstick, environment
 from bench._time import (
     Call,
     Launches,
@@ -49,11 +49,13 @@ class Variant:
             "peer", or "yardstick" (which computes something else).
         bind: takes an input set, returns the call to time. What a user would do once (compiling, building a module)
             happens in `bind` or before; what they would do on every call happens in the call.
+        flops: operations of a yardstick, where they are not the case's.
     """
 
     name: str
     role: str
     bind: Callable[[Any], Call]
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,11 @@ def run_family(
             ours=next(timing for name, timing in timings.items() if roles[name] == "ours"),
             backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
             peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
+            yardsticks={
+                one.name: Yardstick(timings[one.name], case.flops if one.flops is None else one.flops)
+                for one in case.variants
+                if one.role == "yardstick" and one.name in timings
+            },
         )
         if count is not None:
             watched = {name: count(prepared.calls[name][0]) for name, timing in timings.items() if not timing.error}

@@ -29,6 +29,8 @@ _LEGEND = """
   at the ceilings measured in the same run.
 - *extra memory*: peak device memory during a call beyond inputs and outputs, ours / best peer.
 """
+_YARDSTICKS = """Beside what computes something else (attention without a mask: all scores, where ours are the visible ones),
+in TFLOP/s of the operations that each has to do, and milliseconds:"""
 _DIFFER = (
     """Codes that are not the ones that float64 chooses on the path taken, in a million; of a pyramid of bits, bits:"""
 )
@@ -147,6 +149,9 @@ def _section(run: Run, plot: str | None) -> str:
     backends = _backends(run)
     if backends:
         lines += ["", "Our backends one by one:", "", *backends]
+    yardsticks = _yardsticks(run)
+    if yardsticks:
+        lines += ["", _YARDSTICKS, "", *yardsticks]
     differ = _differ(run)
     if differ:
         lines += ["", _DIFFER, "", *differ]
@@ -174,6 +179,25 @@ def _starts(run: Run) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
+def _yardsticks(run: Run) -> list[str]:
+    names = list(dict.fromkeys(name for case in run.cases for name in case.yardsticks))
+    if not names:
+        return []
+
+    def cell(timing: Timing, flops: int) -> str:
+        if timing.median_ms is None:
+            return "failed"
+        return f"{flops / timing.median_ms / 1e9:.1f} ({_milliseconds(timing.median_ms)})"
+
+    rows = [["case", "ours", *names], ["---"] * (2 + len(names))]
+    for case in run.cases:
+        if case.yardsticks:
+            found = [case.yardsticks.get(name) for name in names]
+            cells = ["–" if one is None else cell(one.timing, one.flops) for one in found]
+            rows.append([_cell(case.name), cell(case.ours, case.flops), *cells])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def _differ(run: Run) -> list[str]:
     found = {case.name: {"ours": case.ours, **case.backends, **case.peers} for case in run.cases}
     names = [
@@ -194,7 +218,7 @@ def _differ(run: Run) -> list[str]:
 def _launches(run: Run) -> list[str]:
     rows = []
     for case in run.cases:
-        others = {**case.backends, **case.peers}
+        others = {**case.backends, **case.peers, **{name: one.timing for name, one in case.yardsticks.items()}}
         for name, count in case.launches.items():
             if count.busy_ms is None:
                 cells = [count.error or "", "", "", ""]

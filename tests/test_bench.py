@@ -301,6 +301,7 @@ def _drop(*path):
         (_set(["cases", 0, "ours", "error"], "no"), "ours: has both an error and times"),
         (_set(["cases", 0, "peers", "peer", "samples"], 1.5), "peers: peer: samples must be int, got 1.5"),
         (_set(["cases", 0, "ours", "differ"], 1.5), "ours: differ must be at most 1, got 1.5"),
+        (_set(["cases", 0, "yardsticks"], {"dense": {"flops": 1}}), "yardsticks: dense: lacks timing"),
         (_set(["cases", 1, "name"], "model/forward"), "name occurs twice"),
     ],
 )
@@ -884,6 +885,37 @@ def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
     assert "2.00× (fast peer)" in svg
     assert "0.50× (fast peer)" in svg
     assert "d/forward" not in svg
+
+
+def test_scoreboard_sets_ours_beside_yardsticks(tmp_path, matplotlib):
+    dense = _results.Yardstick(timing(4.0), 8 * 10**9)
+    one = row("a/forward", ours=2.0, flops=10**9, yardsticks={"dense": dense})
+    bad = row("b/forward", yardsticks={"dense": _results.Yardstick(timing(0, error="RuntimeError: no"), 1)})
+    run = Run("attention", environment(), [one, bad, row("c/forward")])
+    assert _results.read(_results.write(run, tmp_path / "results")) == run
+    text = _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
+    lines = text[text.index("Beside what computes something else") :].splitlines()
+    assert lines[3:7] == [
+        "| case | ours | dense |",
+        "| --- | --- | --- |",
+        "| a/forward | 0.5 (2.000) | 2.0 (4.000) |",
+        "| b/forward | 0.0 (1.000) | failed |",
+    ]
+    assert not any(line.startswith("| c/forward") for line in lines)
+    assert "dense" not in _line(text, "| a/forward | N")
+
+
+def test_run_family_keeps_yardsticks_with_their_operations(tmp_path):
+    variants = (*_case().variants[:1], Variant("dense", "yardstick", lambda inputs: lambda: inputs[0] + 1, 1000))
+    run = run_family("toy", [_case(variants=variants)], CPU, budget_s=0.01, commit="c")
+    (found,) = run.cases[0].yardsticks.items()
+    assert found == ("dense", _results.Yardstick(found[1].timing, 1000))
+    assert found[1].timing.median_ms > 0
+    assert run.cases[0].peers == {}
+    for case in family_cases("attention", "cuda"):
+        for variant in case.variants:
+            assert (variant.flops is not None) == (variant.role == "yardstick")
+            assert variant.flops is None or variant.flops >= case.flops
 
 
 def test_scoreboard_shows_codes_unlike_float64(tmp_path, matplotlib):
