@@ -29,8 +29,8 @@ _LEGEND = """
   at the ceilings measured in the same run.
 - *extra memory*: peak device memory during a call beyond inputs and outputs, ours / best peer.
 """
-_YARDSTICKS = """Beside what computes something else (attention without a mask: all scores, where ours are the visible ones),
-in TFLOP/s of the operations that each has to do, and milliseconds:"""
+_YARDSTICKS = """Beside what computes something else (attention without a mask: all scores, where ours are the visible
+ones), in TFLOP/s of the operations that each has to do, and milliseconds:"""
 _DIFFER = (
     """Codes that are not the ones that float64 chooses on the path taken, in a million; of a pyramid of bits, bits:"""
 )
