@@ -577,6 +577,28 @@ def test_bad_arguments(call, text):
         call(ResidualQuantizer(8, 4, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"update": "depth"}], ids=str)
+def test_a_cast_module_trains(dtype, options):
+    torch.manual_seed(6)
+    module = ResidualQuantizer(8, 4, 2, decay=0.5, **options).train()
+    x = torch.randn(40, 4).to(dtype)
+    state, seed = module.state_dict(), torch.get_rng_state()
+    cast = ResidualQuantizer(8, 4, 2, decay=0.5, **options).train()
+    cast.load_state_dict({name: one.to(dtype).float() for name, one in state.items()})
+    module.load_state_dict(cast.state_dict())
+    module.to(dtype)
+    outcomes = []
+    for one in (cast, module):
+        torch.set_rng_state(seed)
+        outcomes.append(one(x))
+    assert torch.equal(outcomes[0].codes, outcomes[1].codes) or options.get("update") == "depth"
+    assert outcomes[1].features.dtype == dtype
+    for name, moved in module.state_dict().items():
+        assert moved.dtype == dtype
+        torch.testing.assert_close(moved.float(), cast.state_dict()[name], rtol=0.02, atol=0.02)
+
+
 def test_no_vectors_are_quantized_to_none():
     module = ResidualQuantizer(8, 4, 2).eval()
     found = module(torch.zeros(0, 3, 4))

@@ -161,6 +161,7 @@ def _move(
 ) -> None:
     """`Codebook.update` of several tables, all arguments stacked: counts (B, K), sums and candidates (B, K, C)."""
     one = len(books) == 1
+    sums = sums.to(books[0].embed_ema.dtype)  # a whole model may have been cast
     sizes = books[0].cluster_size_ema[None] if one else torch.stack([book.cluster_size_ema for book in books])
     # Not lerp_: a code of one vector a step stays at 1, the limit of the dead, only as the published code rounds.
     sizes.mul_(decay).add_(counts, alpha=1 - decay)
