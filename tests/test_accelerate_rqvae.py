@@ -580,7 +580,7 @@ def test_bad_arguments(call, text):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"shared": False}, {"update": "depth"}], ids=str)
 def test_a_cast_module_trains(dtype, options):
-    torch.manual_seed(6)
+    torch.manual_seed(6)  # of draws without a near tie
     module = ResidualQuantizer(8, 4, 2, decay=0.5, **options).train()
     x = torch.randn(40, 4).to(dtype)
     state, seed = module.state_dict(), torch.get_rng_state()
@@ -592,7 +592,7 @@ def test_a_cast_module_trains(dtype, options):
     for one in (cast, module):
         torch.set_rng_state(seed)
         outcomes.append(one(x))
-    assert torch.equal(outcomes[0].codes, outcomes[1].codes) or options.get("update") == "depth"
+    assert torch.equal(outcomes[0].codes, outcomes[1].codes)
     assert outcomes[1].features.dtype == dtype
     for name, moved in module.state_dict().items():
         assert moved.dtype == dtype
