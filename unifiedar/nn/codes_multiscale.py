@@ -184,6 +184,7 @@ class MultiScaleQuantizer(nn.Module):
         # As published: a scale of a step counts as one, so that only the very first row starts from a copy.
         seen = self.record_hit + torch.arange(steps, device=keys.device)
         weight = torch.where(seen < 100, 0.1, 0.01).masked_fill(seen == 0, 1)
+        hits = hits.to(self.ema_vocab_hit_SV.dtype)  # a whole model may have been cast
         self.ema_vocab_hit_SV.lerp_(hits.view(steps, num_codes), weight.to(hits.dtype)[:, None])
         self.record_hit += steps
 
