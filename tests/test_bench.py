@@ -1081,6 +1081,7 @@ def test_pytest_benchmark_shows_the_timer_s_figures(benchmark):
     case = next(case for case in family_cases("codes", CPU) if case.name == "rqvae-ffhq/forward")
     before = CLOCK.now
     run(case, "published code", benchmark)
+    assert {"shape", "dtype", "method", "bytes", "extra_memory_bytes", "differ"} == set(benchmark.extra_info)
     if benchmark.enabled:
         stats = benchmark.stats.stats
         assert benchmark.group == case.name
