@@ -338,7 +338,7 @@ def sampler(
 
 
 def extra_memory(call: Call, device: torch.device) -> int | None:
-    """Peak bytes of device memory during a call beyond inputs and outputs; None on the CPU, where it is not measured."""
+    """Peak bytes of device memory during a call beyond inputs and outputs; None on the CPU: not measured there."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
