@@ -8,7 +8,7 @@ import torch
 from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
-from unifiedar.nn import DepthTransformer
+from unifiedar.nn import DepthStyle, DepthTransformer
 from unifiedar.ops import DepthForm, _native, depth_decode, residual_lookup
 from unifiedar.ops.depth import _flatten, depth_pack
 
@@ -128,6 +128,35 @@ def test_bad_input(change, error, text):
     arguments = {"hidden": case.hidden, "codebook": case.codebook, "weights": case.weights} | change
     with pytest.raises(error, match=text):
         depth_decode(**arguments)
+
+
+SIZES = {"hidden_dim": 12, "code_dim": 6, "dim": 8, "num_layers": 1, "num_heads": 2, "depth": 3, "num_codes": 9}
+
+
+@pytest.mark.parametrize("name", ["dim", "num_heads", "depth", "num_codes"])
+def test_sizes_that_are_not(name):
+    with pytest.raises(ValueError, match=f"DepthTransformer: {name} must be at least 1, got 0"):
+        DepthTransformer(**SIZES | {name: 0})
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sums", "text"),
+    [
+        ((2, 11), (2, 3, 6), r"hidden must be \(2, 12\), got \(2, 11\)"),
+        ((2, 12), (2, 3, 5), r"running_sums must be \(2, 3, 6\), got \(2, 3, 5\)"),
+        ((2, 12), (2, 4, 6), r"running_sums must be \(2, 3, 6\)"),
+        ((2, 12), (1, 3, 6), r"running_sums must be \(2, 3, 6\)"),
+        ((2, 1, 12), (2, 3, 6), r"hidden must be \(2, 12\)"),
+    ],
+)
+def test_teacher_forcing_refuses_other_shapes(hidden, sums, text):
+    module = DepthTransformer(**SIZES).eval()
+    assert module(torch.randn(2, 12), torch.randn(2, 3, 6)).shape == (2, 3, 9)
+    with pytest.raises(ValueError, match=text):
+        module(torch.randn(hidden), torch.randn(sums))
+    module = DepthTransformer(12, None, 8, 1, 2, 3, 9, style=DepthStyle(state="every"))
+    with pytest.raises(ValueError, match=r"start must be \(2, 8\), got \(2, 6\)"):
+        module(torch.randn(2, 12), torch.randn(2, 3, 8), torch.randn(2, 6))
 
 
 def test_a_greedy_depth_needs_no_noise():

@@ -376,7 +376,40 @@ def test_unused_codes_begin_anew():
     assert len(pyramid(model, features)[1].unique()) > len(kept)
 
 
-def test_folder_with_tokenizer(tmp_path):
+def test_classes_without_names_are_drawn_by_number(tmp_path, capsys):
+    """As a published model's are."""
+    torch.manual_seed(0)
+    config = replace(SIZES, scales=TOKENIZER.scales, num_classes=12, num_codes=24, code_dim=8)
+    folder = VAR(config, VQVAE(TOKENIZER).eval()).eval().save_whole(tmp_path / "whole")
+    options = ["--model", str(folder), "--device", "cpu", "--seed", "3", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", "11", *options]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    wanted = VAR.from_checkpoint(folder).generate([11], seed=3, cfg=1.5, top_k=24, top_p=0.96)
+    assert torch.equal(wanted[0], drawn)
+    capsys.readouterr()
+    for wrong in ("12", "cat"):
+        assert cli.main(["generate", wrong, *options]) == 1
+        assert f"'{wrong}' is no class of the model" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("var-emoji" not in checkpoints.shipped(), reason="no weights in this checkout")
+def test_the_model_that_ships_draws(tmp_path):
+    """Its own class, not another one, and the same picture again; a red apple is red."""
+    model = VAR.from_checkpoint("var-emoji")
+    apple, other = (model.class_names.index(name) for name in ("red apple", "green apple"))
+    first, again, green = (
+        model.generate([label] * 4, cfg=3.0, top_k=900, top_p=0.96, seed=1).float() for label in (apple, apple, other)
+    )
+    assert first.shape == (4, 3, 64, 64)
+    assert torch.equal(first, again)
+    redness = [(one[:, 0] - one[:, 1]).mean() for one in (first, green)]
+    assert redness[0] > 20 > 0 > redness[1]
+    options = ["--model", "var-emoji", "--device", "cpu", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", "red apple", *options]) == 0
+
+
+def test_folder_with_tokenizer(tmp_path, capsys):
     torch.manual_seed(0)
     config = replace(SIZES, scales=TOKENIZER.scales, num_classes=2, num_codes=24, code_dim=8)
     model = VAR(config, VQVAE(TOKENIZER).eval()).eval()
@@ -385,8 +418,12 @@ def test_folder_with_tokenizer(tmp_path):
     assert again.class_names == ("dog", "cat")
     assert equal(again.whole(), model.whole())
     assert torch.equal(again.generate([1], seed=3), model.generate([1], seed=3))
-    alone = VAR.from_checkpoint(model.save(tmp_path / "alone"))
+    path = str(model.save(tmp_path / "alone"))
+    alone = VAR.from_checkpoint(path)
     assert alone.vae is None
+    capsys.readouterr()
+    assert cli.main(["generate", "cat", "--model", path, "-o", str(tmp_path / "x.png"), "--device", "cpu"]) == 1
+    assert "has no tokenizer, which drawing needs; save_whole stores both" in capsys.readouterr().err
     assert alone.class_names == ("dog", "cat")
     with pytest.raises(ValueError, match="vae must be there"):
         alone.save_whole(tmp_path / "x")

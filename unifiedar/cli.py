@@ -140,7 +140,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "draw pictures from prompts")
-    text = 'such as "red apple, noto style"; for a VAR the name of a class'
+    text = 'such as "red apple, noto style"; for a VAR the name, or the number, of a class'
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help=text)
     generate.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; - is stdin")
     _add_output(generate)
@@ -462,20 +462,21 @@ def _from_checkpoint(path: Path, device: str, dtype: Any) -> Any:
 
     if path.is_dir() and checkpoints.read_config(path).get("model") == "var":
         model = VAR.from_checkpoint(path, device, dtype)
-        if model.vae is None or not model.class_names:
-            raise checkpoints.CheckpointError(f"{path}: has no tokenizer, or no names of classes, which drawing needs")
+        if model.vae is None:
+            raise checkpoints.CheckpointError(f"{path}: has no tokenizer, which drawing needs; save_whole stores both")
         return _Classes(model)
     return VILAU.from_checkpoint(path, device=device, dtype=dtype)
 
 
 class _Classes:
-    """A VAR as `generate` asks for pictures: a prompt is the name of a class."""
+    """A VAR as `generate` asks for pictures: a prompt is the name of a class or, where they have none, its number."""
 
     image_tokens = 1  # a batch is reported whole
 
     def __init__(self, model: "VAR"):
         self.model = model
-        self.labels = {name: i for i, name in enumerate(model.class_names)}
+        names = model.class_names or tuple(map(str, range(model.config.num_classes)))
+        self.labels = {name: i for i, name in enumerate(names)}
 
     def misfit(self, prompt: str) -> str | None:
         """Why this is no class, if it is none."""
