@@ -735,6 +735,10 @@ def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
     assert "copy 3,000 GB/s" in text
     assert "no triton" in text
     assert "| a/forward | 3.000 |" in text, "the table of backends"
+    assert "| case | floor, ms | ours | unifiedar eager | fast peer | slow peer |" in text
+    assert "| a/forward | 0.2500 | 25 % | 8 % | 12 % | 6 % |" in text, "the floor over everyone's time"
+    assert "| c/forward | 0.2500 | 12 % | 8 % | – | – |" in text
+    assert "| d/forward | 0.2500 | – | 8 % | – | 6 % |" in text
 
     svg = (tmp_path / "docs" / "scoreboard-codes-test-gpu-9000.svg").read_text()
     assert "(scoreboard-codes-test-gpu-9000.svg)" in text
