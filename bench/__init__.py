@@ -2,11 +2,16 @@
 
     python -m bench list                       the families and their cases
     python -m bench codes [--case PATTERN]     measure a family, write bench/results/<family>-<device>-<commit>.json
+    python -m bench codes attention --warm 12  compile for the cases of two families, in twelve processes (see below)
     python -m bench scoreboard                 docs/scoreboard.md and its plots from the files in bench/results
     pytest bench/ --benchmark-only             the same cases and the same timer as a pytest-benchmark table
 
 Run from the root of a checkout. On a GPU the cases have the shapes of published models and the figures are GPU time; on
 a CPU they are small and the figures are wall time.
+
+A first run mostly waits for compilers, its peers' above all. The same command with `--warm JOBS` runs every case once,
+untimed, in that many processes that share the caches on disk, so that the timed run finds there what it needs; it says
+what failed (exit status 1 if ours did) and writes no results.
 
 To add a case, add a row to the family's table in `bench/cases_<family>.py`. To add a family, write two files:
 

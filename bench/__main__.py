@@ -1,10 +1,12 @@
-"""`python -m bench`: list the cases, measure a family, try tiles, certify attention, write scoreboard and card."""
+"""`python -m bench`: list the cases, measure families, try tiles, certify attention, write scoreboard and card."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from bench import _results, _scoreboard, card, certificate
 from bench._case import Case, families, family_cases, run_family
 from bench._launches import counted
 from bench._start import fresh
+from bench._time import Start
+from bench._warm import Task, share_caches, warm
 from bench.tune import KNOBS, tune
 
 
@@ -39,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 card.take(arguments.run, arguments.docs)
             print(f"wrote {card.write(arguments.docs)}")
             return 0
-        return _measure(arguments)
+        share_caches()
+        return _measure(arguments) if arguments.warm is None else _warm(arguments)
     except (_Problem, _results.ResultsError, _scoreboard.MissingMatplotlib, card.CardError) as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
@@ -77,16 +82,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     for family in families():
         measure = commands.add_parser(family, parents=[device], help=f"measure the family {family}")
+        measure.add_argument("more", nargs="*", metavar="FAMILY", help="further families, one after another")
         measure.add_argument(
             "--case", action="append", metavar="PATTERN", help="only cases of this name, e.g. 'vila-u-*'; repeatable"
         )
         measure.add_argument("--out", type=Path, default=_results.RESULTS, metavar="DIR", help="default: bench/results")
         measure.add_argument("--commit", help="of the sources measured; default: $UNIFIEDAR_COMMIT, then git")
-        measure.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="samples a case; default 1")
+        measure.add_argument(
+            "--budget",
+            type=float,
+            metavar="SECONDS",
+            help="samples a case; default 1 (with --warm: further calls, none)",
+        )
         measure.add_argument(
             "--starts",
             action="store_true",
             help="also what beginning costs: one fresh process for each variant",
+        )
+        measure.add_argument(
+            "--warm",
+            type=int,
+            metavar="JOBS",
+            help="time nothing and write nothing: run every case once, in JOBS processes, so that the same command "
+            "without --warm finds compiled what it needs",
         )
         measure.add_argument(
             "--launches", action="store_true", help="also what a call launches, and how long the GPU is busy with it"
@@ -161,23 +179,76 @@ def _certify(arguments: argparse.Namespace) -> int:
 
 def _measure(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
+    arguments.budget = 1.0 if arguments.budget is None else arguments.budget
     _check_budget(arguments)
-    cases = _chosen(family_cases(arguments.command, device), arguments.case)
-    run = run_family(
-        arguments.command,
-        cases,
-        device,
-        commit=arguments.commit,
-        budget_s=arguments.budget,
-        start=(lambda case, name: fresh(arguments.command, case, name, device)) if arguments.starts else None,
-        count=(lambda call: counted(call, device)) if arguments.launches else None,
-        report=lambda line: print(line, flush=True),
-    )
-    print(f"wrote {_results.write(run, arguments.out)}")
-    failed = [case for case in run.cases if case.ours.error]
+    failed = []
+    for family, cases in _by_family(arguments, device).items():
+        begin = functools.partial(_begin, family, device) if arguments.starts else None
+        run = run_family(
+            family,
+            cases,
+            device,
+            commit=arguments.commit,
+            budget_s=arguments.budget,
+            start=begin,
+            count=(lambda call: counted(call, device)) if arguments.launches else None,
+            report=lambda line: print(line, flush=True),
+        )
+        print(f"wrote {_results.write(run, arguments.out)}", flush=True)
+        failed += [case for case in run.cases if case.ours.error]
+        if len(run.cases) < len(cases):  # interrupted
+            break
     for case in failed:
         print(f"bench: {case.name}: ours failed: {case.ours.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _begin(family: str, device: torch.device, case: str, variant: str) -> Start:
+    return fresh(family, case, variant, device)
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    if arguments.warm < 1:
+        raise _Problem(f"--warm must be at least 1, got {arguments.warm}")
+    if arguments.starts:
+        raise _Problem("--starts times beginnings with empty caches, which --warm does nothing for: give one of them")
+    if arguments.budget is not None:
+        _check_budget(arguments)
+    chosen = _by_family(arguments, device)
+    tasks = [
+        Task(family, one.name, str(device), arguments.budget or 0.0) for family in chosen for one in chosen[family]
+    ]
+    begun = time.perf_counter()
+    try:
+        outcomes = warm(tasks, arguments.warm, report=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("bench: interrupted; what was compiled before is kept", file=sys.stderr)
+        return 1
+    failed = [(task, outcome.failed) for task, outcome in zip(tasks, outcomes, strict=True) if outcome.failed]
+    ran, raised = sum(outcome.ran for outcome in outcomes), sum(len(outcome.errors) for outcome in outcomes)
+    print(
+        f"{len(tasks)} cases in {time.perf_counter() - begun:.0f} s: {ran} variants ran, {raised} raised; "
+        f"{len(failed)} cases failed"
+    )
+    for task, error in failed:
+        print(f"bench: {task}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _by_family(arguments: argparse.Namespace, device: torch.device) -> dict[str, list[Case]]:
+    """The cases that were asked for, by the families that were."""
+    asked = list(dict.fromkeys([arguments.command, *arguments.more]))
+    for family in asked:
+        if family not in families():
+            raise _Problem(f"{family}: no family; there are {', '.join(families())}")
+    found = {family: family_cases(family, device) for family in asked}
+    named = {case.name for case in _chosen([case for cases in found.values() for case in cases], arguments.case)}
+    found = {family: [case for case in cases if case.name in named] for family, cases in found.items()}
+    for family, cases in found.items():
+        if not cases:
+            print(f"{family}: no case of these names", flush=True)
+    return {family: cases for family, cases in found.items() if cases}
 
 
 def _chosen(cases: Sequence[Case], patterns: Sequence[str] | None) -> list[Case]:

@@ -15,14 +15,27 @@ from typing import Any
 import torch
 
 from bench._results import CaseResult, Run, environment
-from bench._time import Call, Launches, Start, copy_rate, input_sets, matmul_rate, measure
+from bench._time import (
+    Call,
+    Launches,
+    Start,
+    Timing,
+    copy_rate,
+    describe_error,
+    input_sets,
+    matmul_rate,
+    measure,
+)
 
 __all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "run_family"]
 
 OURS = "unifiedar"
 
-Check = Callable[["Variant", object], None]
-"""Called with a variant and the output of its first call, on input set 0; raises ValueError if that is wrong."""
+Check = Callable[["Variant", object], float | None]
+"""Called with a variant and the output of its first call, on input set 0; raises ValueError if that is wrong.
+
+Returns the share of the output's codes that are not the ones that float64 chooses, None where nothing is chosen.
+"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class Prepared:
     case: Case
     sets: list[Any]
     calls: dict[str, list[Call]]
-    check: Callable[[str, object], None]
+    check: Callable[[str, object], float | None]
 
 
 def prepare(case: Case, device: torch.device | str, only: str | None = None) -> Prepared:
@@ -202,7 +215,7 @@ def run_family(
         count: takes a call of every variant that was timed and counts what it launches; None leaves that out.
         report: called with a line of text per variant as results come in.
 
-    An interrupt (Ctrl-C) ends the run at the case before.
+    An interrupt (Ctrl-C) ends the run at the case before. A case that cannot be prepared is a row with its error.
     """
     device = torch.device(device)
     on_matrix_units = any(case.on_matrix_units for case in cases)
@@ -221,6 +234,10 @@ def run_family(
                 raise
             report(f"interrupted at {case.name}; what was measured before is kept")
             break
+        except Exception as error:  # of the inputs or the check; the cases behind it are measured all the same
+            prepared = Prepared(case, [], {}, lambda name, output: None)
+            ours = next(one.name for one in case.variants if one.role == "ours")
+            timings = {ours: Timing(None, None, None, None, 0, "not timed", describe_error(error))}
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
@@ -236,7 +253,7 @@ def run_family(
             floor_ms=0.0,  # known at the end
             floor="",
             sets=len(prepared.sets),
-            backend=case.backend(prepared.sets[0]),
+            backend=case.backend(prepared.sets[0]) if prepared.sets else None,
             ours=next(timing for name, timing in timings.items() if roles[name] == "ours"),
             backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
             peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
@@ -247,6 +264,8 @@ def run_family(
             for name, one in watched.items():
                 report(f"{case.name:32} {name:28} {_told(one)}")
         del prepared
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next case finds whole blocks
         if start is not None:
             begun = {one.name: start(case.name, one.name) for one in case.variants if one.role != "yardstick"}
             row = replace(row, starts=begun)

@@ -119,23 +119,26 @@ def _variants(ours: Callable[[str], Formula], published: Formula, small: bool) -
 def _check_path(inputs: Inputs, scales: Scales, correct: bool) -> Check:
     """Every bit is the sign of what is left in float64 along the path of the bits themselves, and sums are theirs.
 
-    Residuals within 1e-6 of zero, of the largest feature, may take either bit.
+    Residuals within 1e-6 of zero, of the largest feature, may take either bit. The share of bits that are another is
+    returned.
     """
     features, _, flips = inputs
     wide = features.double()
     largest = wide.abs().max()
 
-    def check(variant: Variant, output: object) -> None:
+    def check(variant: Variant, output: object) -> float:
         bits, total, *follow = tensors(output)
         used = bits.bool() ^ flips if correct else bits.bool()
         exact, following, left = _sum((2.0 * used.double() - 1) * DIM**-0.5, scales, wide)
-        wrong = (bits.bool() != (left > 0)) & (left.abs() > 1e-6 * largest)
+        others = bits.bool() != (left > 0)
+        wrong = others & (left.abs() > 1e-6 * largest)
         if wrong.any():
             raise ValueError(f"wrong result: {int(wrong.sum())} bits are not the sign of what is left")
         for one, right in zip((total, *follow), (exact, following), strict=False):
             error = (one.double().view(right.shape) - right).abs().max().item()
             if not error <= 1e-5:
                 raise ValueError(f"wrong result: {variant.name} is off by {error:.3g}, allowed 1e-5")
+        return others.float().mean().item()
 
     return check
 

@@ -61,7 +61,7 @@ def run(case: Any, variant: str, benchmark: Any) -> None:
     role = next(one.role for one in case.variants if one.name == variant)
     calls = prepared.calls[variant]
     try:
-        prepared.check(variant, calls[0]())
+        differ = prepared.check(variant, calls[0]())
         for call in calls:
             call()
     except Exception as error:
@@ -75,4 +75,6 @@ def run(case: Any, variant: str, benchmark: Any) -> None:
 
     benchmark.group = case.name
     benchmark.extra_info.update(shape=case.shape, dtype=str(case.dtype), method=samples.method, bytes=case.bytes)
+    if differ is not None:
+        benchmark.extra_info["differ"] = differ
     benchmark.pedantic(one_sample, rounds=ROUNDS, warmup_rounds=2, iterations=1)

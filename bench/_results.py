@@ -11,10 +11,10 @@ A file holds one run of one family on one device:
 
 `ours` is the timing of the public function with backend="auto", `backend` the backend that it chose, `backends` the
 timings of single backends that were forced, `peers` those of everyone else. A timing is {median_ms, p10_ms, p90_ms,
-extra_memory_bytes, samples, method, error} (see `bench._time.Timing`). `floor_ms` is the time that no implementation
-beats and `floor` says how it was computed; `bytes` and `flops` are what the work needs at least. `starts` says what
-beginning costs some of the variants (see `bench._time.Start`), `launches` what a call of some of them starts on the GPU
-(`bench._time.Launches`); both may be absent, and are empty unless asked for.
+extra_memory_bytes, samples, method, error, differ} (see `bench._time.Timing`; `differ` may be absent). `floor_ms` is
+the time that no implementation beats and `floor` says how it was computed; `bytes` and `flops` are what the work needs
+at least. `starts` says what beginning costs some of the variants (see `bench._time.Start`), `launches` what a call of
+some of them starts on the GPU (`bench._time.Launches`); both may be absent, and are empty unless asked for.
 """
 
 from __future__ import annotations
@@ -290,6 +290,7 @@ _TIMING: _Rules = {
     "samples": (_INT, False),
     "method": (_TEXT, False),
     "error": (_TEXT, True),
+    "differ": (_NUMBER, True),
 }
 for _record, _rules in (
     (Environment, _ENVIRONMENT), (CaseResult, _CASE), (Timing, _TIMING), (Start, _START), (Launches, _LAUNCHES),
@@ -320,7 +321,7 @@ def _check(document: object, rules: _Rules, where: str, absent: Sequence[str] = 
 
 
 def _check_timing(document: object, where: str) -> None:
-    timing = _check(document, _TIMING, where)
+    timing = _check(document, _TIMING, where, absent=("differ",))
     times = [timing[name] for name in ("p10_ms", "median_ms", "p90_ms")]
     if timing["error"] is not None:
         if times != [None, None, None]:
@@ -329,6 +330,8 @@ def _check_timing(document: object, where: str) -> None:
         raise ResultsError(f"{where}: has neither times nor an error")
     elif times != sorted(times):
         raise ResultsError(f"{where}: p10_ms <= median_ms <= p90_ms must hold, got {times}")
+    if (timing.get("differ") or 0) > 1:
+        raise ResultsError(f"{where}: differ must be at most 1, got {timing['differ']}")
 
 
 def _check_start(document: object, where: str) -> None:

@@ -29,6 +29,9 @@ _LEGEND = """
   at the ceilings measured in the same run.
 - *extra memory*: peak device memory during a call beyond inputs and outputs, ours / best peer.
 """
+_DIFFER = (
+    """Codes that are not the ones that float64 chooses on the path taken, in a million; of a pyramid of bits, bits:"""
+)
 _STARTS = """What beginning costs, in milliseconds of wall time (`bench/_start.py`): the first call in a fresh process,
 compiling included; the first call afterwards with another schedule; what is done once a schedule, such as making a
 mask:"""
@@ -145,6 +148,9 @@ def _section(run: Run, plot: str | None) -> str:
     if backends:
         lines += ["", "Our backends one by one:", "", *backends]
     lines += ["", "Of the floor, by everyone:", "", *_shares(run)]
+    differ = _differ(run)
+    if differ:
+        lines += ["", _DIFFER, "", *differ]
     starts = _starts(run)
     if starts:
         lines += ["", _STARTS, "", *starts]
@@ -181,6 +187,23 @@ def _starts(run: Run) -> list[str]:
         return []
     head = ["case", "variant", "first call, fresh process", "first call, another schedule", "preparing"]
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _differ(run: Run) -> list[str]:
+    found = {case.name: {"ours": case.ours, **case.backends, **case.peers} for case in run.cases}
+    names = [
+        name
+        for name in dict.fromkeys(name for timings in found.values() for name in timings)
+        if any(name in timings and timings[name].differ is not None for timings in found.values())
+    ]
+    if not names:
+        return []
+    rows = [["case", *names], ["---"] * (1 + len(names))]
+    for case, timings in found.items():
+        shares = [timings[name].differ if name in timings else None for name in names]
+        if any(share is not None for share in shares):
+            rows.append([_cell(case), *("–" if share is None else f"{1e6 * share:,.1f}" for share in shares)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _launches(run: Run) -> list[str]:

@@ -4,13 +4,14 @@ Every variant of a comparison comes as a list of zero-argument calls, one per in
 
 - Cold L2: successive calls walk through the input sets, and a buffer larger than the L2 cache is written before
   each sample (which also gives the host a head start, so that launch latency stays out of the sample).
-- Under a millisecond between two events, host included: if the fastest variant takes less, every variant of the
+- Under five milliseconds between two events, host included: if the fastest variant takes less, every variant of the
   comparison is captured into a CUDA graph of repeated calls, so that none of them is charged for the host. A variant
-  that cannot be captured is timed as a loop between two events, and its `method` says so.
+  that cannot be captured is timed as a loop between two events, and its `method` says so. The graphs of a comparison
+  share their memory, which none of them leaves anything in.
 - Interleaved: one sample of each variant per round, the order turning with the round, so that clocks and
   temperature drift alike for all.
 - Nothing is timed before it was checked: the caller's `check` sees the output of each variant first. A variant that
-  raises is kept as a row with its error; it never stops the others.
+  raises, then or later, is kept as a row with its error; it never stops the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,9 +42,11 @@ __all__ = [
 
 Call = Callable[[], object]
 
-GRAPH_BELOW_S = 1e-3
-"""Calls faster than this are repeated within a sample: by a CUDA graph on a GPU, by a loop on the CPU. A call of ten
-launches takes the host about this long where the GPU is done in a tenth of it."""
+GRAPH_BELOW_S = 5e-3
+"""Calls faster than this are captured into a CUDA graph on a GPU: fifty operators take the host about this long where
+the GPU is done in a tenth of it."""
+LOOP_BELOW_S = 1e-3
+"""Calls faster than this are repeated within a sample on the CPU, by a loop."""
 SAMPLE_S = 1e-3
 """How long a sample of repeated calls should last, in seconds."""
 MAX_REPEATS = 256
@@ -64,6 +68,7 @@ class Timing:
         samples: number of samples behind the percentiles.
         method: how a sample was taken ("graph of 40 calls", "events", "wall, 8 calls", ...).
         error: None, or the error that kept the variant from being timed.
+        differ: share of its codes, 0 to 1, that are not the ones that float64 chooses; None where nothing is chosen.
     """
 
     median_ms: float | None
@@ -73,6 +78,7 @@ class Timing:
     samples: int
     method: str
     error: str | None = None
+    differ: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +190,24 @@ class _Events(Sampler):
         return [begin.elapsed_time(end) * 1e-3 / self.repeats for begin, end in pairs]
 
 
+class _Pool:
+    """Memory that several graphs share, which run one after another and leave nothing behind that is read later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.renew()
+
+    def renew(self) -> None:
+        """Other memory for the graphs to come: what a capture that failed wrote into takes no further one."""
+        self.handle = torch.cuda.graph_pool_handle()
+        # A pool lives as long as a graph of it does; this one cannot fail.
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=self.handle):
+            torch.zeros(1, device=self._device)
+
+
 class _Graph(_Events):
-    def __init__(self, calls: Sequence[Call], repeats: int, device: torch.device) -> None:
+    def __init__(self, calls: Sequence[Call], repeats: int, device: torch.device, pool: _Pool | None) -> None:
         super().__init__(calls, repeats, device)
         self.method = f"graph of {repeats} calls"
         # Handles, autograd's threads and cuBLAS workspaces are made at first use, which must not be the capture.
@@ -196,7 +218,7 @@ class _Graph(_Events):
                 call()
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool.handle if pool else None):
             for _ in range(repeats):
                 self._turn()()
 
@@ -271,19 +293,26 @@ def _estimate_gpu(calls: Sequence[Call], device: torch.device) -> float:
     return max(min(events.collect()), 1e-7)
 
 
+def _below(device: torch.device) -> float:
+    return GRAPH_BELOW_S if device.type == "cuda" else LOOP_BELOW_S
+
+
 def _repeats(seconds: float, sets: int) -> int:
     """Calls per sample: about SAMPLE_S long, and a whole number of turns through the input sets where that fits."""
     wanted = max(1, min(MAX_REPEATS, math.ceil(SAMPLE_S / seconds)))
     return min(MAX_REPEATS, math.ceil(wanted / sets) * sets)
 
 
-def sampler(calls: Sequence[Call], device: torch.device | str, *, repeated: bool | None = None) -> Sampler:
+def sampler(
+    calls: Sequence[Call], device: torch.device | str, *, repeated: bool | None = None, pool: _Pool | None = None
+) -> Sampler:
     """The sampler that fits one variant.
 
     Args:
         calls: one call per input set, all warm (compiled, autotuned) already.
         device: where they run.
         repeated: take many calls per sample; None decides by the rule above.
+        pool: where a graph has its memory; None gives it its own.
 
     Returns:
         A Sampler; on a GPU with `repeated`, a CUDA graph if the calls can be captured.
@@ -291,15 +320,17 @@ def sampler(calls: Sequence[Call], device: torch.device | str, *, repeated: bool
     device = torch.device(device)
     seconds = _estimate_gpu(calls, device) if device.type == "cuda" else _estimate(calls, device)
     if repeated is None:
-        repeated = seconds < GRAPH_BELOW_S
+        repeated = seconds < _below(device)
     repeats = _repeats(seconds, len(calls)) if repeated else 1
     if device.type != "cuda":
         return _Wall(calls, repeats)
     if repeated:
         try:
-            return _Graph(calls, repeats, device)
+            return _Graph(calls, repeats, device, pool)
         except RuntimeError:  # something in it synchronizes or is otherwise not capturable
             torch.cuda.synchronize(device)
+            if pool:
+                pool.renew()
     return _Events(calls, repeats, device)
 
 
@@ -334,7 +365,7 @@ def measure(
     variants: Mapping[str, Sequence[Call]],
     device: torch.device | str,
     *,
-    check: Callable[[str, object], None] | None = None,
+    check: Callable[[str, object], float | None] | None = None,
     budget_s: float = 2.0,
     rounds: tuple[int, int] = (20, 200),
 ) -> dict[str, Timing]:
@@ -343,7 +374,8 @@ def measure(
     Args:
         variants: name to calls, one call per input set; set 0 of every variant is the same input.
         device: a CUDA device (GPU time) or the CPU (wall time).
-        check: called as check(name, output) with the output of each variant's first call; it raises if that is wrong.
+        check: called as check(name, output) with the output of each variant's first call; it raises if that is wrong,
+            and may return what becomes `Timing.differ`.
         budget_s: seconds to spend on samples, all variants together, within the bounds of `rounds`.
         rounds: least and most samples per variant.
 
@@ -364,12 +396,12 @@ def measure(
 
     errors: dict[str, str] = {}
     memory: dict[str, int | None] = {}
+    differ: dict[str, float | None] = {}
     for name, calls in variants.items():
         try:
             output = calls[0]()
             _synchronize(device)
-            if check is not None:
-                check(name, output)
+            differ[name] = None if check is None else check(name, output)
             del output
             for call in calls:
                 call()
@@ -380,18 +412,36 @@ def measure(
 
     samplers: dict[str, Sampler] = {}
     seconds: dict[str, list[float]] = {name: [] for name in alive}
+
+    def tried(name: str, work: Callable[[], Any]) -> Any:
+        """What work returns, or None: then the variant is out of the comparison, for lack of memory for example."""
+        try:
+            return work() if name in alive else None
+        except Exception as error:
+            errors[name] = describe_error(error)
+            alive.pop(name)
+            return None
+
+    estimate = _estimate_gpu if device.type == "cuda" else _estimate
+    estimates = [tried(name, functools.partial(estimate, calls, device)) for name, calls in list(alive.items())]
     if alive:
-        estimate = _estimate_gpu if device.type == "cuda" else _estimate
-        repeated = min(estimate(calls, device) for calls in alive.values()) < GRAPH_BELOW_S
-        samplers = {name: sampler(calls, device, repeated=repeated) for name, calls in alive.items()}
-        one_round = _warm_up(list(samplers.values()))
-        count = max(rounds[0], min(rounds[1], int(budget_s / max(one_round, 1e-6))))
+        repeated = min(one for one in estimates if one is not None) < _below(device)
+        pool = _Pool(device) if repeated and device.type == "cuda" else None
+        for name, calls in list(alive.items()):
+            make = functools.partial(sampler, calls, device, repeated=repeated, pool=pool)
+            found = tried(name, make)
+            if found is not None:
+                samplers[name] = found
+    if samplers:
         names = list(samplers)
+        one_round = _warm_up(functools.partial(tried, name, one.sample) for name, one in samplers.items())
+        count = max(rounds[0], min(rounds[1], int(budget_s / max(one_round, 1e-6))))
         for turn in range(count):
             for i in range(len(names)):
-                samplers[names[(i + turn) % len(names)]].launch()
+                name = names[(i + turn) % len(names)]
+                tried(name, samplers[name].launch)
             for name in names:
-                seconds[name] += samplers[name].collect()
+                seconds[name] += tried(name, samplers[name].collect) or []
 
     result = {}
     for name in variants:
@@ -400,22 +450,23 @@ def measure(
             continue
         ordered = sorted(1e3 * s for s in seconds[name])
         median, p10, p90 = (percentile(ordered, share) for share in (0.5, 0.1, 0.9))
-        result[name] = Timing(median, p10, p90, memory[name], len(ordered), samplers[name].method)
+        method = samplers[name].method
+        result[name] = Timing(median, p10, p90, memory[name], len(ordered), method, differ=differ[name])
     return result
 
 
-def _warm_up(samplers: Iterable[Sampler]) -> float:
+def _warm_up(samples: Iterable[Callable[[], object]]) -> float:
     """Run rounds for WARM_UP_S seconds, at least two unless one is slow; returns the wall seconds of the last one."""
-    samplers = list(samplers)
+    samples = list(samples)
     begin = time.perf_counter()
     turns = 0
     while True:
         started = time.perf_counter()
-        for one in samplers:
-            one.sample()
+        for sample in samples:
+            sample()
         turns += 1
         now = time.perf_counter()
-        enough = turns >= 2 or now - started > len(samplers) * SLOW_S
+        enough = turns >= 2 or now - started > len(samples) * SLOW_S
         if enough and now - begin > WARM_UP_S:
             return now - started
 

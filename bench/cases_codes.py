@@ -302,10 +302,11 @@ def _search_case(model: Model, small: bool) -> Case:
 
 def _check_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Check:
     """Ours: every code within 1e-6 of the nearest, in float64 along the path taken, and no more codes that are not the
-    nearest than with float32's formula. Peers: distances of the first depth within 1 % on average."""
+    nearest than with float32's formula. Peers: distances of the first depth within 1 % on average. The share of codes
+    that are not the nearest is returned for all."""
     allowed = _far(x, codebook, residual_quantize(x, codebook, depth, backend="eager").codes)[1]
 
-    def check(variant: Variant, output: object) -> None:
+    def check(variant: Variant, output: object) -> float:
         codes, quantized = tensors(output)
         if (codes.shape, quantized.shape) != ((x.shape[0], depth), x.shape):
             raise ValueError(f"wrong shapes: {tuple(codes.shape)} and {tuple(quantized.shape)}")
@@ -313,13 +314,13 @@ def _check_search(x: torch.Tensor, codebook: torch.Tensor, depth: int) -> Check:
             excess = _far(x, codebook, codes[:, :1])[2]
             if not excess <= 1e-2:
                 raise ValueError(f"wrong result: distances are {excess:.3g} above the least on average, allowed 0.01")
-            return
         worst, others, _ = _far(x, codebook, codes)
-        if not (worst <= 1e-6 and others <= allowed):
+        if variant.role != "peer" and not (worst <= 1e-6 and others <= allowed):
             raise ValueError(
                 f"wrong result: a distance is {worst:.3g} above the least, allowed 1e-6; "
                 f"{others} codes are not the nearest, allowed {allowed}"
             )
+        return others / codes.numel()
 
     return check
 
@@ -405,7 +406,9 @@ def _module_case(model: Model, training: bool, small: bool) -> Case:
             x, codebook = inputs
             module, batch = _residual_vq_of(codebook, depth).train(training), x[None].requires_grad_(training)
             if swap:
-                accelerate(module, verbose=False)
+                refused = accelerate(module, verbose=False).refused
+                if refused:
+                    raise RuntimeError(f"not swapped: {refused}")
 
             def call() -> Pair:
                 quantized, codes, _ = module(batch)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # At the end: an installed unifiedar goes before the checkout's.
 sys.path.append(str(ROOT))
 
-from bench import _launches, _results, _scoreboard, _start, _time, certificate  # noqa: E402
+from bench import _launches, _results, _scoreboard, _start, _time, _warm, certificate  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench._case import Case, Variant, against, families, family_cases, prepare, run_family  # noqa: E402
 from bench._pytest import CLOCK, run  # noqa: E402
@@ -93,6 +94,13 @@ def test_measure_checks_before_it_times():
     assert result["right"].error is None
 
 
+def test_measure_keeps_what_a_check_returns():
+    shares = {"one": 0.25, "two": None}
+    result = measure({name: [lambda: 0] for name in shares}, CPU, check=lambda name, _: shares[name], budget_s=0.01)
+    assert {name: timing.differ for name, timing in result.items()} == shares
+    assert measure({"alone": [lambda: 0]}, CPU, budget_s=0.01)["alone"].differ is None
+
+
 def test_measure_keeps_a_variant_that_raises():
     def broken():
         raise RuntimeError("first line\nsecond line")
@@ -101,6 +109,24 @@ def test_measure_keeps_a_variant_that_raises():
     assert result["broken"].error == "RuntimeError: first line"
     assert result["fine"].median_ms is not None
     assert measure({"broken": [broken]}, CPU)["broken"].error == "RuntimeError: first line"
+
+
+@pytest.mark.parametrize("after", [1, 3, 10, 40])
+def test_measure_keeps_a_variant_that_raises_later(after):
+    """At whatever stage: for lack of memory, say."""
+    left = [after]
+
+    def breaks():
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("no more")
+        time.sleep(1e-3)
+
+    result = measure({"breaks": [breaks], "fine": [lambda: None]}, CPU, budget_s=0.2)
+    assert result["breaks"].error == "RuntimeError: no more"
+    assert result["breaks"].median_ms is None
+    assert result["fine"].median_ms is not None
+    assert result["fine"].samples >= 20
 
 
 @pytest.mark.parametrize(
@@ -156,11 +182,18 @@ def test_gpu_work_that_cannot_be_captured_is_timed_by_events():
 @pytest.mark.gpu
 def test_gpu_large_work_is_timed_by_events_and_its_memory_counted():
     x = torch.randn(1 << 28, device="cuda")
-    timing = measure({"twice": [lambda: (x + 1).add(1)]}, "cuda", budget_s=0.1)["twice"]
+
+    def work():
+        y = x + 1
+        for _ in range(9):
+            y = y.add(1)
+        return y
+
+    timing = measure({"work": [work]}, "cuda", budget_s=0.1)["work"]
     assert timing.method == "events"
     assert timing.extra_memory_bytes == x.nbytes
-    # Four passes over 1 GiB can take no less than at 10 TB/s and hardly longer than at 0.2 TB/s.
-    assert 0.4 < timing.median_ms < 22
+    # Twenty passes over 1 GiB can take no less than at 10 TB/s and hardly longer than at 0.2 TB/s.
+    assert 2 < timing.median_ms < 110
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -266,6 +299,7 @@ def _drop(*path):
         (_set(["cases", 0, "ours", "p10_ms"], 5.0), "p10_ms <= median_ms <= p90_ms must hold"),
         (_set(["cases", 0, "ours", "error"], "no"), "ours: has both an error and times"),
         (_set(["cases", 0, "peers", "peer", "samples"], 1.5), "peers: peer: samples must be int, got 1.5"),
+        (_set(["cases", 0, "ours", "differ"], 1.5), "ours: differ must be at most 1, got 1.5"),
         (_set(["cases", 1, "name"], "model/forward"), "name occurs twice"),
     ],
 )
@@ -277,6 +311,14 @@ def test_bad_results_are_rejected(tmp_path, change, text):
     with pytest.raises(ResultsError, match=text) as caught:
         _results.read(path)
     assert str(path) in str(caught.value)
+
+
+def test_results_from_before_have_no_share_of_codes(tmp_path):
+    path = _results.write(Run("codes", environment(), [row()]), tmp_path)
+    document = json.loads(path.read_text())
+    del document["cases"][0]["ours"]["differ"]
+    path.write_text(json.dumps(document))
+    assert _results.read(path).cases[0].ours.differ is None
 
 
 def test_a_truncated_file_is_rejected(tmp_path):
@@ -383,7 +425,7 @@ def test_a_slow_round_warms_up_enough(monkeypatch):
     for pause, expected in ((0.05, 1), (0.006, 2)):
         turns.clear()
         one = SimpleNamespace(sample=lambda pause=pause: (time.sleep(pause), turns.append(None)))
-        assert _time._warm_up(iter([one])) >= pause
+        assert _time._warm_up(iter([one.sample])) >= pause
         assert len(turns) == expected
 
 
@@ -579,6 +621,125 @@ def test_results_refuse_wrong_beginnings(tmp_path, start, text):
     assert _results.read(path).cases[0].starts == {}, "files from before have none"
 
 
+def test_the_share_of_codes_unlike_float64_is_counted():
+    """Three of the last codes of a search, and one of a pyramid's last scale, are made the next ones."""
+    (case,) = (one for one in family_cases("codes", CPU) if one.name == "rqvae-ffhq/quantize")
+    x, codebook = case.make(0, CPU)
+    ours, peer = case.variants[0], next(one for one in case.variants if one.role == "peer")
+    check, depth = case.check((x, codebook)), case.shape["D"]
+    codes, quantized = (one.clone() for one in ours.bind((x, codebook))())
+    assert check(ours, (codes, quantized)) == 0
+    codes[5:8, -1] = (codes[5:8, -1] + 1) % len(codebook)
+    assert check(peer, (codes, quantized)) == 3 / (len(x) * depth)
+    with pytest.raises(ValueError, match="3 codes are not the nearest, allowed 0"):
+        check(ours, (codes, quantized))
+    (case,) = (one for one in family_cases("codes", CPU) if one.name == "var/encode-b1")
+    inputs = case.make(0, CPU)
+    check, found = case.check(inputs), [one.clone() for one in case.variants[0].bind(inputs)()]
+    before = check(peer, found)
+    found[-1][0, 7] = (found[-1][0, 7] + 1) % case.shape["K"]
+    assert check(peer, found) - before == pytest.approx(1 / case.shape["L"])
+    (case,) = (one for one in family_cases("codes", CPU) if one.name == "infinity-2b-b1/encode")
+    inputs = case.make(0, CPU)
+    assert case.check(inputs)(ours, case.variants[0].bind(inputs)()) <= 1e-3
+
+
+# ---- running every case once -----------------------------------------------------------------------------------------
+
+
+def _work(task):
+    """A task's case says what happens in its process, which notes down its id; family is a folder."""
+    folder = Path(task.family)
+    tried = folder / f"{task.case}-{os.getpid()}"
+    others = len(list(folder.glob(f"{task.case}-*")))
+    tried.touch()
+    if task.case == "dies" or (task.case == "dies once" and not others):
+        os._exit(3)
+    if task.case == "raises":
+        raise RuntimeError("no inputs")
+    if task.case == "sleeps":
+        time.sleep(60)
+    if task.case.startswith("meets"):  # ends when another case is under way beside it
+        end = time.monotonic() + 60
+        while len({path.name[:6] for path in folder.glob("meets*")}) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+    if task.case == "short" and not others:
+        return _warm.Outcome(1, {"peer": "OutOfMemoryError: CUDA out of memory."}, None, 1.0)
+    if task.case == "wrong":
+        return _warm.Outcome(1, {"unifiedar": "ValueError: no"}, "ours failed: ValueError: no", 1.0)
+    return _warm.Outcome(2, {"absent": "ImportError: no"}, None, 1.0)
+
+
+def _tasks(folder, *names):
+    return [_warm.Task(str(folder), name, "cpu") for name in names]
+
+
+def test_warming_survives_what_happens_to_a_process(tmp_path):
+    names = ["one", "dies", "dies once", "raises", "short", "wrong", "last"]
+    lines = []
+    outcomes = _warm.warm(_tasks(tmp_path, *names), 1, work=_work, report=lines.append)
+    found = dict(zip(names, outcomes, strict=True))
+    for name in ("one", "dies once", "short", "last"):
+        assert (found[name].ran, found[name].failed) == (2, None)
+    assert found["dies"].failed == "its process ended with 3"
+    assert found["raises"].failed == "its process ended with 1"
+    assert found["wrong"].failed == "ours failed: ValueError: no"
+    tries = {name: len(list(tmp_path.glob(f"{name}-*"))) for name in names}
+    assert tries == {"one": 1, "dies": 2, "dies once": 2, "raises": 2, "short": 2, "wrong": 1, "last": 1}
+    text = "\n".join(lines)
+    assert text.count("once more, alone, at the end") == 4
+    assert text.count("absent: ImportError: no") == 4
+    assert lines.index(next(line for line in lines if "dies once" in line and "2 ran" in line)) > lines.index(
+        next(line for line in lines if "last" in line and "2 ran" in line)
+    )
+
+
+def test_warming_runs_cases_side_by_side(tmp_path):
+    outcomes = _warm.warm(_tasks(tmp_path, "meets1", "meets2"), 2, work=_work)
+    assert [one.failed for one in outcomes] == [None, None]
+    pids = {path.name.split("-")[1] for path in tmp_path.glob("meets*")}
+    assert len(pids) == 2
+
+
+def test_warming_gives_up_a_case_that_takes_too_long(tmp_path):
+    begun = time.monotonic()
+    outcomes = _warm.warm(_tasks(tmp_path, "sleeps"), 1, work=_work, limit_s=0.5)
+    assert outcomes[0].failed == "took more than 0.5 s"
+    assert time.monotonic() - begun < 40
+    assert len(list(tmp_path.glob("sleeps-*"))) <= 1
+
+
+def test_warming_calls_every_variant_once_and_longer_if_asked(monkeypatch):
+    calls = []
+
+    def bind(inputs):
+        return lambda: (time.sleep(0.01), calls.append(inputs[0][0].item()))
+
+    variants = (Variant("unifiedar", "ours", bind), Variant("absent", "peer", lambda inputs: 1 / 0))
+    case = _case(variants=variants)
+    monkeypatch.setattr(_warm, "family_cases", lambda family, device: [case])
+    outcome = _warm.run_once(_warm.Task("toy", case.name, "cpu"))
+    assert calls == [1.0]
+    assert (outcome.ran, outcome.failed) == (1, None)
+    assert outcome.errors == {"absent": "ZeroDivisionError: division by zero"}
+    _warm.run_once(_warm.Task("toy", case.name, "cpu", 0.2))
+    assert 4 <= len(calls) <= 12
+    case = _case(variants=(Variant("unifiedar", "ours", lambda inputs: 1 / 0),))
+    assert (
+        _warm.run_once(_warm.Task("toy", case.name, "cpu")).failed == "ours failed: ZeroDivisionError: division by zero"
+    )
+
+
+def test_warming_forgets_what_was_chosen_by_timing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    for name in ("old.best_config", "new.best_config", "new.py"):
+        (tmp_path / "ab" / name).touch()
+    os.utime(tmp_path / "ab" / "old.best_config", (1, 1))
+    _warm._forget_choices(time.time() - 60)
+    assert sorted(path.name for path in (tmp_path / "ab").iterdir()) == ["new.py", "old.best_config"]
+
+
 # ---- what a call launches --------------------------------------------------------------------------------------------
 
 
@@ -747,6 +908,17 @@ def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
     assert "d/forward" not in svg
 
 
+def test_scoreboard_shows_codes_unlike_float64(tmp_path, matplotlib):
+    def chosen(share):
+        return dataclasses.replace(timing(1.0), differ=share)
+
+    one = row("a/quantize", ours=chosen(0.0), peers=[("TF32", chosen(0.0125)), ("other", 2.0)])
+    text = _board(tmp_path, Run("codes", environment(), [one, row("b/forward")]))
+    lines = text[text.index("Codes that are not the ones that float64 chooses") :].splitlines()
+    assert lines[2:] == ["| case | ours | TF32 |", "| --- | --- | --- |", "| a/quantize | 0.0 | 12,500.0 |"]
+    assert "float64 chooses" not in _board(tmp_path / "none", Run("codes", environment(), [row("b/forward")]))
+
+
 def test_scoreboard_says_when_no_peer_wins(tmp_path, matplotlib):
     text = _board(tmp_path, Run("codes", environment(), [row()]))
     assert "No peer wins on any of these cases." in text
@@ -819,11 +991,43 @@ def test_command_measures_and_writes_the_scoreboard(tmp_path, capsys, matplotlib
     assert capsys.readouterr().out.count("wrote ") == 2
 
 
+def test_command_measures_several_families(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--case", "rqvae-ffhq/forward", "--case", "vila-u-r2", "--budget", "0.01"]
+    assert main(["codes", "attention", "sample", *arguments, "--out", str(tmp_path)]) == 0
+    assert {run.family for run in _results.read_all(tmp_path)} == {"codes", "sample"}
+    assert "attention: no case of these names" in capsys.readouterr().out
+
+
+def test_command_warms_and_writes_nothing(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--case", "rqvae-ffhq/quantize", "--case", "var-256-d16/forward"]
+    assert main(["codes", "attention", *arguments, "--out", str(tmp_path), "--warm", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"2 cases in \d+ s: [5-9] variants ran, 0 raised; 0 cases failed", lines[-1])
+    assert sorted(line.split()[1] for line in lines[:-1]) == ["rqvae-ffhq/quantize", "var-256-d16/forward"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_says_what_failed_while_warming(capsys, monkeypatch):
+    def warm(tasks, processes, *, report):
+        assert processes == 3
+        assert {task.further_s for task in tasks} == {0.5}
+        return [_warm.Outcome(1, {}, "its process ended with -9") for _ in tasks]
+
+    monkeypatch.setattr("bench.__main__.warm", warm)
+    arguments = ["--device", "cpu", "--case", "rqvae-ffhq/quantize", "--budget", "0.5", "--warm", "3"]
+    assert main(["codes", *arguments]) == 1
+    assert capsys.readouterr().err == "bench: codes rqvae-ffhq/quantize: its process ended with -9\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["codes", "--device", "cpu", "--case", "nope*"], "--case nope*: matches no case"),
         (["codes", "--device", "cpu", "--budget", "0"], "--budget must be positive, got 0"),
+        (["codes", "nope", "--device", "cpu"], "nope: no family; there are attention, codes"),
+        (["codes", "--device", "cpu", "--warm", "0"], "--warm must be at least 1, got 0"),
+        (["codes", "--device", "cpu", "--warm", "1", "--starts"], "--starts times beginnings with empty caches"),
+        (["codes", "--device", "cpu", "--warm", "1", "--budget", "-1"], "--budget must be positive, got -1"),
     ],
 )
 def test_command_says_what_is_wrong(arguments, text, capsys):
