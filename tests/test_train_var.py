@@ -20,7 +20,7 @@ from unifiedar.models.convolutional import DecoderConfig
 from unifiedar.train.batches import step_generator
 from unifiedar.train.loop import Loop, cosine, lin0
 from unifiedar.train.vae import pyramid, revive
-from unifiedar.train.var import UNDECAYED, growth, scale_means
+from unifiedar.train.var import UNDECAYED, decay, growth, scale_means
 
 CPU = torch.device("cpu")
 TOKENIZER = VQVAEConfig(DecoderConfig(32, (1, 1, 2), 1, 8, 16, (), fused_qkv=True), 24, scales=(1, 2, 3, 4))
@@ -330,6 +330,23 @@ def test_recipe(data, tmp_path, monkeypatch):
     assert float(found["scale_1_accuracy"]) == pytest.approx(float(right[:, 1:5].mean()), abs=1e-6)
 
 
+def test_weight_decay_may_end_elsewhere(data, tmp_path):
+    """Along half a cosine, for matrices alone."""
+    found = [decay(step, 101, 0.05, 0.08) for step in range(101)]
+    assert (found[0], found[50], found[-1]) == pytest.approx((0.05, 0.065, 0.08))
+    assert found[25] == pytest.approx(0.065 - 0.015 * math.sqrt(0.5))
+    assert decay(0, 1, 0.05, 0.08) == 0.05
+    vae = new_tokenizer(tmp_path / "vae")
+    for options, last in (([], 0.05), (["--end-decay", 0.4], 0.4)):
+        out = tmp_path / f"out{last}"
+        assert run("var", data, out, "--vae", vae, "--steps", 3, *options) == 0
+        state = torch.load(out / "last.pt", weights_only=True)
+        assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == pytest.approx([last, 0])
+    both = [torch.load(tmp_path / f"out{last}" / "last.pt", weights_only=True)["model"] for last in (0.05, 0.4)]
+    assert not torch.equal(both[0]["head.weight"], both[1]["head.weight"])
+    assert torch.equal(both[0]["lvl_1L"], both[1]["lvl_1L"])
+
+
 def test_first_gates_are_nearly_shut():
     """So that training begins with what the embeddings alone say (published `alng`)."""
     model = VAR(replace(SIZES, scales=(1, 2), num_classes=3, num_codes=24, code_dim=8, shared_adaln=False))
@@ -471,6 +488,7 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         ("var", ["--label-smoothing", 2], "--label-smoothing must be from 0 to 1, got 2"),
         ("var", ["--cond-drop", -1], "--cond-drop must be from 0 to 1"),
         ("var", ["--drop-path", 1], "--drop-path must be below 1"),
+        ("var", ["--end-decay", -0.1], "--end-decay must be at least 0, got -0.1"),
         ("var", ["--end-rate", "nan"], "--end-rate must be from 0 to 1, got nan"),
         ("var", ["--vae", "/nowhere"], r"--vae: .*no such model"),
         ("var", ["--resume"], "no checkpoint"),
