@@ -64,7 +64,7 @@ def model(monkeypatch, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(cli, "DEFAULT_MODEL", str(tmp_path / "weights"))
-    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype: standin)
+    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype, vae: standin)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path / "work")
     return standin

@@ -410,6 +410,31 @@ def test_classes_without_names_are_drawn_by_number(tmp_path, capsys):
         assert f"'{wrong}' is no class of the model" in capsys.readouterr().err
 
 
+def test_published_files_are_drawn_from(tmp_path, capsys):
+    """A transformer's file and a tokenizer, of which neither says what it is."""
+    torch.manual_seed(0)
+    vae = VQVAE(VQVAE.configs["emoji"]).eval()
+    sizes = {"scales": vae.config.scales, "num_codes": vae.config.num_codes, "code_dim": vae.config.dim}
+    model = VAR(replace(SIZES, num_classes=12, drop_path=0.1 * 2 / 24, **sizes), vae).eval()
+    model.export(tmp_path / "var.pth")
+    torch.save(vae.state_dict(), tmp_path / "vae.pth")
+    files = ["--model", str(tmp_path / "var.pth"), "--vae", str(tmp_path / "vae.pth")]
+    options = ["--device", "cpu", "--seed", "3", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", "7", *files, *options]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(model.generate([7], seed=3, cfg=1.5, top_k=900, top_p=0.96)[0], drawn)
+    capsys.readouterr()
+    for wrong, words in (
+        (["--model", files[3], "--vae", files[3]], "has not the keys of a VAR"),
+        (["--model", files[1], "--vae", files[1]], "has not the keys and shapes of a published VQVAE"),
+        (["--model", files[1], "--vae", str(tmp_path / "none.pth")], "no such model"),
+        (["--model", files[1], "--vae", str(new_tokenizer(tmp_path / "other"))], "another tokenizer"),
+    ):
+        assert cli.main(["generate", "7", *wrong, *options]) == 1
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.skipif("var-emoji" not in checkpoints.shipped(), reason="no weights in this checkout")
 def test_the_model_that_ships_draws(tmp_path):
     """Its own class, not another one, and the same picture again; a red apple is red."""
@@ -440,7 +465,7 @@ def test_folder_with_tokenizer(tmp_path, capsys):
     assert alone.vae is None
     capsys.readouterr()
     assert cli.main(["generate", "cat", "--model", path, "-o", str(tmp_path / "x.png"), "--device", "cpu"]) == 1
-    assert "has no tokenizer, which drawing needs; save_whole stores both" in capsys.readouterr().err
+    assert "has no tokenizer, which drawing needs; name one with --vae" in capsys.readouterr().err
     assert alone.class_names == ("dog", "cat")
     with pytest.raises(ValueError, match="vae must be there"):
         alone.save_whole(tmp_path / "x")
