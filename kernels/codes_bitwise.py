@@ -3,7 +3,7 @@
 The sign of a channel needs no other channel, and neither do pooling and resizing: every (picture, channel) plane of a
 pyramid is a problem of its own, small enough for one program and its multiprocessor's L1 cache. So a program walks
 through all scales of its plane, with barriers where the grid would need launches. What the threads of a program tell
-each other goes through global memory of its own.
+each other goes through global memory of its own. A sum of given bits needs no barrier: there a program has pixels.
 
 Everything is float32. Rows and offsets of planes are 64-bit.
 """
@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["COMPILE_CASES", "bitwise_lookup", "bitwise_pack", "bitwise_pyramid", "bitwise_quantize", "losses_parts"]
+__all__ = [
+    "COMPILE_CASES",
+    "bitwise_lookup",
+    "bitwise_pack",
+    "bitwise_pyramid",
+    "bitwise_quantize",
+    "bitwise_sum",
+    "losses_parts",
+]
 
 _WARPS = 4
 _PLANE_WARPS = 16
@@ -30,6 +38,12 @@ def _block(width: int) -> dict[str, Any]:
     """The tile of a plane that is worked on at a time: a pixel a thread, as the small scales have no more."""
     across = min(max(triton.next_power_of_2(width), 16), 128)
     return {"BLOCK_H": 32 * _PLANE_WARPS // across, "BLOCK_W": across}
+
+
+def _sum_block(dim: int) -> dict[str, Any]:
+    """Pixels and channels of a program: 8 sums a thread, so that one picture's 4,096 pixels are 128 programs."""
+    channels = triton.next_power_of_2(dim)
+    return {"BLOCK_N": max(1, 32 * _WARPS * 8 // channels), "BLOCK_D": channels}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -260,6 +274,21 @@ def _corner(place, extent, size):
 
 
 @triton.jit
+def _blend(a, b, c, d, down, along):
+    """Linear between two rows of two neighbours."""
+    return (1 - down) * ((1 - along) * a + along * b) + down * ((1 - along) * c + along * d)
+
+
+@triton.jit
+def _code(tokens, at, inside, magnitude):
+    """Codes, or those that labels stand for."""
+    code = tl.load(tokens + at, mask=inside, other=0)
+    if tokens.dtype.element_ty == tl.uint8:
+        code = tl.where(code != 0, magnitude, -magnitude)
+    return code
+
+
+@triton.jit
 def _resize(plane, i, j, inside, h, w, height, width):
     """Values at (i, j) of a [height, width] grid, linear between those of a plane [h, w]; corners are not aligned."""
     top, bottom, down = _corner(i, h, height)
@@ -268,7 +297,7 @@ def _resize(plane, i, j, inside, h, w, height, width):
     b = tl.load(plane + top * w + right, mask=inside, other=0.0)
     c = tl.load(plane + bottom * w + left, mask=inside, other=0.0)
     d = tl.load(plane + bottom * w + right, mask=inside, other=0.0)
-    return (1 - down) * ((1 - along) * a + along * b) + down * ((1 - along) * c + along * d)
+    return _blend(a, b, c, d, down, along)
 
 
 @triton.jit
@@ -335,9 +364,7 @@ def bitwise_pyramid_kernel(
                         bit = bit ^ (tl.load(flips + at, mask=inside, other=0) != 0)
                     code = tl.where(bit, magnitude, -magnitude)
                 else:
-                    code = tl.load(tokens + at, mask=inside, other=0)
-                    if tokens.dtype.element_ty == tl.uint8:
-                        code = tl.where(code != 0, magnitude, -magnitude)
+                    code = _code(tokens, at, inside, magnitude)
                 tl.store(codes + i * w + j, code, mask=inside)
         token += (h * w).to(tl.int64) * dim
         tl.debug_barrier()
@@ -371,6 +398,47 @@ def bitwise_pyramid_kernel(
                 follow += (to_h * to_w).to(tl.int64) * dim
                 if AREA:
                     tl.debug_barrier()
+
+
+@triton.jit
+def bitwise_sum_kernel(
+    tokens,  # [batch, length, dim]: labels (uint8) or codes (float32)
+    start,  # [batch, dim, height, width] float32, if RESUME: what the first scale's codes are added to
+    schedule,  # [scales, 2] int32: height and width of each scale
+    out_total,  # [batch, dim, height, width] float32
+    dim,
+    length,
+    scales,
+    height,
+    width,
+    magnitude,
+    RESUME: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (blocks of BLOCK_N pixels, batch). With the bits given no pixel needs another: each reads its neighbours'
+    codes at every scale, all channels of a token side by side, and the sum stays in registers."""
+    batch = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    inside = (pixel < height * width) & (channel < dim)
+    tokens += batch * length * dim
+    at = (batch * dim + channel) * height * width + pixel
+    value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if RESUME:
+        value = tl.load(start + at, mask=inside, other=0.0)
+    for s in range(scales):
+        h = tl.load(schedule + 2 * s)
+        w = tl.load(schedule + 2 * s + 1)
+        top, bottom, down = _corner(pixel // width, h, height)
+        left, right, along = _corner(pixel % width, w, width)
+        a = _code(tokens, (top * w + left) * dim + channel, inside, magnitude)
+        b = _code(tokens, (top * w + right) * dim + channel, inside, magnitude)
+        c = _code(tokens, (bottom * w + left) * dim + channel, inside, magnitude)
+        d = _code(tokens, (bottom * w + right) * dim + channel, inside, magnitude)
+        value += _blend(a, b, c, d, down, along)
+        tokens += (h * w).to(tl.int64) * dim
+    tl.store(out_total + at, value, mask=inside)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -470,9 +538,9 @@ def bitwise_pyramid(
     out_inputs: torch.Tensor,
     out_residuals: torch.Tensor | None,
 ) -> None:
-    """Quantizes features (B, d, H, W), or adds up tokens (B, L, d); the arguments are the kernel's above.
+    """Quantizes features (B, d, H, W), or adds up tokens (B, L, d) with what each next scale reads.
 
-    All are contiguous; `inputs` is "trilinear", "area" or "".
+    The arguments are the kernel's above. All are contiguous; `inputs` is "trilinear", "area" or "".
     """
     batch, dim, height, width = out_total.shape
     bits = tokens if out_bits is None else out_bits
@@ -511,6 +579,33 @@ def bitwise_pyramid(
     )
 
 
+def bitwise_sum(
+    tokens: torch.Tensor,
+    start: torch.Tensor | None,
+    schedule: torch.Tensor,
+    magnitude: float,
+    out_total: torch.Tensor,
+) -> None:
+    """Adds up tokens (B, L, d), each scale resized to out_total (B, d, H, W); all are contiguous."""
+    batch, dim, height, width = out_total.shape
+    block = _sum_block(dim)
+    bitwise_sum_kernel[(triton.cdiv(height * width, block["BLOCK_N"]), batch)](
+        tokens,
+        out_total if start is None else start,
+        schedule,
+        out_total,
+        dim,
+        tokens.shape[1],
+        schedule.shape[0],
+        height,
+        width,
+        magnitude,
+        RESUME=start is not None,
+        num_warps=_WARPS,
+        **block,
+    )
+
+
 def _cases() -> list[tuple]:
     """(kernel, signature, constexprs, options, divisors) to compile, at the widths of Infinity and odd ones.
 
@@ -542,7 +637,7 @@ def _cases() -> list[tuple]:
             (True, False, "*u8", "trilinear"),
             (True, False, "*u8", "area"),
             (False, True, "*u8", "trilinear"),
-            (False, False, "*fp32", ""),
+            (False, False, "*fp32", "trilinear"),
         )[: 4 if name == "fp32" else 1]:  # only the first two read features
             add(
                 bitwise_pyramid_kernel,
@@ -558,6 +653,9 @@ def _cases() -> list[tuple]:
                 **_block(64),
             )
     blocks = {"BLOCK_N": _rows(32), "BLOCK_D": 32}
+    for resume, tokens in ((False, "*u8"), (True, "*fp32")):
+        given = {**floats, **sums, "tokens": tokens, "schedule": "*i32"}
+        add(bitwise_sum_kernel, given, warps, RESUME=resume, **_sum_block(32))
     add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, warps, **blocks)
     for flag, labels, out in ((True, "*i64", "*u8"), (False, "*u8", "*fp32"), (True, "*i64", "*bf16")):
         # Words are loaded one a row, so no pack is.

@@ -299,15 +299,19 @@ def _run_sum_triton(tokens, start, schedule, begin, end, spherical, inputs):
     out = total, following = _sum_fake(tokens, start, schedule, begin, end, spherical, inputs)
     if not total.numel():
         return out
-    # The kernel takes the size of the sum from its output, and only the scales that it is to add.
-    scales = _triples(schedule)[begin : end + 1]
+    # The kernels take the size of the sum from their output, and only the scales that they are to add.
+    scales = _triples(schedule)[begin : end + 1 if inputs else end]
+    tokens, start = tokens.contiguous(), None if start is None else start.squeeze(2).contiguous()
+    magnitude = _magnitude(tokens.shape[2], spherical, torch.float32)
     with torch.cuda.device_of(tokens):
-        _native.kernels("codes_bitwise").bitwise_pyramid(
-            None, tokens.contiguous(), None if start is None else start.squeeze(2).contiguous(), None,
-            _sizes_on(tokens.device, scales), end - begin, _magnitude(tokens.shape[2], spherical, torch.float32),
-            "trilinear" if inputs else "", _workspace(total, scales),
-            None, total.squeeze(2), following, None,
-        )  # fmt: skip
+        sizes, kernels = _sizes_on(tokens.device, scales), _native.kernels("codes_bitwise")
+        if inputs:
+            kernels.bitwise_pyramid(
+                None, tokens, start, None, sizes, end - begin, magnitude, "trilinear", _workspace(total, scales),
+                None, total.squeeze(2), following, None,
+            )  # fmt: skip
+        else:
+            kernels.bitwise_sum(tokens, start, sizes, magnitude, total.squeeze(2))
     return out
 
 
