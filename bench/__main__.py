@@ -96,8 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         measure.add_argument(
             "--starts",
-            action="store_true",
-            help="also what beginning costs: one fresh process for each variant",
+            type=int,
+            nargs="?",
+            const=1,
+            metavar="JOBS",
+            help="also what beginning costs: one fresh process for each variant, JOBS of them side by side (default 1, "
+            "which is the most exact)",
         )
         measure.add_argument(
             "--warm",
@@ -181,6 +185,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     arguments.budget = 1.0 if arguments.budget is None else arguments.budget
     _check_budget(arguments)
+    if arguments.starts is not None and arguments.starts < 1:
+        raise _Problem(f"--starts must be at least 1, got {arguments.starts}")
     failed = []
     for family, cases in _by_family(arguments, device).items():
         begin = functools.partial(_begin, family, device) if arguments.starts else None
@@ -191,6 +197,7 @@ def _measure(arguments: argparse.Namespace) -> int:
             commit=arguments.commit,
             budget_s=arguments.budget,
             start=begin,
+            starts_at_once=arguments.starts or 1,
             count=(lambda call: counted(call, device)) if arguments.launches else None,
             report=lambda line: print(line, flush=True),
         )
@@ -211,7 +218,7 @@ def _warm(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     if arguments.warm < 1:
         raise _Problem(f"--warm must be at least 1, got {arguments.warm}")
-    if arguments.starts:
+    if arguments.starts is not None:
         raise _Problem("--starts times beginnings with empty caches, which --warm does nothing for: give one of them")
     if arguments.budget is not None:
         _check_budget(arguments)

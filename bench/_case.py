@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench._results import CaseResult, Run, environment
+from bench._results import CaseResult, Run, Yardstick, environment
 from bench._time import (
     Call,
     Launches,
@@ -48,11 +49,13 @@ class Variant:
             "peer", or "yardstick" (which computes something else).
         bind: takes an input set, returns the call to time. What a user would do once (compiling, building a module)
             happens in `bind` or before; what they would do on every call happens in the call.
+        flops: operations of a yardstick, where they are not the case's.
     """
 
     name: str
     role: str
     bind: Callable[[Any], Call]
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,16 @@ def _said(cost: Start) -> str:
     return f"beginning: cold {cost.cold_ms:.0f} ms, {new}preparing {cost.prepare_ms:.2f} ms"
 
 
+def _begin(start: Callable[[str, str], Start], case: Case, at_once: int) -> dict[str, Start]:
+    names = [one.name for one in case.variants if one.role != "yardstick"]
+    at_once = min(at_once, len(names))
+    if at_once == 1:
+        return {name: start(case.name, name) for name in names}
+    with ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(lambda name: replace(start(case.name, name), at_once=at_once), names)
+        return dict(zip(names, found, strict=True))
+
+
 def _told(count: Launches) -> str:
     if count.kernels is None:
         return f"on the GPU: {count.error}"
@@ -200,6 +213,7 @@ def run_family(
     commit: str | None = None,
     budget_s: float = 1.0,
     start: Callable[[str, str], Start] | None = None,
+    starts_at_once: int = 1,
     count: Callable[[Call], Launches] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Run:
@@ -212,6 +226,7 @@ def run_family(
         commit: of the sources (see `bench._results.environment`).
         budget_s: seconds of samples per case.
         start: takes the names of a case and a variant and measures what beginning costs; None leaves that out.
+        starts_at_once: how many of a case's variants do so side by side.
         count: takes a call of every variant that was timed and counts what it launches; None leaves that out.
         report: called with a line of text per variant as results come in.
 
@@ -257,6 +272,11 @@ def run_family(
             ours=next(timing for name, timing in timings.items() if roles[name] == "ours"),
             backends={name: timing for name, timing in timings.items() if roles[name] == "backend"},
             peers={name: timing for name, timing in timings.items() if roles[name] == "peer"},
+            yardsticks={
+                one.name: Yardstick(timings[one.name], case.flops if one.flops is None else one.flops)
+                for one in case.variants
+                if one.role == "yardstick" and one.name in timings
+            },
         )
         if count is not None:
             watched = {name: count(prepared.calls[name][0]) for name, timing in timings.items() if not timing.error}
@@ -267,7 +287,7 @@ def run_family(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the next case finds whole blocks
         if start is not None:
-            begun = {one.name: start(case.name, one.name) for one in case.variants if one.role != "yardstick"}
+            begun = _begin(start, case, starts_at_once)
             row = replace(row, starts=begun)
             for name, cost in begun.items():
                 report(f"{case.name:32} {name:28} {_said(cost)}")

@@ -7,14 +7,15 @@ A file holds one run of one family on one device:
     environment   device, kind ("cuda" or "cpu"), driver, python, torch, triton, cuda, unifiedar, commit, date,
                   copy_bytes_per_s, matmul_flops_per_s
     cases         a list of {name, shape, dtype, bytes, flops, floor_ms, floor, sets, backend, ours, backends, peers,
-                  starts, launches}
+                  yardsticks, starts, launches}
 
 `ours` is the timing of the public function with backend="auto", `backend` the backend that it chose, `backends` the
-timings of single backends that were forced, `peers` those of everyone else. A timing is {median_ms, p10_ms, p90_ms,
+timings of single backends that were forced, `peers` those of everyone else, `yardsticks` ({timing, flops}) those of
+what computes something else. A timing is {median_ms, p10_ms, p90_ms,
 extra_memory_bytes, samples, method, error, differ} (see `bench._time.Timing`; `differ` may be absent). `floor_ms` is
 the time that no implementation beats and `floor` says how it was computed; `bytes` and `flops` are what the work needs
 at least. `starts` says what beginning costs some of the variants (see `bench._time.Start`), `launches` what a call of
-some of them starts on the GPU (`bench._time.Launches`); both may be absent, and are empty unless asked for.
+some of them starts on the GPU (`bench._time.Launches`); both are empty unless asked for. These three may be absent.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """The timing of what computes something else, and how many operations that is."""
+
+    timing: Timing
+    flops: int
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """One row of a run; the module docstring explains the fields."""
 
@@ -92,6 +101,7 @@ class CaseResult:
     ours: Timing
     backends: dict[str, Timing] = field(default_factory=dict)
     peers: dict[str, Timing] = field(default_factory=dict)
+    yardsticks: dict[str, Yardstick] = field(default_factory=dict)
     starts: dict[str, Start] = field(default_factory=dict)
     launches: dict[str, Launches] = field(default_factory=dict)
 
@@ -232,6 +242,10 @@ def read(path: Path | str) -> Run:
                 "ours": Timing(**case["ours"]),
                 "backends": timings(case["backends"]),
                 "peers": timings(case["peers"]),
+                "yardsticks": {
+                    name: Yardstick(Timing(**one["timing"]), one["flops"])
+                    for name, one in case.get("yardsticks", {}).items()
+                },
                 "starts": {name: Start(**start) for name, start in case.get("starts", {}).items()},
                 "launches": {name: Launches(**count) for name, count in case.get("launches", {}).items()},
             }
@@ -273,11 +287,13 @@ _CASE: _Rules = {
     **dict.fromkeys(("bytes", "flops", "sets"), (_INT, False)),
     "floor_ms": (_NUMBER, False),
     "backend": (_TEXT, True),
-    **dict.fromkeys(("shape", "ours", "backends", "peers", "starts", "launches"), ((dict,), False)),
+    **dict.fromkeys(("shape", "ours", "backends", "peers", "yardsticks", "starts", "launches"), ((dict,), False)),
 }
+_YARDSTICK: _Rules = {"timing": ((dict,), False), "flops": (_INT, False)}
 _START: _Rules = {
     **dict.fromkeys(("cold_ms", "new_ms", "prepare_ms"), (_NUMBER, True)),
     "error": (_TEXT, True),
+    "at_once": (_INT, False),
 }
 _LAUNCHES: _Rules = {
     **dict.fromkeys(("launches", "kernels"), (_INT, True)),
@@ -294,6 +310,7 @@ _TIMING: _Rules = {
 }
 for _record, _rules in (
     (Environment, _ENVIRONMENT), (CaseResult, _CASE), (Timing, _TIMING), (Start, _START), (Launches, _LAUNCHES),
+    (Yardstick, _YARDSTICK),
 ):  # fmt: skip
     if {one.name for one in fields(_record)} != set(_rules):
         raise RuntimeError(f"{_record.__name__} and its rules name different fields")
@@ -335,7 +352,7 @@ def _check_timing(document: object, where: str) -> None:
 
 
 def _check_start(document: object, where: str) -> None:
-    start = _check(document, _START, where)
+    start = _check(document, _START, where, absent=("at_once",))
     times = [start[name] for name in ("cold_ms", "new_ms", "prepare_ms")]
     if start["error"] is not None:
         if times != [None, None, None]:
@@ -365,7 +382,7 @@ def _check_run(document: object, path: Path) -> None:
         raise ResultsError(f"{where}: environment: date must be ISO 8601, got {environment['date']!r}") from error
     names: set[str] = set()
     for i, entry in enumerate(run["cases"]):
-        case = _check(entry, _CASE, f"{where}: cases[{i}]", absent=("starts", "launches"))
+        case = _check(entry, _CASE, f"{where}: cases[{i}]", absent=("yardsticks", "starts", "launches"))
         at = f"{where}: cases[{i}] ({case['name']})"
         if case["name"] in names:
             raise ResultsError(f"{at}: name occurs twice")
@@ -377,6 +394,8 @@ def _check_run(document: object, path: Path) -> None:
         for group in ("backends", "peers"):
             for name, timing in case[group].items():
                 _check_timing(timing, f"{at}: {group}: {name}")
+        for name, one in case.get("yardsticks", {}).items():
+            _check_timing(_check(one, _YARDSTICK, f"{at}: yardsticks: {name}")["timing"], f"{at}: yardsticks: {name}")
         for name, start in case.get("starts", {}).items():
             _check_start(start, f"{at}: starts: {name}")
         for name, count in case.get("launches", {}).items():

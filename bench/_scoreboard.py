@@ -29,12 +29,14 @@ _LEGEND = """
   at the ceilings measured in the same run.
 - *extra memory*: peak device memory during a call beyond inputs and outputs, ours / best peer.
 """
+_YARDSTICKS = """Beside what computes something else (attention without a mask: all scores, where ours are the visible
+ones), in TFLOP/s of the operations that each has to do, and milliseconds:"""
 _DIFFER = (
     """Codes that are not the ones that float64 chooses on the path taken, in a million; of a pyramid of bits, bits:"""
 )
 _STARTS = """What beginning costs, in milliseconds of wall time (`bench/_start.py`): the first call in a fresh process,
 compiling included; the first call afterwards with another schedule; what is done once a schedule, such as making a
-mask:"""
+mask{beside}:"""
 
 
 _LAUNCHES = """What a call launches (`bench/_launches.py`): calls of the host, a CUDA graph being one; what then ran on
@@ -148,12 +150,17 @@ def _section(run: Run, plot: str | None) -> str:
     if backends:
         lines += ["", "Our backends one by one:", "", *backends]
     lines += ["", "Of the floor, by everyone:", "", *_shares(run)]
+    yardsticks = _yardsticks(run)
+    if yardsticks:
+        lines += ["", _YARDSTICKS, "", *yardsticks]
     differ = _differ(run)
     if differ:
         lines += ["", _DIFFER, "", *differ]
     starts = _starts(run)
     if starts:
-        lines += ["", _STARTS, "", *starts]
+        at_once = max(start.at_once for case in run.cases for start in case.starts.values())
+        beside = f" (up to {at_once} processes at once)" if at_once > 1 else ""
+        lines += ["", _STARTS.format(beside=beside), "", *starts]
     launches = _launches(run)
     if launches:
         lines += ["", _LAUNCHES, "", *launches]
@@ -189,6 +196,25 @@ def _starts(run: Run) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
+def _yardsticks(run: Run) -> list[str]:
+    names = list(dict.fromkeys(name for case in run.cases for name in case.yardsticks))
+    if not names:
+        return []
+
+    def cell(timing: Timing, flops: int) -> str:
+        if timing.median_ms is None:
+            return "failed"
+        return f"{flops / timing.median_ms / 1e9:.1f} ({_milliseconds(timing.median_ms)})"
+
+    rows = [["case", "ours", *names], ["---"] * (2 + len(names))]
+    for case in run.cases:
+        if case.yardsticks:
+            found = [case.yardsticks.get(name) for name in names]
+            cells = ["–" if one is None else cell(one.timing, one.flops) for one in found]
+            rows.append([_cell(case.name), cell(case.ours, case.flops), *cells])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def _differ(run: Run) -> list[str]:
     found = {case.name: {"ours": case.ours, **case.backends, **case.peers} for case in run.cases}
     names = [
@@ -209,7 +235,7 @@ def _differ(run: Run) -> list[str]:
 def _launches(run: Run) -> list[str]:
     rows = []
     for case in run.cases:
-        others = {**case.backends, **case.peers}
+        others = {**case.backends, **case.peers, **{name: one.timing for name, one in case.yardsticks.items()}}
         for name, count in case.launches.items():
             if count.busy_ms is None:
                 cells = [count.error or "", "", "", ""]

@@ -90,12 +90,14 @@ class Start:
         new_ms: the first call with another schedule; None too if the case has no other.
         prepare_ms: what is done once a schedule, warm.
         error: None, or why there is no time.
+        at_once: how many processes began side by side, this one included.
     """
 
     cold_ms: float | None
     new_ms: float | None
     prepare_ms: float | None
     error: str | None = None
+    at_once: int = 1
 
 
 @dataclass(frozen=True)

@@ -179,9 +179,12 @@ def _case(model: Model, use: str, small: bool) -> Case:
 
 
 def _variants(model: Model, use: str, small: bool) -> Sequence[Variant]:
+    every_score = 4 * model.batch * model.heads * model.width * model.length**2
+
     def variant(name: str, role: str, prepare: Callable[[torch.Tensor], Formula]) -> Variant:
         """`prepare` takes q and returns the formula: what is done once a schedule is done there."""
-        return Variant(name, role, lambda inputs: _call(prepare(inputs[0]), inputs, use))
+        flops = None if role != "yardstick" else every_score if use == "forward" else every_score * 7 // 2
+        return Variant(name, role, lambda inputs: _call(prepare(inputs[0]), inputs, use), flops)
 
     def ours(backend: str) -> Callable[[torch.Tensor], Formula]:
         return lambda like: _ours(model, like, backend)

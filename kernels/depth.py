@@ -56,7 +56,7 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: in
         held, chunk = min(_VECTOR, triton.next_power_of_2(rows)), min(1024, max(wide, 8))
         chunks = triton.cdiv(inputs, chunk)
         if gated and held == 1 and chunks == 1:
-            return Tile(held, 4, chunk, itemsize, 1)
+            return Tile(held, 4, chunk, 4, 1)
         outputs_held = 8 if chunks == 1 or outputs >= 8 * _FULL else 4
         return Tile(held, outputs_held, chunk, 2 * itemsize, min(chunks, 2 if gated else 4))
     held = 16 if rows <= 16 else 32

@@ -560,11 +560,49 @@ def test_dead_codes_stay_without_restarts():
         (lambda m: m.get_soft_codes(torch.zeros(2, 4), 0.0), "temp must be above 0, got 0.0"),
         (lambda m: m.embed_partial_code(torch.zeros(1, 2).long(), 2), r"code_idx must be in \[0, 2\), got 2"),
         (lambda m: m.embed_partial_code(torch.zeros(1, 2).long(), 0, "mean"), "decode_type must be .* got 'mean'"),
+        (lambda m: m(torch.zeros(2, 3)), r"x must be \(..., 4\)"),
+        (lambda m: m.train()(torch.zeros(0, 3, 4)), r"at least one vector in training mode, got \(0, 3, 4\)"),
+        (lambda m: m.train().quantize(torch.zeros(0, 4)), "at least one vector"),
+        (lambda m: m(torch.zeros(2, 4).long()), "ResidualQuantizer: x must be float32, .* got int64"),
+        (lambda m: m.get_soft_codes([1.0]), "get_soft_codes: x must be a tensor, got list"),
+        (lambda m: ResidualQuantizer(0, 4, 2), "ResidualQuantizer: num_codes must be at least 1, got 0"),
+        (lambda m: ResidualQuantizer(8, 4.0, 2), "ResidualQuantizer: dim must be an integer, got float"),
+        (lambda m: ResidualQuantizer(8, 4, -1), "ResidualQuantizer: depth must be at least 1, got -1"),
+        (lambda m: ResidualQuantizer(8, 4, 2, decay=1.5), "ResidualQuantizer: decay must be at most 1, got 1.5"),
+        (lambda m: ResidualQuantizer(8, 4, 2, update="never"), "update must be 'step' or 'depth', got 'never'"),
     ],
 )
 def test_bad_arguments(call, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         call(ResidualQuantizer(8, 4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"update": "depth"}], ids=str)
+def test_a_cast_module_trains(dtype, options):
+    torch.manual_seed(6)  # of draws without a near tie
+    module = ResidualQuantizer(8, 4, 2, decay=0.5, **options).train()
+    x = torch.randn(40, 4).to(dtype)
+    state, seed = module.state_dict(), torch.get_rng_state()
+    cast = ResidualQuantizer(8, 4, 2, decay=0.5, **options).train()
+    cast.load_state_dict({name: one.to(dtype).float() for name, one in state.items()})
+    module.load_state_dict(cast.state_dict())
+    module.to(dtype)
+    outcomes = []
+    for one in (cast, module):
+        torch.set_rng_state(seed)
+        outcomes.append(one(x))
+    assert torch.equal(outcomes[0].codes, outcomes[1].codes)
+    assert outcomes[1].features.dtype == dtype
+    for name, moved in module.state_dict().items():
+        assert moved.dtype == dtype
+        torch.testing.assert_close(moved.float(), cast.state_dict()[name], rtol=0.02, atol=0.02)
+
+
+def test_no_vectors_are_quantized_to_none():
+    module = ResidualQuantizer(8, 4, 2).eval()
+    found = module(torch.zeros(0, 3, 4))
+    assert (found.features.shape, found.codes.shape) == ((0, 3, 4), (0, 3, 2))
 
 
 def test_the_published_package_is_found_or_skipped():

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,7 @@ def _drop(*path):
         (_set(["cases", 0, "ours", "error"], "no"), "ours: has both an error and times"),
         (_set(["cases", 0, "peers", "peer", "samples"], 1.5), "peers: peer: samples must be int, got 1.5"),
         (_set(["cases", 0, "ours", "differ"], 1.5), "ours: differ must be at most 1, got 1.5"),
+        (_set(["cases", 0, "yardsticks"], {"dense": {"flops": 1}}), "yardsticks: dense: lacks timing"),
         (_set(["cases", 1, "name"], "model/forward"), "name occurs twice"),
     ],
 )
@@ -599,6 +601,25 @@ def test_run_family_asks_for_beginnings(tmp_path, matplotlib):
     text = _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
     assert "| toy/add | unifiedar | 1234.5 | – | 0.2500 |" in text
     assert "ImportError: no \\| such" in text
+
+
+def test_beginnings_side_by_side(tmp_path, matplotlib):
+    """All of them are under way before one ends, and the file and the scoreboard say so."""
+    names = {variant.name for variant in _case().variants}
+    together = threading.Barrier(len(names), timeout=60)
+
+    def start(case, name):
+        together.wait()
+        return Start(1.0, None, float(len(name)))
+
+    run = run_family("toy", [_case()], CPU, budget_s=0.02, commit="c", start=start, starts_at_once=99)
+    starts = run.cases[0].starts
+    assert {name: (one.prepare_ms, one.at_once) for name, one in starts.items()} == {
+        name: (len(name), len(names)) for name in names
+    }
+    assert _results.read(_results.write(run, tmp_path / "results")) == run
+    text = _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
+    assert f"such as making a\nmask (up to {len(names)} processes at once):" in text
 
 
 @pytest.mark.parametrize(
@@ -908,6 +929,37 @@ def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
     assert "d/forward" not in svg
 
 
+def test_scoreboard_sets_ours_beside_yardsticks(tmp_path, matplotlib):
+    dense = _results.Yardstick(timing(4.0), 8 * 10**9)
+    one = row("a/forward", ours=2.0, flops=10**9, yardsticks={"dense": dense})
+    bad = row("b/forward", yardsticks={"dense": _results.Yardstick(timing(0, error="RuntimeError: no"), 1)})
+    run = Run("attention", environment(), [one, bad, row("c/forward")])
+    assert _results.read(_results.write(run, tmp_path / "results")) == run
+    text = _scoreboard.write(tmp_path / "results", tmp_path / "docs").read_text()
+    lines = text[text.index("Beside what computes something else") :].splitlines()
+    assert lines[3:7] == [
+        "| case | ours | dense |",
+        "| --- | --- | --- |",
+        "| a/forward | 0.5 (2.000) | 2.0 (4.000) |",
+        "| b/forward | 0.0 (1.000) | failed |",
+    ]
+    assert not any(line.startswith("| c/forward") for line in lines)
+    assert "dense" not in _line(text, "| a/forward | N")
+
+
+def test_run_family_keeps_yardsticks_with_their_operations(tmp_path):
+    variants = (*_case().variants[:1], Variant("dense", "yardstick", lambda inputs: lambda: inputs[0] + 1, 1000))
+    run = run_family("toy", [_case(variants=variants)], CPU, budget_s=0.01, commit="c")
+    (found,) = run.cases[0].yardsticks.items()
+    assert found == ("dense", _results.Yardstick(found[1].timing, 1000))
+    assert found[1].timing.median_ms > 0
+    assert run.cases[0].peers == {}
+    for case in family_cases("attention", "cuda"):
+        for variant in case.variants:
+            assert (variant.flops is not None) == (variant.role == "yardstick")
+            assert variant.flops is None or variant.flops >= case.flops
+
+
 def test_scoreboard_shows_codes_unlike_float64(tmp_path, matplotlib):
     def chosen(share):
         return dataclasses.replace(timing(1.0), differ=share)
@@ -1026,6 +1078,7 @@ def test_command_says_what_failed_while_warming(capsys, monkeypatch):
         (["codes", "--device", "cpu", "--budget", "0"], "--budget must be positive, got 0"),
         (["codes", "nope", "--device", "cpu"], "nope: no family; there are attention, codes"),
         (["codes", "--device", "cpu", "--warm", "0"], "--warm must be at least 1, got 0"),
+        (["codes", "--device", "cpu", "--starts", "0"], "--starts must be at least 1, got 0"),
         (["codes", "--device", "cpu", "--warm", "1", "--starts"], "--starts times beginnings with empty caches"),
         (["codes", "--device", "cpu", "--warm", "1", "--budget", "-1"], "--budget must be positive, got -1"),
     ],

@@ -580,6 +580,14 @@ def test_the_module_of_one_scale_takes_one():
     assert (out.inputs, len(out.bits)) == ([], 1)
     with pytest.raises(ValueError, match="scale_schedule must be given"):
         BitwiseQuantizer(4)(normal(2, 4, 3, 5))
+    for options, text in (
+        ({"inv_temperature": 0.0}, "inv_temperature must be above 0, got 0.0"),
+        ({"entropy_weight": "much"}, "entropy_weight must be a number, got str"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"SignQuantizer: {text}"):
+            BitwiseQuantizer(4, **options)
+    with pytest.raises(TypeError, match=r"BitwiseQuantizer: x must be float32, .* got int64"):
+        BitwiseQuantizer(4, [(1, 1)])(torch.ones(1, 4, 1, 1).long())
     with pytest.raises(ValueError, match="dim must be from 1 to 64, got 65"):
         BitwiseQuantizer(65)
 

@@ -730,12 +730,38 @@ def test_usage():
     torch.testing.assert_close(module.ema_vocab_hit_SV, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_module_trains(dtype):
+    torch.manual_seed(5)
+    module = MultiScaleQuantizer(30, 6, (1, 2, 4))
+    module.load_state_dict({name: one.to(dtype) for name, one in module.state_dict().items()})
+    x = torch.randn(2, 6, 4, 4).to(dtype).float()
+    want = module.train()(x)
+    counted = module.ema_vocab_hit_SV.clone()
+    module.ema_vocab_hit_SV.zero_()
+    module.record_hit.zero_()
+    module.to(dtype)
+    found = module(x.to(dtype))
+    found.loss.backward()
+    torch.testing.assert_close(module.ema_vocab_hit_SV.float(), counted, rtol=0.01, atol=0)
+    torch.testing.assert_close(found.loss.float(), want.loss, rtol=0.05, atol=0)
+    assert module.embedding.weight.grad.dtype == dtype
+
+
 def test_module_refuses():
-    for arguments in ((0, 6, (1,)), (30, 0, (1,)), (30, 6, ())):
-        with pytest.raises(ValueError, match="MultiScaleQuantizer: num_codes, dim and"):
-            MultiScaleQuantizer(*arguments)
-    with pytest.raises(ValueError, match="got 'l1'"):
-        MultiScaleQuantizer(30, 6, (1,), metric="l1")
+    for arguments, options, text in (
+        ((0, 6, (1,)), {}, "num_codes must be at least 1, got 0"),
+        ((30, 0, (1,)), {}, "dim must be at least 1, got 0"),
+        ((30, 6.0, (1,)), {}, "dim must be an integer, got float"),
+        ((30, 6, ()), {}, "scales must name at least one, got none"),
+        ((30, 6, (1,)), {"convolutions": -1}, "convolutions must be at least 0, got -1"),
+        ((30, 6, (1,)), {"ratio": "half"}, "ratio must be a number, got str"),
+        ((30, 6, (1,)), {"metric": "l1"}, "metric must be 'l2' or 'cosine', got 'l1'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"MultiScaleQuantizer: {text}"):
+            MultiScaleQuantizer(*arguments, **options)
+    with pytest.raises(TypeError, match=r"MultiScaleQuantizer: x must be float32, .* got int64"):
+        MultiScaleQuantizer(30, 6, (1, 2))(torch.zeros(1, 6, 2, 2).long())
 
 
 def test_training_step_compiles_as_one_graph(fresh_compiler):

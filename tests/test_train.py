@@ -417,7 +417,7 @@ def test_quantizer_in_eval_mode_stays():
     quantizer(torch.randn(10, 4))
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
     assert len(before) == 9
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="num_codes must be at least 1, got 0"):
         ResidualQuantizer(0, 4, 1)
     with pytest.raises(ValueError, match="update must be 'step' or 'depth', got 'never'"):
         ResidualQuantizer(8, 4, 1, update="never")

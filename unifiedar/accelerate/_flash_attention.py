@@ -41,7 +41,11 @@ def flash_attn_func(
         flash_attn.flash_attn_func = flash_attn_func  # before anything of Infinity is imported
 
     The public Infinity registers no buffers Infinity_visible_kvlen and Infinity_invisible_qlen, which its training
-    reads: set them on the model for the schedule at hand.
+    reads: set them on the model for the schedule at hand. Of scales with these numbers of tokens, a tensor,
+
+        ends = lengths.cumsum(0)
+        model.Infinity_visible_kvlen = ends.repeat_interleave(lengths)
+        model.Infinity_invisible_qlen = (ends - lengths).repeat_interleave(lengths)
 
     Args:
         q: (B, Lq, H, D), as `ops.block_causal_attention` takes it with heads and tokens exchanged.

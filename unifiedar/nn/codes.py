@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unifiedar.ops import code_statistics, residual_lookup, residual_quantize
+from unifiedar.ops import _checks, code_statistics, residual_lookup, residual_quantize
 
 __all__ = ["Codebook", "Quantized", "ResidualQuantizer"]
 
@@ -161,6 +161,7 @@ def _move(
 ) -> None:
     """`Codebook.update` of several tables, all arguments stacked: counts (B, K), sums and candidates (B, K, C)."""
     one = len(books) == 1
+    sums = sums.to(books[0].embed_ema.dtype)  # a whole model may have been cast
     sizes = books[0].cluster_size_ema[None] if one else torch.stack([book.cluster_size_ema for book in books])
     # Not lerp_: a code of one vector a step stays at 1, the limit of the dead, only as the published code rounds.
     sizes.mul_(decay).add_(counts, alpha=1 - decay)
@@ -276,10 +277,11 @@ class ResidualQuantizer(nn.Module):
         super().__init__()
         if update not in ("step", "depth"):
             raise ValueError(f"ResidualQuantizer: update must be 'step' or 'depth', got {update!r}")
-        if min(num_codes, dim, depth) < 1:
-            raise ValueError(
-                f"ResidualQuantizer: num_codes, dim and depth must be positive, got {num_codes}, {dim}, {depth}"
-            )
+        for name, value in (("num_codes", num_codes), ("dim", dim), ("depth", depth)):
+            _checks.check_integer("ResidualQuantizer", name, value, 1)
+        _checks.check_number("ResidualQuantizer", "decay", decay, 0)
+        if decay > 1:
+            raise ValueError(f"ResidualQuantizer: decay must be at most 1, got {decay}")
         first = Codebook(num_codes, dim)
         rest = [first if shared else Codebook(num_codes, dim) for _ in range(depth - 1)]
         self.codebooks = nn.ModuleList([first, *rest])
@@ -320,6 +322,10 @@ class ResidualQuantizer(nn.Module):
         Returns:
             Quantized(features (..., C) as x, equal to the sum of the D code vectors, gradient passed straight to x;
             codes (..., D) int64; commitment (): mean over depths of mean((x - stop_gradient(partial sum))^2)).
+
+        Raises:
+            TypeError: if x is no tensor of floats.
+            ValueError: if x has other channels than the module, or in training mode no vector at all.
         """
         codes, partial = self._search(x)
         commitment = (x.float().unsqueeze(-2) - partial).square().mean()
@@ -395,10 +401,16 @@ class ResidualQuantizer(nn.Module):
         """
         if not temp > 0:
             raise ValueError(f"get_soft_codes: temp must be above 0, got {temp}")
+        _checks.check_tensor("get_soft_codes", "x", x)
         return soft_codes(x.detach().float(), self.table.float(), self.depth, temp, stochastic)
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (..., D) and running sums (..., D, C) float32 of x; moves the tables in training mode."""
+        _checks.check_tensor("ResidualQuantizer", "x", x)
+        if self.training and not x.numel():
+            raise ValueError(
+                f"ResidualQuantizer: x must hold at least one vector in training mode, got {tuple(x.shape)}"
+            )
         movement = self._movement if self.training else None
         each_depth = self.update == "depth"
         return search(x.detach().float(), self.table.float(), self.depth, self._books, movement, each_depth=each_depth)

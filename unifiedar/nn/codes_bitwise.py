@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.ops import bitwise_lookup, bitwise_quantize
+from unifiedar.ops import _checks, bitwise_lookup, bitwise_quantize
 
 __all__ = ["BitwiseOutput", "BitwiseQuantizer", "SignOutput", "SignQuantizer"]
 
@@ -68,8 +68,18 @@ class SignQuantizer(nn.Module):
         inv_temperature: float = 100.0,
     ):
         super().__init__()
-        if not 1 <= dim <= 64:
+        _checks.check_integer("SignQuantizer", "dim", dim, 1)
+        if dim > 64:
             raise ValueError(f"SignQuantizer: dim must be from 1 to 64, got {dim}")
+        weights = (
+            ("entropy_weight", entropy_weight),
+            ("commitment_weight", commitment_weight),
+            ("diversity", diversity),
+        )
+        for name, value in (*weights, ("inv_temperature", inv_temperature)):
+            _checks.check_number("SignQuantizer", name, value)
+        if inv_temperature <= 0:
+            raise ValueError(f"SignQuantizer: inv_temperature must be above 0, got {inv_temperature}")
         self.dim = self.codebook_dim = dim
         self.spherical, self.diversity, self.inv_temperature = spherical, diversity, inv_temperature
         self.entropy_weight, self.commitment_weight = entropy_weight, commitment_weight
@@ -86,6 +96,7 @@ class SignQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> SignOutput:
         """Quantize x, (B, n, d), or channels first with 4 or more dimensions; in float32 whatever the dtype of x."""
+        _checks.check_tensor("SignQuantizer", "x", x)
         tokens = x.movedim(1, -1) if x.ndim >= 4 else x
         codes, bits, loss = self.quantize(tokens.float())
         return SignOutput(codes.movedim(-1, 1) if x.ndim >= 4 else codes, None, bits.int(), loss)
@@ -165,6 +176,7 @@ class BitwiseQuantizer(nn.Module):
         features pass their gradient straight through every scale's signs, as the reference's do; values are the exact
         sums of codes, which the reference's miss by the rounding of u + (code - u).
         """
+        _checks.check_tensor("BitwiseQuantizer", "x", x)
         maps = (x if x.ndim == 5 else x.unsqueeze(2)).float()
         scales = self._schedule(scale_schedule)
         train = torch.is_grad_enabled() and maps.requires_grad

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifiedar.ops import Phi, multiscale_inputs, multiscale_lookup, multiscale_quantize, next_scale_input
+from unifiedar.ops import Phi, _checks, multiscale_inputs, multiscale_lookup, multiscale_quantize, next_scale_input
 
 __all__ = ["MultiScaleQuantized", "MultiScaleQuantizer", "ScaleBook", "phi_of"]
 
@@ -111,11 +111,12 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         if metric not in ("l2", "cosine"):
             raise ValueError(f"MultiScaleQuantizer: metric must be 'l2' or 'cosine', got {metric!r}")
-        if min(num_codes, dim) < 1 or convolutions < 0 or not scales:
-            raise ValueError(
-                "MultiScaleQuantizer: num_codes, dim and the number of scales must be positive and convolutions at "
-                f"least 0, got {num_codes}, {dim}, {len(scales)} and {convolutions}"
-            )
+        for name, value, least in (("num_codes", num_codes, 1), ("dim", dim, 1), ("convolutions", convolutions, 0)):
+            _checks.check_integer("MultiScaleQuantizer", name, value, least)
+        for name, number in (("ratio", ratio), ("beta", beta)):
+            _checks.check_number("MultiScaleQuantizer", name, number)
+        if not scales:
+            raise ValueError("MultiScaleQuantizer: scales must name at least one, got none")
         self.num_codes, self.dim, self.scales, self.metric, self.beta = num_codes, dim, tuple(scales), metric, beta
         self.ratio = abs(ratio) if abs(ratio) > 1e-6 else 0.0
         count = (convolutions or len(scales)) if self.ratio else 0
@@ -160,6 +161,7 @@ class MultiScaleQuantizer(nn.Module):
             on average; loss (): mean over scales of mse(sum so far, stop_gradient(x)), which trains codebook and
             convolutions, plus beta mse(stop_gradient(sum so far), x)).
         """
+        _checks.check_tensor("MultiScaleQuantizer", "x", x)
         x = x.float()
         table, phi = self.embedding.weight, self.phi
         codes = multiscale_quantize(x.detach(), table, phi, self.scales, metric=self.metric)
@@ -182,6 +184,7 @@ class MultiScaleQuantizer(nn.Module):
         # As published: a scale of a step counts as one, so that only the very first row starts from a copy.
         seen = self.record_hit + torch.arange(steps, device=keys.device)
         weight = torch.where(seen < 100, 0.1, 0.01).masked_fill(seen == 0, 1)
+        hits = hits.to(self.ema_vocab_hit_SV.dtype)  # a whole model may have been cast
         self.ema_vocab_hit_SV.lerp_(hits.view(steps, num_codes), weight.to(hits.dtype)[:, None])
         self.record_hit += steps
 
