@@ -9,8 +9,8 @@ from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
 from unifiedar.nn import DepthStyle, DepthTransformer
-from unifiedar.ops import DepthForm, _native, depth_decode, residual_lookup
-from unifiedar.ops.depth import _flatten, depth_pack
+from unifiedar.ops import DepthForm, _native, depth, depth_decode, residual_lookup
+from unifiedar.ops.depth import _flatten, depth_pack, wants_packed
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -407,6 +407,38 @@ def test_what_the_kernel_cannot_do(change, reason):
     with pytest.raises(ValueError, match=reason):
         case.run("cuda")
     assert case.run("auto").codes.shape == (1, case.module.depth)
+
+
+def without_room(monkeypatch):
+    """As on a GPU that cannot hold the kernel's grid, or two rows of it."""
+    monkeypatch.setattr(depth, "_plan", lambda *sizes: {"limit": 0})
+
+
+def test_a_device_without_room_for_the_grid_is_told(monkeypatch):
+    """Such tensors, and only for that reason, are not for the kernel: nothing is packed for it."""
+    case = small_case(rows=4)
+    monkeypatch.setattr(_native, "cuda_unfit", lambda *tensors: None)
+    monkeypatch.setattr(depth, "_plan", lambda *sizes: {"limit": 2})
+    arguments = (case.hidden, case.codebook, case.weights)
+    assert depth._unfit_here(*arguments) is None
+    assert wants_packed(*arguments, backend="cuda")
+    without_room(monkeypatch)
+    assert "needs a device that holds all blocks of a grid at once" in depth._unfit_here(*arguments)
+    assert not wants_packed(*arguments, backend="cuda")
+
+
+@pytest.mark.gpu
+def test_without_room_for_the_grid_others_decode(monkeypatch):
+    case, kernel = on_gpu(small_case(rows=4, guidance=2.0))
+    want = kernel()
+    without_room(monkeypatch)
+    with pytest.raises(ValueError, match="holds all blocks of a grid at once"):
+        kernel()
+    temperature, top_k, top_p = case.settings
+    settings = {"guidance": 2.0, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": case.noise}
+    found = case.module.decode(case.hidden, case.codebook, **settings)
+    assert found.codes.shape == want.codes.shape
+    assert torch.equal(found.codes, drawn_from(case.run("auto", forced=found.codes, return_logits=True).logits, case))
 
 
 @pytest.mark.gpu
