@@ -81,6 +81,7 @@ class BuildLibrary(build_ext):
             "TORCH_DIR": toolchain.package_folder("torch"),
             "Python_EXECUTABLE": sys.executable,
             "UNIFIEDAR_INSPECT": "ON" if toolchain.inspect() else "OFF",
+            "UNIFIEDAR_WATCHDOG": "ON" if toolchain.watchdog() else "OFF",
         }
         if toolchain.inspect():
             options["pybind11_DIR"] = toolchain.package_folder("pybind11") / "share/cmake/pybind11"

@@ -149,6 +149,7 @@ def _section(run: Run, plot: str | None) -> str:
     backends = _backends(run)
     if backends:
         lines += ["", "Our backends one by one:", "", *backends]
+    lines += ["", "Of the floor, by everyone:", "", *_shares(run)]
     yardsticks = _yardsticks(run)
     if yardsticks:
         lines += ["", _YARDSTICKS, "", *yardsticks]
@@ -164,6 +165,22 @@ def _section(run: Run, plot: str | None) -> str:
     if launches:
         lines += ["", _LAUNCHES, "", *launches]
     return "\n".join(lines) + "\n"
+
+
+def _shares(run: Run) -> list[str]:
+    """The floor's time over that of ours, of each of our backends, of each peer."""
+    backends = list(dict.fromkeys(name for case in run.cases for name in case.backends))
+    peers = sorted({name for case in run.cases for name in case.peers})
+    head = ["case", "floor, ms", "ours", *backends, *peers]
+    rows = [head, ["---"] * len(head)]
+    for case in run.cases:
+        others = {**case.backends, **case.peers}
+        cells = [case.name, _milliseconds(case.floor_ms)]
+        for timing in (case.ours, *(others.get(name) for name in (*backends, *peers))):
+            time = None if timing is None else timing.median_ms
+            cells.append("–" if time is None else f"{100 * case.floor_ms / time:.0f} %")
+        rows.append(cells)
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _starts(run: Run) -> list[str]:

@@ -1,12 +1,13 @@
-"""Cases of VAR as a whole: drawing pictures of classes; and two things in it, the layer norm with its gate, 2 depth
-times a scale, and a product with weights of 8 bits.
+"""Cases of VAR as a whole: drawing pictures of classes, and a step of training (`bench/_var_training.py`); and two
+things in it, the layer norm with its gate, 2 depth times a scale, and a product with weights of 8 bits.
 
 Weights are random, as a training begins with them, so that codes are drawn almost evenly; times do not depend on it. A
 drawing returns codes and pictures, in float16 as VAR's demonstration has it. Checked are the codes, every scale given
 the earlier ones that came out: the float32 model, told those, must draw 95 % of them with the same noise. Least
 traffic: the weights of the blocks once a scale, those that see the condition alone and the decoder's once, the cache
 written once and read at every later scale, logits written and read. `published` launches what the published code does
-under autocast.
+under autocast (`bench/published`); it also runs with its blocks under torch.compile, and with ours swapped in
+(`unifiedar.accelerate`), where the decoder stays the published one.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import unifiedar
+from bench import _var_training
 from bench._case import OURS, Case, Check, Variant, against
+from bench.published import VAR as Published
+from bench.published import published
 from unifiedar.checkpoints import quantize_rows
 from unifiedar.models import VAR, VQVAE, VARConfig, VQVAEConfig
-from unifiedar.nn.codes_multiscale import phi_of
 from unifiedar.ops import linear_8bit, modulated_norm, registry, sample_codes
 
 __all__ = ["cases"]
@@ -38,15 +42,20 @@ CFG, TOP_K, TOP_P = 1.5, 900, 0.96
 
 
 def cases(device: torch.device) -> list[Case]:
-    """d16 and d30 at a few batches; on the CPU two blocks, three scales and one picture, in float32."""
+    """d16, d30 and d36 at a few batches; on the CPU two blocks, three scales and one picture, in float32."""
     if device.type != "cuda":
         found = [_generate("small", SMALL, SMALL_TOKENIZER, 1, True), _norm("small", 2, 9, 64, True)]
+        found.append(_var_training.step("small", SMALL, SMALL_TOKENIZER, 2, True))
         return [*found, _linear("small", "fc1", 18, 256, 64, "fp8", True)]
     found = []
     for name, batches in (("d16", (1, 8, 64)), ("d30", (1, 8, 32)), ("d36", (1, 8))):
         config = VAR.configs[name]
         tokenizer = replace(TOKENIZER, scales=config.scales)
         found += [_generate(name, config, tokenizer, batch, False) for batch in batches]
+    for name, batch in (("d16", 64), ("d30", 16), ("d36", 4)):
+        config = VAR.configs[name]
+        tokenizer = replace(SMALL_TOKENIZER, scales=config.scales)
+        found.append(_var_training.step(name, config, tokenizer, batch, False))
     for rows in (2, 32, 128, 512):  # the first scale, 4 x 4, 8 x 8 and 16 x 16 of one picture, guided
         for layer, outputs, inputs in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
             if layer in ("qkv", "fc2") or rows == 2:
@@ -86,6 +95,22 @@ def _eight_bits(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device,
     return model.quantize_weights(form, backend="triton").cast_products(dtype)
 
 
+@functools.lru_cache(maxsize=3)  # one a way
+def _reference(
+    config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dtype: torch.dtype, way: str
+) -> Published:
+    """The published model on the float32 one's weights: as it is, with compiled blocks, or with ours swapped in."""
+    made = published(_models(config, tokenizer, device, dtype)[0])
+    if way == "compiled":
+        for block in made.blocks:
+            block.compile()
+    if way == "swapped":
+        report = unifiedar.accelerate(made, verbose=False)
+        if report.refused:
+            raise RuntimeError(f"not swapped: {report.refused[0]}")
+    return made
+
+
 def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, small: bool) -> Case:
     dtype = torch.float32 if small else torch.float16
     lengths, rows = config.lengths, 2 * batch
@@ -119,17 +144,24 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
 
         return bind
 
-    def published(one: dict[str, Any]) -> Callable[[], object]:
-        model = _models(config, tokenizer, one["labels"].device, dtype)[0]
+    def reference(way: str) -> Callable[[dict[str, Any]], Callable[[], object]]:
+        def bind(one: dict[str, Any]) -> Callable[[], object]:
+            labels = one["labels"]
+            model = _reference(config, tokenizer, labels.device, dtype, way)
 
-        def call() -> object:
-            with torch.no_grad(), torch.autocast(one["labels"].device.type, torch.float16, enabled=not small):
-                return _published(model, one["labels"], one["seed"])
+            def call() -> object:
+                model.drawn = []
+                with torch.autocast(labels.device.type, torch.float16, enabled=not small):
+                    pictures = model.autoregressive_infer_cfg(batch, labels, one["seed"], CFG, TOP_K, TOP_P)
+                return *model.drawn, 2 * pictures - 1
 
-        return call
+            return call
+
+        return bind
 
     def check(one: dict[str, Any]) -> Check:
         model = _models(config, tokenizer, one["labels"].device, dtype)[0]
+        ours_alone = ours(False)(one)
 
         def agree(variant: Variant, output: object) -> None:
             assert isinstance(output, tuple)
@@ -137,6 +169,12 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
             side = config.sizes[-1][0] * 16
             if pictures.shape != (batch, 3, side, side) or not pictures.isfinite().all():
                 raise ValueError(f"wrong pictures: {tuple(pictures.shape)}")
+            if not codes:  # ours swapped in gives pictures alone: those that ours draws, but for the decoder
+                wanted = ours_alone()[-1]  # type: ignore[index]
+                error = (pictures - wanted).abs().mean().item()
+                if not error < 0.02:
+                    raise ValueError(f"wrong pictures: {error:.3g} from ours on average")
+                return
             share = _agreement(model, one["labels"], one["seed"], codes)
             if share < 0.95:
                 raise ValueError(f"wrong codes: {share:.1%} are those of the float32 model")
@@ -147,7 +185,9 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
     if not small:
         variants.append(Variant(f"{OURS} without graphs", "backend", ours(False)))
         variants += [Variant(f"{OURS}, {form} weights", "backend", ours(True, form)) for form in ("int8", "fp8")]
-    variants.append(Variant("published", "peer", published))
+        variants.append(Variant("published, blocks under torch.compile", "peer", reference("compiled")))
+    variants.append(Variant("published, accelerated", "backend", reference("swapped")))
+    variants.append(Variant("published", "peer", reference("as it is")))
     return Case(
         name=f"var-{name}/generate-b{batch}",
         shape={"B": batch, "C": dim, "L": total, "depth": config.depth},
@@ -183,70 +223,6 @@ def _agreement(model: VAR, labels: Tensor, seed: int, codes: list[Tensor]) -> fl
             found = sample_codes(both, guidance=guidance, top_k=TOP_K, top_p=TOP_P, noise=noise, backend="eager")
             same, counted, at = same + int((found == given[step]).sum()), counted + found.numel(), at + length
     return same / counted
-
-
-def _published(model: VAR, labels: Tensor, seed: int) -> tuple[Tensor, ...]:
-    """VAR's generation as published, on the same parameters: what it computes, in its order."""
-    config, batch = model.config, len(labels)
-    generator = torch.Generator(labels.device).manual_seed(seed)
-    vae: Any = model.vae
-    table, convolutions = vae.quantize.embedding.weight, vae.quantize.quant_resi
-    condition = model.class_emb(torch.cat((labels, torch.full_like(labels, config.num_classes))))
-    places = model.lvl_embed(model.lvl_1L) + model.pos_1LC
-    x = condition[:, None] + model.pos_start + places[:, : config.lengths[0]]
-    size, last = config.sizes[-1], len(config.lengths) - 1
-    total, begin = x.new_zeros(batch, config.code_dim, *size), 0
-    caches: list[list[Tensor]] = [[] for _ in model.blocks]
-    blocks: list[Any] = list(model.blocks)
-    found = []
-    for step, length in enumerate(config.lengths):
-        shared: Any = model.shared_ada_lin(condition)
-        for block, cache in zip(blocks, caches, strict=True):
-            made = (
-                block.ada_gss + shared.view(-1, 1, 6, config.dim) if config.shared_adaln else block.ada_lin(condition)
-            )
-            gate1, gate2, scale1, scale2, shift1, shift2 = made.view(-1, 1, 6, config.dim).unbind(2)
-            h = _norm_published(x, scale1, shift1, config.norm_eps)
-            x = x + _attention_published(block.attn, h, cache) * gate1
-            h = _norm_published(x, scale2, shift2, config.norm_eps)
-            x = x + block.ffn.fc2(F.gelu(block.ffn.fc1(h), approximate="tanh")) * gate2
-        made = model.head_nm.ada_lin(condition)  # type: ignore[operator, union-attr]
-        scale, shift = made.view(-1, 1, 2, config.dim).unbind(2)
-        logits = model.head(_norm_published(x.float(), scale, shift, config.norm_eps).float()).float()
-        strength = CFG * step / last
-        logits = (1 + strength) * logits[:batch] - strength * logits[batch:]
-        logits = logits.masked_fill(logits < logits.topk(TOP_K, sorted=False)[0].amin(-1, keepdim=True), -torch.inf)
-        ordered, index = logits.sort(-1)
-        out = ordered.softmax(-1).cumsum(-1) <= 1 - TOP_P
-        out[..., -1:] = False
-        p = logits.masked_fill(out.scatter(-1, index, out), -torch.inf).softmax(-1)
-        codes = torch.multinomial(p.flatten(0, 1), 1, replacement=True, generator=generator).view(batch, length)
-        found.append(codes)
-        h = table[codes].mT.unflatten(2, config.sizes[step])
-        h = F.interpolate(h, size=size, mode="bicubic") if step < last else h
-        phi = phi_of(convolutions, vae.quantize.ratio, step, last + 1)
-        assert phi is not None
-        total = total + (1 - phi.ratio) * h + phi.ratio * F.conv2d(h, phi.weight[0], phi.bias[0], padding=1)
-        begin += length
-        if step < last:
-            x = F.interpolate(total, size=config.sizes[step + 1], mode="area").flatten(2).mT
-            x = (model.word_embed(x) + places[:, begin : begin + config.lengths[step + 1]]).repeat(2, 1, 1)
-    return *found, vae.fhat_to_img(total)
-
-
-def _norm_published(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-def _attention_published(attention: Any, x: Tensor, cache: list[Tensor]) -> Tensor:
-    bias = torch.cat((attention.q_bias, attention.zero_k_bias, attention.v_bias))
-    qkv = F.linear(x, attention.mat_qkv.weight, bias).unflatten(2, (3, attention.heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    q = F.normalize(q, dim=-1) * attention.scale_mul_1H11.clamp_max(math.log(100)).exp()
-    k = F.normalize(k, dim=-1)
-    cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=True)] if cache else [k, v]
-    out = F.scaled_dot_product_attention(q, cache[0], cache[1], scale=1.0)
-    return attention.proj(out.transpose(1, 2).flatten(2))
 
 
 # ---- a product with weights of 8 bits --------------------------------------------------------------------------------
@@ -320,7 +296,8 @@ def _norm(name: str, batch: int, length: int, width: int, small: bool) -> Case:
 
     def formula(x: Tensor, branch: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         x = x + branch * gate[:, None]
-        return _norm_published(x, scale[:, None], shift[:, None], 1e-6).to(branch.dtype), x
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return (normed * (1 + scale[:, None]) + shift[:, None]).to(branch.dtype), x
 
     def peer(function: Callable[..., object]) -> Callable[[dict[str, Tensor]], Callable[[], object]]:
         return lambda one: lambda: function(**one)

@@ -5,6 +5,8 @@ Only the standard library is imported here, because everything else may be missi
 UNIFIEDAR_BUILD       auto (default): the CUDA library where nvcc is found, else pure Python;
                       cuda: the CUDA library or an error; none: pure Python
 UNIFIEDAR_INSPECT     1: also the pybind11 module behind `unifiedar info --kernels`, tied to this Python
+UNIFIEDAR_WATCHDOG    1: for debugging: a kernel whose blocks wait for each other for more than about a second ends with
+                      an error instead of hanging
 TORCH_CUDA_ARCH_LIST  architectures as torch's own extensions read them, e.g. "8.0;9.0a+PTX"
 MAX_JOBS              parallel compilations
 """
@@ -33,6 +35,11 @@ def mode() -> str:
 def inspect() -> bool:
     """Whether the pybind11 module is asked for."""
     return os.environ.get("UNIFIEDAR_INSPECT", "0") == "1"
+
+
+def watchdog() -> bool:
+    """Whether waits within kernels are to be bounded."""
+    return os.environ.get("UNIFIEDAR_WATCHDOG", "0") == "1"
 
 
 def find_nvcc() -> str | None:

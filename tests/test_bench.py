@@ -484,6 +484,44 @@ def test_depth_decoding_has_cases_of_few_and_many_rows(model):
         ), "weights are read once, however many rows there are"
 
 
+@pytest.mark.parametrize(
+    ("model", "batches", "trained"), [("d16", (1, 8, 64), 64), ("d30", (1, 8, 32), 16), ("d36", (1, 8), 4)]
+)
+def test_var_has_cases_of_drawing_and_training(model, batches, trained):
+    """Beside the published code as it is, with compiled blocks, and with ours swapped in."""
+    cases = {case.name: case for case in family_cases("var", "cuda")}
+    names = [f"var-{model}/generate-b{batch}" for batch in batches] + [f"var-{model}/train-b{trained}"]
+    for name in names:
+        roles = {variant.name: variant.role for variant in cases[name].variants}
+        assert roles["published"] == roles["published, blocks under torch.compile"] == "peer"
+        assert roles["published, accelerated"] == "backend"
+        assert cases[name].on_matrix_units
+    # 310 M weights at depth 16; every weight once forward, twice backward, for each of 680 tokens of 64 pictures.
+    if model == "d16":
+        case = cases["var-d16/train-b64"]
+        assert 2.9e8 < case.bytes / 12 < 3.3e8
+        assert 0.5 < case.flops / (6 * 64 * 680 * 2.05e8) < 1.5
+
+
+def test_published_var_is_what_ours_is_held_against():
+    """All ways of drawing and training pass their checks; a wrong gradient, codes or pictures do not."""
+    cases = {case.name: case for case in family_cases("var", CPU)}
+    drawing, training = (prepare(cases[f"var-small/{what}"], CPU) for what in ("generate-b1", "train-b2"))
+    for one in (drawing, training):
+        outputs = {name: calls[0]() for name, calls in one.calls.items()}
+        for name, output in outputs.items():
+            one.check(name, output)
+    assert list(outputs) == ["unifiedar", "published, accelerated", "published"]
+    for key in ("loss", "blocks.0.attn.mat_qkv.weight"):
+        with pytest.raises(ValueError, match=f"wrong result: {key} is off"):
+            training.check("unifiedar", {**outputs["unifiedar"], key: outputs["unifiedar"][key] * 1.001})
+    *codes, pictures = drawing.calls["published"][0]()
+    with pytest.raises(ValueError, match="wrong codes"):
+        drawing.check("published", (*((one + 1) % 4096 for one in codes), pictures))
+    with pytest.raises(ValueError, match="wrong pictures"):
+        drawing.check("published, accelerated", (pictures.flip(2),))
+
+
 def test_depth_cases_decode_as_defined():
     """Ours and all peers, with guidance and, of one row, without."""
     for case in family_cases("depth", CPU):
@@ -879,6 +917,10 @@ def test_scoreboard_names_winners_and_losers(tmp_path, matplotlib):
     assert "copy 3,000 GB/s" in text
     assert "no triton" in text
     assert "| a/forward | 3.000 |" in text, "the table of backends"
+    assert "| case | floor, ms | ours | unifiedar eager | fast peer | slow peer |" in text
+    assert "| a/forward | 0.2500 | 25 % | 8 % | 12 % | 6 % |" in text, "the floor over everyone's time"
+    assert "| c/forward | 0.2500 | 12 % | 8 % | – | – |" in text
+    assert "| d/forward | 0.2500 | – | 8 % | – | 6 % |" in text
 
     svg = (tmp_path / "docs" / "scoreboard-codes-test-gpu-9000.svg").read_text()
     assert "(scoreboard-codes-test-gpu-9000.svg)" in text

@@ -36,7 +36,8 @@ def executable(path, script="exit 0"):
 def toolchain(monkeypatch, tmp_path):
     """The module on a machine that has nothing: no nvcc, no compiler, no importable package."""
     module = load("toolchain")
-    for variable in ("CUDA_HOME", "CUDA_PATH", "CXX", "UNIFIEDAR_BUILD", "UNIFIEDAR_INSPECT", "TORCH_CUDA_ARCH_LIST"):
+    own = ("UNIFIEDAR_BUILD", "UNIFIEDAR_INSPECT", "UNIFIEDAR_WATCHDOG")
+    for variable in ("CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST", *own):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(module, "CUDA_HOME_FALLBACK", tmp_path / "usr-local-cuda")
@@ -282,6 +283,60 @@ def test_a_source_distribution_holds_what_a_build_reads(checkout):
     assert sources
     assert {str(path) for path in sources} <= names
     assert {"CMakeLists.txt", "LICENSE", "setup.py", "build_backend/toolchain.py", "unifiedar/__init__.py"} <= names
+
+
+# --- the watchdog
+
+
+@pytest.mark.parametrize(("options", "on"), [((), False), (("-DUNIFIEDAR_WATCHDOG=ON",), True),
+                                             (("-DCMAKE_BUILD_TYPE=Debug",), True)])  # fmt: skip
+def test_the_watchdog_is_for_debugging(tmp_path, monkeypatch, options, on):
+    """It is compiled in where it is asked for, and the facts of the build say so."""
+    toolchain = load("toolchain")
+    tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
+    if toolchain.find_nvcc() is None or None in tools.values():
+        pytest.skip("needs nvcc, cmake and ninja")
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
+    settings = [f"-DCMAKE_CUDA_COMPILER={toolchain.find_nvcc()}", f"-DTORCH_DIR={toolchain.package_folder('torch')}"]
+    settings += [f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}", f"-DPython_EXECUTABLE={sys.executable}", *options]
+    done = subprocess.run(
+        [tools["cmake"], "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *settings], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in (tmp_path / "build.ninja").read_text().splitlines() if " DEFINES = " in line]
+    assert any("-DUNIFIEDAR_WATCHDOG" in line for line in commands) == on
+    assert ("UNIFIEDAR_WATCHDOG" in json.loads((tmp_path / "_build.json").read_text())["cuda_flags"]) == on
+
+
+def test_the_environment_asks_for_the_watchdog(toolchain, monkeypatch):
+    assert not toolchain.watchdog()
+    monkeypatch.setenv("UNIFIEDAR_WATCHDOG", "1")
+    assert toolchain.watchdog()
+    assert '"UNIFIEDAR_WATCHDOG": "ON" if toolchain.watchdog() else "OFF"' in (ROOT / "setup.py").read_text()
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_wait_for_all_blocks_is_bounded_by_the_watchdog(tmp_path, on):
+    nvcc = load("toolchain").find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source = tmp_path / "wait.cu"
+    source.write_text(
+        '#include "depth_device.cuh"\n'
+        "__global__ void wait(unsigned* counter) {\n"
+        "  unifiedar::grid_wait(counter, [] { return gridDim.x; }, [] {});\n"
+        "}\n"
+    )
+    flags = ["-DUNIFIEDAR_WATCHDOG"] if on else []
+    done = subprocess.run(
+        [nvcc, "-ptx", "-std=c++17", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", *flags, "-o", tmp_path / "wait.ptx", source],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "wait.ptx").read_text()
+    assert "ld.acquire.gpu.global.u32" in text
+    assert ("trap" in text) == on
 
 
 # --- unifiedar info

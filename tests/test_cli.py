@@ -64,7 +64,7 @@ def model(monkeypatch, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(cli, "DEFAULT_MODEL", str(tmp_path / "weights"))
-    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype: standin)
+    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype, vae: standin)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path / "work")
     return standin
@@ -420,7 +420,7 @@ def test_models_that_cannot_be_loaded(model, run, monkeypatch, tmp_path):
 
 def test_large_checkpoints_take_half_the_memory(model, run, monkeypatch, tmp_path):
     dtypes = []
-    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype: dtypes.append(dtype) or model)
+    monkeypatch.setattr(cli, "_from_checkpoint", lambda path, device, dtype, vae: dtypes.append(dtype) or model)
     (tmp_path / "weights" / "a.safetensors").write_bytes(b"0123456789")
     for limit in (11, 10):
         monkeypatch.setattr(cli, "LARGE_CHECKPOINT_BYTES", limit)

@@ -8,9 +8,9 @@ import torch
 from depth_small import drawn_from, small_case
 from helpers import assert_as_good_as_eager
 
-from unifiedar.nn import DepthTransformer
-from unifiedar.ops import DepthForm, _native, depth_decode, residual_lookup
-from unifiedar.ops.depth import _flatten, depth_pack
+from unifiedar.nn import DepthStyle, DepthTransformer
+from unifiedar.ops import DepthForm, _native, depth, depth_decode, residual_lookup
+from unifiedar.ops.depth import _flatten, depth_pack, wants_packed
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -128,6 +128,35 @@ def test_bad_input(change, error, text):
     arguments = {"hidden": case.hidden, "codebook": case.codebook, "weights": case.weights} | change
     with pytest.raises(error, match=text):
         depth_decode(**arguments)
+
+
+SIZES = {"hidden_dim": 12, "code_dim": 6, "dim": 8, "num_layers": 1, "num_heads": 2, "depth": 3, "num_codes": 9}
+
+
+@pytest.mark.parametrize("name", ["dim", "num_heads", "depth", "num_codes"])
+def test_sizes_that_are_not(name):
+    with pytest.raises(ValueError, match=f"DepthTransformer: {name} must be at least 1, got 0"):
+        DepthTransformer(**SIZES | {name: 0})
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sums", "text"),
+    [
+        ((2, 11), (2, 3, 6), r"hidden must be \(2, 12\), got \(2, 11\)"),
+        ((2, 12), (2, 3, 5), r"running_sums must be \(2, 3, 6\), got \(2, 3, 5\)"),
+        ((2, 12), (2, 4, 6), r"running_sums must be \(2, 3, 6\)"),
+        ((2, 12), (1, 3, 6), r"running_sums must be \(2, 3, 6\)"),
+        ((2, 1, 12), (2, 3, 6), r"hidden must be \(2, 12\)"),
+    ],
+)
+def test_teacher_forcing_refuses_other_shapes(hidden, sums, text):
+    module = DepthTransformer(**SIZES).eval()
+    assert module(torch.randn(2, 12), torch.randn(2, 3, 6)).shape == (2, 3, 9)
+    with pytest.raises(ValueError, match=text):
+        module(torch.randn(hidden), torch.randn(sums))
+    module = DepthTransformer(12, None, 8, 1, 2, 3, 9, style=DepthStyle(state="every"))
+    with pytest.raises(ValueError, match=r"start must be \(2, 8\), got \(2, 6\)"):
+        module(torch.randn(2, 12), torch.randn(2, 3, 8), torch.randn(2, 6))
 
 
 def test_a_greedy_depth_needs_no_noise():
@@ -264,6 +293,10 @@ def check_kernel(case):
         pytest.param({"rows": 70, "guidance": "rows"}, id="several launches"),
         pytest.param({"depth": 1}, id="one depth"),
         pytest.param({"depth": 16, "rows": 6, "guidance": 2.0, "num_codes": 777}, id="sixteen depths"),
+        pytest.param({"depth": 64, "layers": 1, "rows": 2, "guidance": 2.0}, id="sixty-four depths"),
+        pytest.param({"rows": 128, "layers": 1}, id="a hundred and twenty-eight rows"),
+        *(pytest.param({"dim": 4096, "layers": 1, "rows": n}, id=f"width 4096, {n}") for n in (1, 18)),
+        pytest.param({"dim": 256, "rows": 3}, id="width 256"),
         pytest.param({"projected": False, "rows": 5}, id="not projected"),
         pytest.param({"shared": False, "book_dtype": torch.float32, "rows": 5}, id="a float32 codebook a depth"),
         pytest.param({"layers": 0}, id="no layer"),
@@ -374,6 +407,38 @@ def test_what_the_kernel_cannot_do(change, reason):
     with pytest.raises(ValueError, match=reason):
         case.run("cuda")
     assert case.run("auto").codes.shape == (1, case.module.depth)
+
+
+def without_room(monkeypatch):
+    """As on a GPU that cannot hold the kernel's grid, or two rows of it."""
+    monkeypatch.setattr(depth, "_plan", lambda *sizes: {"limit": 0})
+
+
+def test_a_device_without_room_for_the_grid_is_told(monkeypatch):
+    """Such tensors, and only for that reason, are not for the kernel: nothing is packed for it."""
+    case = small_case(rows=4)
+    monkeypatch.setattr(_native, "cuda_unfit", lambda *tensors: None)
+    monkeypatch.setattr(depth, "_plan", lambda *sizes: {"limit": 2})
+    arguments = (case.hidden, case.codebook, case.weights)
+    assert depth._unfit_here(*arguments) is None
+    assert wants_packed(*arguments, backend="cuda")
+    without_room(monkeypatch)
+    assert "needs a device that holds all blocks of a grid at once" in depth._unfit_here(*arguments)
+    assert not wants_packed(*arguments, backend="cuda")
+
+
+@pytest.mark.gpu
+def test_without_room_for_the_grid_others_decode(monkeypatch):
+    case, kernel = on_gpu(small_case(rows=4, guidance=2.0))
+    want = kernel()
+    without_room(monkeypatch)
+    with pytest.raises(ValueError, match="holds all blocks of a grid at once"):
+        kernel()
+    temperature, top_k, top_p = case.settings
+    settings = {"guidance": 2.0, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": case.noise}
+    found = case.module.decode(case.hidden, case.codebook, **settings)
+    assert found.codes.shape == want.codes.shape
+    assert torch.equal(found.codes, drawn_from(case.run("auto", forced=found.codes, return_logits=True).logits, case))
 
 
 @pytest.mark.gpu

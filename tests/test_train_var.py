@@ -20,7 +20,7 @@ from unifiedar.models.convolutional import DecoderConfig
 from unifiedar.train.batches import step_generator
 from unifiedar.train.loop import Loop, cosine, lin0
 from unifiedar.train.vae import pyramid, revive
-from unifiedar.train.var import UNDECAYED, growth, scale_means
+from unifiedar.train.var import UNDECAYED, decay, growth, scale_means
 
 CPU = torch.device("cpu")
 TOKENIZER = VQVAEConfig(DecoderConfig(32, (1, 1, 2), 1, 8, 16, (), fused_qkv=True), 24, scales=(1, 2, 3, 4))
@@ -330,6 +330,23 @@ def test_recipe(data, tmp_path, monkeypatch):
     assert float(found["scale_1_accuracy"]) == pytest.approx(float(right[:, 1:5].mean()), abs=1e-6)
 
 
+def test_weight_decay_may_end_elsewhere(data, tmp_path):
+    """Along half a cosine, for matrices alone."""
+    found = [decay(step, 101, 0.05, 0.08) for step in range(101)]
+    assert (found[0], found[50], found[-1]) == pytest.approx((0.05, 0.065, 0.08))
+    assert found[25] == pytest.approx(0.065 - 0.015 * math.sqrt(0.5))
+    assert decay(0, 1, 0.05, 0.08) == 0.05
+    vae = new_tokenizer(tmp_path / "vae")
+    for options, last in (([], 0.05), (["--end-decay", 0.4], 0.4)):
+        out = tmp_path / f"out{last}"
+        assert run("var", data, out, "--vae", vae, "--steps", 3, *options) == 0
+        state = torch.load(out / "last.pt", weights_only=True)
+        assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == pytest.approx([last, 0])
+    both = [torch.load(tmp_path / f"out{last}" / "last.pt", weights_only=True)["model"] for last in (0.05, 0.4)]
+    assert not torch.equal(both[0]["head.weight"], both[1]["head.weight"])
+    assert torch.equal(both[0]["lvl_1L"], both[1]["lvl_1L"])
+
+
 def test_first_gates_are_nearly_shut():
     """So that training begins with what the embeddings alone say (published `alng`)."""
     model = VAR(replace(SIZES, scales=(1, 2), num_classes=3, num_codes=24, code_dim=8, shared_adaln=False))
@@ -376,7 +393,65 @@ def test_unused_codes_begin_anew():
     assert len(pyramid(model, features)[1].unique()) > len(kept)
 
 
-def test_folder_with_tokenizer(tmp_path):
+def test_classes_without_names_are_drawn_by_number(tmp_path, capsys):
+    """As a published model's are."""
+    torch.manual_seed(0)
+    config = replace(SIZES, scales=TOKENIZER.scales, num_classes=12, num_codes=24, code_dim=8)
+    folder = VAR(config, VQVAE(TOKENIZER).eval()).eval().save_whole(tmp_path / "whole")
+    options = ["--model", str(folder), "--device", "cpu", "--seed", "3", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", "11", *options]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    wanted = VAR.from_checkpoint(folder).generate([11], seed=3, cfg=1.5, top_k=24, top_p=0.96)
+    assert torch.equal(wanted[0], drawn)
+    capsys.readouterr()
+    for wrong in ("12", "cat"):
+        assert cli.main(["generate", wrong, *options]) == 1
+        assert f"'{wrong}' is no class of the model" in capsys.readouterr().err
+
+
+def test_published_files_are_drawn_from(tmp_path, capsys):
+    """A transformer's file and a tokenizer, of which neither says what it is."""
+    torch.manual_seed(0)
+    vae = VQVAE(VQVAE.configs["emoji"]).eval()
+    sizes = {"scales": vae.config.scales, "num_codes": vae.config.num_codes, "code_dim": vae.config.dim}
+    model = VAR(replace(SIZES, num_classes=12, drop_path=0.1 * 2 / 24, **sizes), vae).eval()
+    model.export(tmp_path / "var.pth")
+    torch.save(vae.state_dict(), tmp_path / "vae.pth")
+    files = ["--model", str(tmp_path / "var.pth"), "--vae", str(tmp_path / "vae.pth")]
+    options = ["--device", "cpu", "--seed", "3", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", "7", *files, *options]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(model.generate([7], seed=3, cfg=1.5, top_k=900, top_p=0.96)[0], drawn)
+    capsys.readouterr()
+    for wrong, words in (
+        (["--model", files[3], "--vae", files[3]], "has not the keys of a VAR"),
+        (["--model", files[1], "--vae", files[1]], "has not the keys and shapes of a published VQVAE"),
+        (["--model", files[1], "--vae", str(tmp_path / "none.pth")], "no such model"),
+        (["--model", files[1], "--vae", str(new_tokenizer(tmp_path / "other"))], "another tokenizer"),
+    ):
+        assert cli.main(["generate", "7", *wrong, *options]) == 1
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif("var-emoji" not in checkpoints.shipped(), reason="no weights in this checkout")
+def test_the_model_that_ships_draws(tmp_path):
+    """Its own class, not another one, and the same picture again; a red apple is red."""
+    model = VAR.from_checkpoint("var-emoji")
+    apple, other = (model.class_names.index(name) for name in ("red apple", "green apple"))
+    first, again, green = (
+        model.generate([label] * 4, cfg=3.0, top_k=900, top_p=0.96, seed=1).float() for label in (apple, apple, other)
+    )
+    assert first.shape == (4, 3, 64, 64)
+    assert torch.equal(first, again)
+    redness = [(one[:, 0] - one[:, 1]).mean() for one in (first, green)]
+    assert redness[0] > 20 > 0 > redness[1]
+    options = ["--model", "var-emoji", "--device", "cpu", "-o", str(tmp_path / "x.png")]
+    assert cli.main(["generate", "red apple", *options]) == 0
+
+
+def test_folder_with_tokenizer(tmp_path, capsys):
     torch.manual_seed(0)
     config = replace(SIZES, scales=TOKENIZER.scales, num_classes=2, num_codes=24, code_dim=8)
     model = VAR(config, VQVAE(TOKENIZER).eval()).eval()
@@ -385,8 +460,12 @@ def test_folder_with_tokenizer(tmp_path):
     assert again.class_names == ("dog", "cat")
     assert equal(again.whole(), model.whole())
     assert torch.equal(again.generate([1], seed=3), model.generate([1], seed=3))
-    alone = VAR.from_checkpoint(model.save(tmp_path / "alone"))
+    path = str(model.save(tmp_path / "alone"))
+    alone = VAR.from_checkpoint(path)
     assert alone.vae is None
+    capsys.readouterr()
+    assert cli.main(["generate", "cat", "--model", path, "-o", str(tmp_path / "x.png"), "--device", "cpu"]) == 1
+    assert "has no tokenizer, which drawing needs; name one with --vae" in capsys.readouterr().err
     assert alone.class_names == ("dog", "cat")
     with pytest.raises(ValueError, match="vae must be there"):
         alone.save_whole(tmp_path / "x")
@@ -434,6 +513,7 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         ("var", ["--label-smoothing", 2], "--label-smoothing must be from 0 to 1, got 2"),
         ("var", ["--cond-drop", -1], "--cond-drop must be from 0 to 1"),
         ("var", ["--drop-path", 1], "--drop-path must be below 1"),
+        ("var", ["--end-decay", -0.1], "--end-decay must be at least 0, got -0.1"),
         ("var", ["--end-rate", "nan"], "--end-rate must be from 0 to 1, got nan"),
         ("var", ["--vae", "/nowhere"], r"--vae: .*no such model"),
         ("var", ["--resume"], "no checkpoint"),

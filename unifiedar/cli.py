@@ -140,11 +140,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "draw pictures from prompts")
-    text = 'such as "red apple, noto style"; for a VAR the name of a class'
+    text = 'such as "red apple, noto style"; for a VAR the name, or the number, of a class'
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help=text)
     generate.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; - is stdin")
     _add_output(generate)
     _add_model(generate)
+    generate.add_argument("--vae", metavar="FOLDER|FILE", help="tokenizer of a published VAR, or of one saved without")
     generate.add_argument("--count", type=_integer(1, 10_000), default=1, metavar="K", help="pictures per prompt (1)")
     generate.add_argument(
         "--seed", type=_integer(0, MAX_SEED), default=0, help="of the first picture, the next ones count up (0)"
@@ -441,7 +442,7 @@ def _load(args: argparse.Namespace, report: _Report) -> Any:
     files = path.glob("*.safetensors") if path.is_dir() else [path]
     large = sum(file.stat().st_size for file in files) >= LARGE_CHECKPOINT_BYTES
     try:
-        model = _from_checkpoint(path, device, torch.bfloat16 if large else torch.float32)
+        model = _from_checkpoint(path, device, torch.bfloat16 if large else torch.float32, getattr(args, "vae", None))
     except (checkpoints.CheckpointError, torch.OutOfMemoryError, MemoryError, ImportError):
         raise
     except Exception as error:  # a configuration or a tokenizer with odd values fails wherever these are used first
@@ -456,26 +457,27 @@ def _load(args: argparse.Namespace, report: _Report) -> Any:
     return model
 
 
-def _from_checkpoint(path: Path, device: str, dtype: Any) -> Any:
+def _from_checkpoint(path: Path, device: str, dtype: Any, vae: str | None) -> Any:
     from unifiedar import checkpoints
     from unifiedar.models import VAR, VILAU
 
-    if path.is_dir() and checkpoints.read_config(path).get("model") == "var":
-        model = VAR.from_checkpoint(path, device, dtype)
-        if model.vae is None or not model.class_names:
-            raise checkpoints.CheckpointError(f"{path}: has no tokenizer, or no names of classes, which drawing needs")
+    if vae is not None or (path.is_dir() and checkpoints.read_config(path).get("model") == "var"):
+        model = VAR.from_checkpoint(path, device, dtype, vae=vae)
+        if model.vae is None:
+            raise checkpoints.CheckpointError(f"{path}: has no tokenizer, which drawing needs; name one with --vae")
         return _Classes(model)
     return VILAU.from_checkpoint(path, device=device, dtype=dtype)
 
 
 class _Classes:
-    """A VAR as `generate` asks for pictures: a prompt is the name of a class."""
+    """A VAR as `generate` asks for pictures: a prompt is the name of a class or, where they have none, its number."""
 
     image_tokens = 1  # a batch is reported whole
 
     def __init__(self, model: "VAR"):
         self.model = model
-        self.labels = {name: i for i, name in enumerate(model.class_names)}
+        names = model.class_names or tuple(map(str, range(model.config.num_classes)))
+        self.labels = {name: i for i, name in enumerate(names)}
 
     def misfit(self, prompt: str) -> str | None:
         """Why this is no class, if it is none."""

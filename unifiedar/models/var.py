@@ -290,9 +290,14 @@ class VAR(nn.Module):
             config = config_of(tensors, found)
         with torch.device("meta"):
             model = cls(config)
+        level = tensors.get("lvl_1L")
+        if level is not None and level.ndim == 2 and level.dtype == torch.int64:
+            trained = level[0].bincount().tolist()
+            if trained != config.lengths:
+                raise checkpoints.CheckpointError(
+                    f"{found}: was not trained with the scales {config.scales}, but with scales of {trained} codes"
+                )
         checkpoints.assign(model, tensors, found)
-        if not torch.equal(model.lvl_1L[0].bincount(minlength=len(config.scales)), torch.tensor(config.lengths)):
-            raise checkpoints.CheckpointError(f"{found}: was not trained with the scales {config.scales}")
         model.to(device=device).eval().requires_grad_(False)
         if weights is not None:
             model.quantize_weights(weights)

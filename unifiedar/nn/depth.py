@@ -245,6 +245,9 @@ class DepthTransformer(nn.Module):
         num_codes: K.
         dropout: after the attention projection and the MLP, in training only.
         style: what differs from RQ-Transformer and VILA-U; None for nothing.
+
+    Raises:
+        ValueError: for a size below 1, heads that do not divide dim, or a style of parts that do not go together.
     """
 
     def __init__(
@@ -261,6 +264,9 @@ class DepthTransformer(nn.Module):
     ):
         super().__init__()
         style = style or DepthStyle()
+        for name, size in (("dim", dim), ("num_heads", num_heads), ("depth", depth), ("num_codes", num_codes)):
+            if size < 1:
+                raise ValueError(f"DepthTransformer: {name} must be at least 1, got {size}")
         _check_style(style, dim, num_heads, depth, hidden_dim)
         form = style.form(depth)
         length = form.length(depth)
@@ -309,16 +315,25 @@ class DepthTransformer(nn.Module):
             (N, D, K) logits of every code given the ones before it.
 
         Raises:
-            ValueError: for a start too much or missing.
+            ValueError: for another shape, or a start too much or missing.
         """
         if (start is None) != (self.form.state == "first"):
             got = "None" if start is None else "a tensor"
             raise ValueError(f"DepthTransformer: start must be given unless the state enters first, got {got}")
+        weights = self.weights()
+        dim = weights.head[0].shape[-1]
+        hidden_dim, code_dim = (dim if one is None else one[0].shape[-1] for one in (weights.hidden, weights.code))
+        for argument, value, shape in (
+            ("hidden", hidden, (len(hidden), hidden_dim)),
+            ("running_sums", running_sums, (len(hidden), self.depth, code_dim)),
+            ("start", start, (len(hidden), code_dim)),
+        ):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"DepthTransformer: {argument} must be {shape}, got {tuple(value.shape)}")
         entered = running_sums[:, :-1]
         if start is not None:
             start = start.unsqueeze(1)
             entered = torch.cat([start, entered if self.form.last else entered + start], dim=1)
-        weights = self.weights()
         x = self.head_transformer(depth_tokens(hidden, entered, weights))
         return depth_logits(x[:, -self.depth :], weights)
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -150,6 +151,7 @@ class Loop(Generic[M]):
         groups: the parts of the model that `--shard` gathers one after the other; what they leave over is gathered
             for all of a step. The losses must call these parts, and the model, as functions, not their methods. A stage
             that gives it has the option.
+        decay: step to the weight decay of matrices; None: `--weight-decay` throughout.
     """
 
     def __init__(
@@ -161,13 +163,14 @@ class Loop(Generic[M]):
         clip: float = 1.0,
         undecayed: Collection[str] = (),
         groups: Groups | None = None,
+        decay: Callable[[int], float] | None = None,
     ):
         for name in ("steps", "batch", "accumulate", "save_every", "sheet_every"):
             if getattr(args, name) < 1:
                 raise fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
         if args.batch % args.accumulate:
             raise fail(f"--accumulate must divide --batch {args.batch}, got {args.accumulate}")
-        self.args, self.schedule, self.clip = args, schedule, clip
+        self.args, self.schedule, self.clip, self.decay = args, schedule, clip, decay
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         try:
             self.device = torch.device(usable_device(args.device, int(os.environ.get("LOCAL_RANK", 0))))
@@ -191,6 +194,8 @@ class Loop(Generic[M]):
         self.averaged.eval()
         if groups is not None and self.sharded:
             # Part by part from the host, where the averaged one stays until it is looked at: no GPU ever holds a whole.
+            # Products of three dimensions are views; nothing is added to one in place, which is what it warns of.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             mesh = init_device_mesh(self.device.type, (self.world,))
             for group in groups(self.model):
                 fully_shard(group, mesh=mesh)
@@ -341,6 +346,8 @@ class Loop(Generic[M]):
             self.model.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(step)
+            if self.decay is not None:
+                self.optimizer.param_groups[0]["weight_decay"] = self.decay(step)
             self.optimizer.zero_grad(set_to_none=True)
             seen: dict[str, Tensor] = {}
             for part in range(args.accumulate):
