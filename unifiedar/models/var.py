@@ -600,6 +600,7 @@ class VAR(nn.Module):
         False."""
         if isinstance(labels, int) and not isinstance(labels, bool):
             labels = [labels]
+        given = None if isinstance(labels, Tensor) else labels
         if not isinstance(labels, Tensor):
             if not isinstance(labels, Sequence) or not all(type(one) is int for one in labels):
                 raise TypeError(f"{function}: {argument} must be integers or an int64 tensor, got {labels!r:.80}")
@@ -609,7 +610,8 @@ class VAR(nn.Module):
         if labels.ndim != 1 or not len(labels):
             raise ValueError(f"{function}: {argument} must name one picture or more, (N,), got {tuple(labels.shape)}")
         if values:
-            low, high = torch.stack(labels.aminmax()).tolist()  # one wait, where they are on a GPU
+            # Of a tensor in one step, lest a GPU is waited for twice.
+            low, high = torch.stack(labels.aminmax()).tolist() if given is None else (min(given), max(given))
             if low < 0 or high > self.config.num_classes:
                 raise ValueError(
                     f"{function}: {argument} must be classes from 0 to {self.config.num_classes - 1}, or "
