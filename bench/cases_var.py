@@ -92,7 +92,7 @@ def _eight_bits(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device,
     plain, fast = _models(config, tokenizer, device, dtype)
     model = VAR(config, fast.vae).eval().requires_grad_(False).to(device)
     model.load_state_dict(plain.state_dict())
-    return model.quantize_weights(form, backend="triton").cast_products(dtype)
+    return model.quantize_weights(form).cast_products(dtype)
 
 
 @functools.lru_cache(maxsize=3)  # one a way

@@ -6,9 +6,20 @@ import torch.nn.functional as F
 from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_rooms
 from torch import Tensor, nn
 
-from unifiedar.nn import ModulatedNorm, in_parts
-from unifiedar.ops import _native, few_linear, linear_few, linear_parts, modulated_norm, parts_norm, registry
-from unifiedar.ops.linear_few import few_rows, parts_of
+from unifiedar.checkpoints import quantize_rows
+from unifiedar.nn import Linear8bit, ModulatedNorm, gelu_of, in_parts, linear, of_few
+from unifiedar.ops import (
+    _native,
+    few_linear,
+    linear_8bit,
+    linear_few,
+    linear_parts,
+    modulated_norm,
+    parts_norm,
+    registry,
+)
+from unifiedar.ops.linear import MANY, parts_of
+from unifiedar.ops.linear_few import few_rows
 
 ROOMS = [c for c in kernel_rooms() if c.values[0][0] != "cuda"]
 rooms = pytest.mark.parametrize("room", ROOMS, indirect=True)
@@ -22,6 +33,20 @@ def product_of(room, rows, outputs, inputs, seed=0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=g) / inputs**0.5
     return {"x": torch.randn(rows, inputs, generator=g).to(device, dtype), "weight": weight.to(device, dtype)}
+
+
+def in_8bit(given: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """The same with its weights in 8 bits."""
+    weight, scale = quantize_rows(given["weight"].float(), form)
+    return {"x": given["x"], "weight": weight, "scale": scale}
+
+
+def widened(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float64, where weights of 8 bits are what they stand for."""
+    if "scale" not in given:
+        return doubled(given)
+    weight = given["weight"].float().double() * given["scale"].double()[:, None]  # a GPU widens to float32 alone
+    return {"x": given["x"].double(), "weight": weight}
 
 
 def norm_of(room, parts, batch, length, width, seed=0) -> dict[str, Tensor]:
@@ -52,7 +77,7 @@ SHAPES = [(1, 64, 64), (2, 70, 336), (9, 33, 640), (17, 5, 48), (33, 130, 128), 
 
 def check_product(room, given, bias=None, activation=None):
     got, eager = (few_linear(**given, bias=bias, activation=activation, backend=name) for name in (room[0], "eager"))
-    exact = few_linear(**doubled(given), bias=None if bias is None else bias.double(), activation=activation)
+    exact = few_linear(**widened(given), bias=None if bias is None else bias.double(), activation=activation)
     assert_as_good_as_eager(got, eager, exact)
     return got
 
@@ -90,9 +115,10 @@ def check_parts(room, given, parts=None):
     units add up, which is not as near as a float32 product."""
     got = linear_parts(**given, parts=parts, backend=room[0])
     assert got.dtype == torch.float32
-    exact = given["x"].double() @ given["weight"].double().T
-    torch.testing.assert_close(linear_parts(**doubled(given), parts=len(got)).sum(0), exact)
-    assert_as_good_as_eager(got.sum(0).to(room[2]), F.linear(given["x"], given["weight"]), exact)
+    exact = widened(given)["x"] @ widened(given)["weight"].T
+    torch.testing.assert_close(linear_parts(**widened(given), parts=len(got)).sum(0), exact)
+    eager = linear_8bit(**given, backend="eager") if "scale" in given else F.linear(given["x"], given["weight"])
+    assert_as_good_as_eager(got.sum(0).to(room[2]), eager, exact)
     return got
 
 
@@ -101,6 +127,20 @@ def test_linear_parts(room):
     """One part and several, the last one shorter or nothing."""
     for (rows, outputs, inputs), parts in zip(SHAPES, (1, 2, 3, 1, 4, 5, 1), strict=True):
         assert len(check_parts(room, product_of(room, rows, outputs, inputs), parts)) == parts
+
+
+@half_rooms
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_weights_of_8_bits(room, form):
+    """Whole and in parts; parts of K that are no multiple of a program's step."""
+    for (rows, outputs, inputs), parts in zip(SHAPES, (1, 2, 3, 1, 2, 5, 1), strict=True):
+        given = in_8bit(product_of(room, rows, outputs, inputs), form)
+        bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1)).to(room[1], room[2])
+        check_product(room, given, bias)
+        check_product(room, given, activation="gelu")
+        assert len(check_parts(room, given, parts)) == parts
+    whole = linear_parts(**widened(given), parts=1)
+    torch.testing.assert_close(linear_parts(given["x"].double(), given["weight"], 1, scale=given["scale"]), whole)
 
 
 @half_rooms
@@ -130,7 +170,7 @@ def test_views(room):
 def test_writes_what_it_should_and_nothing_else(room):
     for rows, outputs, inputs, parts in ((2, 70, 256, 2), (37, 33, 64, 1)):
         out, check_out = guarded((parts, rows, outputs), torch.float32, room[1])
-        _native.kernels("linear_few").linear_parts(*product_of(room, rows, outputs, inputs).values(), out)
+        _native.kernels("linear_few").linear_parts(*product_of(room, rows, outputs, inputs).values(), None, out)
         check_out()
 
 
@@ -151,6 +191,10 @@ def test_layers_of_the_models(rows, width, dtype):
         check_parts(room, product_of(room, rows, outputs, inputs))
     given = product_of(room, rows, 4 * width, width)
     check_product(room, given, given["weight"][:, 0].contiguous(), "gelu")
+    bias = given["weight"][:, 0].contiguous()
+    for form in ("int8", "fp8"):
+        check_product(room, in_8bit(given, form), bias, "gelu")
+        check_parts(room, in_8bit(product_of(room, rows, width, 4 * width), form))
 
 
 @pytest.mark.gpu
@@ -185,11 +229,16 @@ def test_a_chain_of_dependent_launches():
 
 
 @pytest.mark.parametrize("rows", [1, 18, 64, 65, 200, 5000])
-def test_parts_are_not_too_many(rows):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_parts_are_not_too_many(rows, bits):
     for outputs, inputs in ((1024, 4096), (1024, 1024), (1920, 7680), (64, 64), (5, 48)):
-        parts = parts_of(rows, outputs, inputs)
+        parts = parts_of(rows, outputs, inputs, bits)
         assert parts == 1 or inputs // parts >= 256
-        assert 1 <= parts <= 132
+        assert 1 <= parts <= 200
+        share = -(-inputs // (parts * 64)) * 64
+        assert share * (parts - 1) < inputs  # the last has work
+        if bits == 8 and inputs % 128 == 0:
+            assert share % 128 == 0  # whole steps of a program
 
 
 # ---- the norm
@@ -271,12 +320,44 @@ def test_in_parts(monkeypatch):
         assert isinstance(in_parts(layer, x), Tensor)
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_layers_of_8_bits(monkeypatch, form):
+    """Which stand in for `nn.Linear` wherever few rows are looked for; where "eager" was asked for it is kept."""
+    dense = nn.Linear(64, 32).half().requires_grad_(False)
+    weight, scale = quantize_rows(dense.weight, form)
+    layer, plain = (Linear8bit(weight, scale, dense.bias, torch.float16, backend=b) for b in ("auto", "eager"))
+    x, bias = torch.randn(2, 3, 64).half(), torch.randn(32).half()
+    want = of_few(plain, x, bias), gelu_of(plain, x), plain(x)
+    torch.testing.assert_close(want[1], F.gelu(plain(x), approximate="tanh"))
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+    branch = in_parts(layer, x)
+    assert isinstance(branch, tuple)
+    assert isinstance(in_parts(plain, x), Tensor)
+    got = of_few(layer, x, bias), gelu_of(layer, x), (branch[0].sum(0) + branch[1]).half()
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_weights_of_8_bits_are_widened_first_for_many_rows(monkeypatch):
+    weight, scale = quantize_rows(torch.randn(32, 64), "int8")
+    layer = Linear8bit(weight, scale, torch.zeros(32), torch.float16)
+    asked = []
+    monkeypatch.setattr(linear, "linear_8bit", lambda *args, backend: asked.append(backend))
+    for rows in (MANY, MANY + 1):
+        layer(torch.zeros(rows, 64).half())
+    layer.backend = "triton"
+    layer(torch.zeros(MANY + 1, 64).half())
+    assert asked == ["auto", "eager", "triton"]
+
+
 def test_compile_and_check():
     given = product_of(("eager", "cpu", torch.float32), 3, 5, 128)
-    torch.library.opcheck(registry["linear_parts"].overload, (*given.values(), 2, "auto"))
+    torch.library.opcheck(registry["linear_parts"].overload, (*given.values(), None, 2, "auto"))
     compiled = torch.compile(linear_parts, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**given, parts=2), linear_parts(**given, parts=2))
-    torch.library.opcheck(registry["few_linear"].overload, (*given.values(), None, True, "auto"))
+    torch.library.opcheck(registry["few_linear"].overload, (*given.values(), None, None, True, "auto"))
     norm = norm_of(("eager", "cpu", torch.float32), 2, 2, 3, 8)
     torch.library.opcheck(registry["parts_norm"].overload, (*norm.values(), 1e-6, torch.float32, "auto"))
 
@@ -284,9 +365,9 @@ def test_compile_and_check():
 def test_says_why_a_backend_does_not_fit():
     x, weight = torch.zeros(1, 24).half(), torch.zeros(3, 24).half()
     explain = registry["linear_parts"].explain
-    assert "needs" in explain(x, weight, 1)["triton"]  # K
-    assert "needs" in explain(x.float(), weight.float(), 1)["triton"]
-    assert explain(x, weight, 1)["eager"] == "fits"
+    assert "needs" in explain(x, weight, None, 1)["triton"]  # K
+    assert "needs" in explain(x.float(), weight.float(), None, 1)["triton"]
+    assert explain(x, weight, None, 1)["eager"] == "fits"
 
 
 # ---- bad input
@@ -301,6 +382,9 @@ def test_says_why_a_backend_does_not_fit():
         ({"x": torch.zeros(2, 5)}, ValueError, r"x must be \(..., 4\) to match weight"),
         ({"weight": torch.zeros(3, 4, device="meta")}, ValueError, "weight must be on the device of x"),
         ({"parts": 0}, ValueError, "parts must be at least 1"),
+        ({"scale": torch.ones(3)}, TypeError, "weight must be int8, float8_e4m3fn"),
+        ({"weight": torch.zeros(3, 4).to(torch.int8)}, TypeError, "weight must be float32"),
+        ({"weight": torch.zeros(3, 4).to(torch.int8), "scale": torch.ones(4)}, ValueError, r"scale must be \(3,\)"),
         ({"weight": torch.zeros(3, 4, requires_grad=True)}, ValueError, "must not need a gradient"),
         ({"backend": "cuda"}, ValueError, "backend must be one that this operator has"),
     ],

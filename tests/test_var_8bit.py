@@ -120,7 +120,7 @@ def test_refuses(tmp_path):
 def test_on_a_gpu_with_graphs(form):
     """Triton's products, captured: the codes that the rounded model draws, but for logits that are nearly equal."""
     want = rounded(var(), form).to("cuda").cast_products(torch.bfloat16)
-    model = var().quantize_weights(form, backend="triton").to("cuda").cast_products(torch.bfloat16)
+    model = var().quantize_weights(form).to("cuda").cast_products(torch.bfloat16)
     for one in (want, model):
         one.attach(var().vae.to("cuda"))
     labels = list(range(8))

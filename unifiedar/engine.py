@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Pool", "Steps", "addresses", "circumstances"]
+__all__ = ["Pool", "Steps", "addresses", "circumstances", "tensors"]
 
 Step = Callable[[], object]
 
@@ -93,6 +93,10 @@ class Pool:
         self._kept[key] = made = make()
         return made
 
+    def newest(self, fits: Callable[[Any], bool]) -> Any:
+        """What was used last of all things whose key fits, or None."""
+        return next((self._kept[key] for key in reversed(self._kept) if fits(key)), None)
+
     def clear(self) -> None:
         """Drops everything, and with it the memory."""
         self._kept.clear()
@@ -112,10 +116,15 @@ class Pool:
 
 
 def addresses(*modules: torch.nn.Module) -> list[int]:
-    """Where the parameters and buffers of modules are, in a fixed order: what a graph knows them by.
+    """Where the parameters and buffers of modules are, in a fixed order: what a graph knows them by."""
+    return [tensor.data_ptr() for tensor in tensors(*modules)]
 
-    A walk of its own, as it is done at every call, before the GPU has anything to do: `Module.parameters` takes two
-    milliseconds for the seven hundred of a VAR and its tokenizer, this a twentieth of that.
+
+def tensors(*modules: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters and buffers of modules, in a fixed order.
+
+    A walk of its own, as it is done at every call: `Module.parameters` takes two milliseconds for the seven hundred of
+    a VAR and its tokenizer, this a twentieth of that.
     """
     found: list[torch.Tensor | None] = []
     left: list[torch.nn.Module | None] = list(modules)
@@ -128,7 +137,7 @@ def addresses(*modules: torch.nn.Module) -> list[int]:
                 found += own["_buffers"].values()
             if own["_modules"]:
                 left += own["_modules"].values()
-    return [tensor.data_ptr() for tensor in found if tensor is not None]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def circumstances() -> Hashable:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "Edit", "Session"]
 
+AHEAD = 2**28  # bytes of noise, up to which every scale's has a place of its own, and is drawn beside other work
+
 
 class Edit(NamedTuple):
     """Codes to keep, and where: a mask (N, h, w) of the last scale's size, 1 where they stay."""
@@ -43,8 +45,11 @@ class Capture(NamedTuple):
 class Session:
     """The tensors of a generation of so many pictures, at fixed places, and its steps: begin, every scale, paint.
 
+    `held`: the weights that its graphs read, so that they may run before anyone looks whether the model still has
+    these; None where nobody holds them, and nobody may.
+
     What a caller fills in place: `labels` and what settings there are, one a picture; before each scale `noise` (and
-    `gumbel`), samples of Exp(1); to edit, `given` and `mask`. What is there afterwards: `codes`, `total`, `pictures`.
+    `gumbel`), samples of Exp(1); to edit, `given` and `mask`. What is there afterwards: `drawn`, `total`, `pictures`.
     """
 
     def __init__(
@@ -66,7 +71,10 @@ class Session:
         self.cfg = torch.zeros(batch, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(batch, dtype=torch.int64, device=device)
         self.top_p = torch.zeros(batch, dtype=torch.float64, device=device)
-        draws = batch * max(self.lengths) * config.num_codes
+        self._settings: tuple[float, int, float] | None = None  # that these three hold
+        noise = batch * sum(self.lengths) * config.num_codes * (2 if smooth else 1) * model.wide.itemsize
+        self._aside = torch.cuda.Stream(device) if graphs and device.type == "cuda" and noise <= AHEAD else None
+        draws = batch * config.num_codes * (max(self.lengths) if self._aside is None else sum(self.lengths))
         self._noise = torch.ones(draws, dtype=model.wide, device=device)
         self._gumbel = torch.ones(draws, dtype=model.wide, device=device) if smooth else self._noise
         self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
@@ -88,6 +96,7 @@ class Session:
         if paint is not None:
             steps.append(lambda: self._paint(paint))
         self.steps = engine.Steps(steps, graphs=graphs)
+        self.held: list[Tensor] | None = None
 
     def draw(
         self,
@@ -97,28 +106,58 @@ class Session:
         top_p: float,
         generator: torch.Generator | None,
         edit: Edit | None,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Codes (N, h w) of every scale, and pictures or, unless it paints, the sums of all scales, of N labels."""
+        *,
+        still: Callable[[], bool] | None = None,
+        after: Session | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Codes (N, L) of all scales, and pictures or, unless it paints, the sums of all scales, of N labels, which may
+        be on the CPU.
+
+        Args:
+            still: whether this session is right for the model as it is now. It is asked when a GPU has work already,
+                and if not, None comes back.
+            after: the session that this has just happened to, whose first noise is used.
+        """
         count = len(labels)
-        self.labels[:count] = labels
-        self.cfg.fill_(cfg)
-        self.top_k.fill_(top_k)
-        self.top_p.fill_(top_p)
+        self.labels[:count].copy_(labels, non_blocking=True)  # what is not pinned is read before this returns
+        if (cfg, top_k, top_p) != self._settings:  # every launch before the first graph is waited for
+            self._settings = None
+            self.cfg.fill_(cfg)
+            self.top_k.fill_(top_k)
+            self.top_p.fill_(top_p)
+            self._settings = (cfg, top_k, top_p)
         if edit is not None:
             self.mask[:count] = edit.mask
             for place, one in zip(self.given, edit.codes, strict=True):
                 place[:count] = one
         self.steps.run(0)
+        if self._aside is not None:
+            self._aside.wait_stream(torch.cuda.current_stream())
         for step in range(len(self.lengths)):
-            self.noise(step, count).exponential_(generator=generator)
-            if self.smooth:
-                self.noise(step, count, gumbel=True).exponential_(generator=generator)
+            if step == 0 and after is not None:
+                for gumbel in (False, self.smooth):
+                    self.noise(0, count, gumbel=gumbel).copy_(after.noise(0, count, gumbel=gumbel))
+            elif step == 0 or self._aside is None:
+                self._draw_noise(step, count, generator)
             self.steps.run(1 + step)
+            if step == 0 and still is not None and not still():
+                self.held = None
+                return None
+            if step == 0 and self._aside is not None:
+                with torch.cuda.stream(self._aside):  # beside the first scale that of all others
+                    for later in range(1, len(self.lengths)):
+                        self._draw_noise(later, count, generator)
+                torch.cuda.current_stream().wait_stream(self._aside)
         if self.paints:
             self.steps.run(len(self.steps) - 1)
         result = self.pictures if self.paints else self.total
         # The next call writes to the same memory.
-        return [one[:count].clone() for one in self.codes], result[:count].clone()
+        return self.drawn[:count].clone(), result[:count].clone()
+
+    def _draw_noise(self, step: int, count: int, generator: torch.Generator | None) -> None:
+        self.noise(step, count).exponential_(generator=generator)
+        if self.smooth:
+            self.noise(step, count, gumbel=True).exponential_(generator=generator)
 
     def noise(self, step: int, count: int, *, gumbel: bool = False) -> Tensor:
         """Where samples for the first `count` pictures belong, (count, l, K), contiguous: rows as the published code
@@ -127,7 +166,8 @@ class Session:
 
     def _samples(self, step: int, memory: Tensor) -> Tensor:
         shape = (self.batch, self.lengths[step], self.model.config.num_codes)
-        return memory[: math.prod(shape)].view(shape)
+        begin = 0 if self._aside is None else self.batch * sum(self.lengths[:step]) * shape[2]
+        return memory[begin : begin + math.prod(shape)].view(shape)
 
     def _begin(self) -> None:
         model = self.model
@@ -179,6 +219,8 @@ class Session:
             tokens = model.word_embed(following.to(model.word_embed.weight.dtype)).to(model.wide)
             tokens = tokens + self.places[:, end : end + self.lengths[step + 1]]
             self.tokens = torch.cat((tokens, tokens)) if self.guided else tokens
+        else:
+            self.drawn = torch.cat(self.codes, 1)
 
     def _paint(self, paint: Callable[[Tensor], Tensor]) -> None:
         self.pictures = paint(self.total)

@@ -22,7 +22,16 @@ from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models._var_config import VARConfig, config_of, published
 from unifiedar.models._var_drawing import Capture, Edit, Session
 from unifiedar.models.vqvae import VQVAE
-from unifiedar.nn import CodeSampler, Linear8bit, ModulatedNorm, NextScaleAttention, ScaleBook, gelu_of, in_parts
+from unifiedar.nn import (
+    CodeSampler,
+    Linear8bit,
+    ModulatedNorm,
+    NextScaleAttention,
+    ScaleBook,
+    gelu_of,
+    in_parts,
+    of_few,
+)
 
 __all__ = ["VAR", "VARConfig", "config_of"]
 
@@ -37,10 +46,10 @@ _SESSIONS = 4  # batches and ways of drawing whose graphs are kept
 _Layer = nn.Linear | Linear8bit
 
 
-def _linear(layer: _Layer, x: Tensor) -> Tensor:
-    """A product in the dtype of its weights (for 8 bits, that of its bias) or, under autocast, in that of autocast."""
+def _cast(layer: _Layer, x: Tensor) -> Tensor:
+    """x as a layer's product wants it: in its weights' dtype (for 8 bits, its bias's); under autocast as it is."""
     dtype = layer.dtype if isinstance(layer, Linear8bit) else layer.weight.dtype
-    return layer(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def _projection(layers: nn.Module) -> _Layer:
@@ -61,13 +70,7 @@ class _MLP(nn.Module):
         return in_parts(self.fc2, self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
-        if isinstance(self.fc1, nn.Linear):
-            weight, bias = self.fc1.weight, self.fc1.bias
-            half = x.dtype == weight.dtype == bias.dtype and x.dtype in (torch.float16, torch.bfloat16)
-            if half and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
-                # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
-                return gelu_of(x, weight, bias)
-        return F.gelu(_linear(self.fc1, x), approximate="tanh")
+        return gelu_of(self.fc1, _cast(self.fc1, x))
 
 
 class _Modulation(nn.Module):
@@ -384,6 +387,7 @@ class VAR(nn.Module):
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"cast_products: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        self._let_go()
         for block in self._each():
             gain, six = block.attn.scale_mul_1H11, block._parameters.get("ada_gss")
             kept = [one.data for one in (gain, six) if one is not None]
@@ -397,10 +401,10 @@ class VAR(nn.Module):
     def quantize_weights(self, form: str = "int8", *, backend: str = "auto") -> "VAR":
         """Put what the blocks multiply by, and what makes their vectors of the condition, into 8 bits, in place.
 
-        Nearly all of a large model: half the memory of half precision, and half the bytes to read at every scale.
-        Embeddings, norms and the classifier stay. What it costs in logits: `quality_drawn.logit_cost`. Products still
-        run in half precision, with weights widened on the way (`ops.linear_8bit`, whose "triton" backend that is;
-        "eager" widens all of a layer's weights at every call, which is right but slow).
+        Nearly all of a large model, for half the memory of half precision. Embeddings, norms and the classifier stay.
+        What it costs in logits: `quality_drawn.logit_cost`. Products still run in half precision, with weights widened
+        on the way (`ops.linear_8bit`): faster up to some 32 rows, slower above, so that a picture on its own takes a
+        tenth to a fifth longer than with weights of half precision.
 
         Args:
             form: "int8" or "fp8" (e4m3), one scale an output (see `checkpoints.quantize_rows`). Weights that came from
@@ -434,17 +438,22 @@ class VAR(nn.Module):
 
     def _modulations(self, condition: Tensor) -> list[Tensor]:
         """For every block gates, scales and shifts (B, 6, C), then scale and shift of the head (B, 2, C)."""
-        unit, dim = F.silu(condition), self.config.dim
+        dim = self.config.dim
+        unit = F.silu(condition).to(self._dtype(condition))
         shared = None
         if self.config.shared_adaln:
             shared = self._six(self.shared_ada_lin, unit)
         found = []
         for block in self._each():
             found.append(self._six(block.ada_lin, unit) if shared is None else block.ada_gss[0] + shared)
-        return [*found, _linear(_projection(self.head_nm.ada_lin), unit).view(-1, 2, dim)]
+        return [*found, self._of_condition(self.head_nm.ada_lin, unit).view(-1, 2, dim)]
 
     def _six(self, layer: nn.Module, unit: Tensor) -> Tensor:
-        return _linear(_projection(layer), unit).view(-1, 6, self.config.dim)
+        return self._of_condition(layer, unit).view(-1, 6, self.config.dim)
+
+    def _of_condition(self, layer: nn.Module, unit: Tensor) -> Tensor:
+        one = _projection(layer)
+        return of_few(one, _cast(one, unit))
 
     def _biases(self) -> tuple[Tensor, ...]:
         """Every block's bias of queries, keys and values (3C), in one copy."""
@@ -469,8 +478,7 @@ class VAR(nn.Module):
     ) -> Tensor:
         """(B, L, C) to (B, L, K), in `wide`: the tokens of scales of `lengths`, or of one over all before, with every
         block's memory: its cache, and its bias of queries, keys and values."""
-        kind = tokens.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        dtype = self._dtype(tokens)
         branch = gate = None
         for i, block in enumerate(self._each()):
             gates, scales, shifts = modulations[i].unflatten(1, (3, 2)).unbind(1)
@@ -490,7 +498,12 @@ class VAR(nn.Module):
         assert gate is not None
         scale, shift = modulations[-1].unbind(1)
         x, _ = self.norm.add(tokens, branch, gate, scale, shift, dtype=dtype)
-        return _linear(self.head, x).to(self.wide)
+        return of_few(self.head, _cast(self.head, x)).to(self.wide)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """In which products of x run."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
 
     def _gate(self, gate: Tensor, i: int, learns: bool) -> Tensor:
         """(B, C); in training some pictures leave the branch out, but not while one is drawn."""
@@ -587,10 +600,12 @@ class VAR(nn.Module):
             labels = [labels] * len(inputs)
         return self(self._labels("teacher_forced", "labels", labels), inputs)
 
-    def _labels(self, function: str, argument: str, labels: Any, *, values: bool = True) -> Tensor:
-        """(N,) int64 on the model's device; looks at them unless `values` is False."""
+    def _labels(self, function: str, argument: str, labels: Any, *, values: bool = True, stay: bool = False) -> Tensor:
+        """(N,) int64 on the model's device, or with `stay` integers where they are; looks at them unless `values` is
+        False."""
         if isinstance(labels, int) and not isinstance(labels, bool):
             labels = [labels]
+        given = None if isinstance(labels, Tensor) else labels
         if not isinstance(labels, Tensor):
             if not isinstance(labels, Sequence) or not all(type(one) is int for one in labels):
                 raise TypeError(f"{function}: {argument} must be integers or an int64 tensor, got {labels!r:.80}")
@@ -600,13 +615,14 @@ class VAR(nn.Module):
         if labels.ndim != 1 or not len(labels):
             raise ValueError(f"{function}: {argument} must name one picture or more, (N,), got {tuple(labels.shape)}")
         if values:
-            low, high = (int(one) for one in labels.aminmax())
+            # Of a tensor in one step, lest a GPU is waited for twice.
+            low, high = torch.stack(labels.aminmax()).tolist() if given is None else (min(given), max(given))
             if low < 0 or high > self.config.num_classes:
                 raise ValueError(
                     f"{function}: {argument} must be classes from 0 to {self.config.num_classes - 1}, or "
                     f"{self.config.num_classes} for none, got {low} to {high}"
                 )
-        return labels.to(self.device, torch.int64)
+        return labels if stay else labels.to(self.device, torch.int64)
 
     # ---- drawing
 
@@ -651,10 +667,9 @@ class VAR(nn.Module):
             device the same seed gives the same codes. Autocast is ignored: products run in the weights' dtype. One
             call at a time.
         """
-        drawn = self._draw(
+        return self._draw(
             "generate", labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs, paints=True
-        )
-        return to_bytes(drawn[1])
+        )[1]
 
     def generate_codes(
         self,
@@ -668,9 +683,10 @@ class VAR(nn.Module):
         graphs: bool = True,
     ) -> list[Tensor]:
         """As `generate`, but the codes: for every scale (N, h w) int64, which `vae.decode_codes` paints."""
-        return self._draw(
+        codes = self._draw(
             "generate_codes", labels, cfg, top_k, top_p, seed, False, images_per_call, graphs, paints=False
         )[0]
+        return [one.contiguous() for one in codes]
 
     def draw_features(
         self,
@@ -746,10 +762,9 @@ class VAR(nn.Module):
         if labels is None or isinstance(labels, int):
             labels = [self.config.num_classes if labels is None else labels] * count
         given = Edit([one.to(self.device) for one in codes], mask.to(self.device).float().expand(count, *size))
-        drawn = self._draw(
+        return self._draw(
             function, labels, cfg, top_k, top_p, seed, more_smooth, images_per_call, graphs, paints=True, edit=given
-        )
-        return to_bytes(drawn[1])
+        )[1]
 
     def box_mask(self, top: float, left: float, bottom: float, right: float, *, inpaint: bool = True) -> Tensor:
         """A mask for `edit` that draws a box anew, or with `inpaint` False all but the box.
@@ -774,6 +789,15 @@ class VAR(nn.Module):
             found.append(Capture(one.batch, one.guided, one.smooth, one.edits, one.steps.seconds))
         return found
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._let_go()
+        return super()._apply(fn, recurse)
+
+    def _let_go(self) -> None:
+        """Let sessions hold no weights, which are about to be others."""
+        for session in self._sessions.values():
+            session.held = None
+
     def forget_captures(self) -> None:
         """Let go of captured graphs and their memory; the next call captures anew."""
         self._sessions.clear()
@@ -794,9 +818,9 @@ class VAR(nn.Module):
         edit: Edit | None = None,
         book: ScaleBook | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Codes (N, h w) of every scale, and pictures (N, 3, H, W) in [-1, 1] or, unless it paints, the sums of all
-        scales (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
-        labels = self._labels(function, "labels", labels)
+        """Codes (N, h w) of every scale, and pictures (N, 3, H, W) uint8 or, unless it paints, the sums of all scales
+        (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
+        labels = self._labels(function, "labels", labels, stay=True)
         _check_settings(function, cfg, top_k, top_p, images_per_call, self.config.num_codes)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.Generator))):
             raise TypeError(f"{function}: seed must be an integer or None, got {type(seed).__name__}")
@@ -807,7 +831,8 @@ class VAR(nn.Module):
         paint: Callable[[Tensor], Tensor] | None = None
         if book is None or paints:
             vae = self._tokenizer(function)
-            book, paint = vae.quantize.book(self.config.scales), (vae.fhat_to_img if paints else None)
+            book = vae.quantize.book(self.config.scales)
+            paint = (lambda total: to_bytes(vae.fhat_to_img(total))) if paints else None
         generator = seed if isinstance(seed, torch.Generator) else None
         if isinstance(seed, int):
             generator = torch.Generator(self.device).manual_seed(seed)
@@ -820,23 +845,60 @@ class VAR(nn.Module):
             torch.cuda.device_of(self.pos_1LC),
         ):
             try:
+                how = (at_once, cfg > 0, more_smooth, edit is not None, graphs and self.device.type == "cuda")
                 parts = []
                 for begin in range(0, len(labels), at_once):
-                    some = labels[begin : begin + at_once]
-                    session = self._session(
-                        at_once, cfg > 0, more_smooth, edit is not None, graphs and self.device.type == "cuda", book,
-                        paint, len(some),
-                    )  # fmt: skip
                     given = None if edit is None else edit.rows(begin, begin + at_once)
-                    parts.append(session.draw(some, float(cfg), top_k, float(top_p), generator, given))
+                    some = labels[begin : begin + at_once]
+                    parts.append(self._part(how, book, paint, some, float(cfg), top_k, float(top_p), generator, given))
             except torch.OutOfMemoryError as error:
                 self.forget_captures()
                 raise torch.OutOfMemoryError(
                     f"{function}: {at_once} pictures at once do not fit into the memory of {self.device}; "
                     f"give an images_per_call below {at_once}"
                 ) from error
-        codes = [torch.cat(scale) for scale in zip(*(part[0] for part in parts), strict=True)]
-        return codes, torch.cat([part[1] for part in parts])
+        codes, found = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*parts, strict=True))
+        return list(codes.split(self.config.lengths, 1)), found
+
+    def _part(
+        self,
+        how: tuple[int, bool, bool, bool, bool],
+        book: ScaleBook,
+        paint: Callable[[Tensor], Tensor] | None,
+        labels: Tensor,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Session.draw`. To look at all weights takes a host longer than the first scales take a GPU, so that these
+        are drawn meanwhile, as the weights were before."""
+
+        def right() -> Session:
+            return self._session(*how, book, paint, len(labels))
+
+        guess, drawn = None, None
+        if how[-1]:
+            kind = self._kind(*how, paint)
+            guess = self._sessions.newest(lambda key: key[0] == kind)
+        if guess is not None and guess.held is not None:
+            drawn = guess.draw(labels, *settings, still=lambda: right() is guess)
+        else:
+            guess = None
+        if drawn is None:
+            drawn = right().draw(labels, *settings, after=guess)
+        assert drawn is not None  # which only `still` can make it
+        return drawn
+
+    def _kind(
+        self,
+        at_once: int,
+        guided: bool,
+        smooth: bool,
+        edits: bool,
+        graphs: bool,
+        paint: Callable[[Tensor], Tensor] | None,
+    ) -> tuple:
+        """What decides on a session beside the weights."""
+        batch = at_once if at_once <= 8 or not graphs else -(-at_once // 8) * 8
+        return batch, guided, smooth, edits, paint is None, self.device, engine.circumstances()
 
     def _session(
         self,
@@ -852,14 +914,16 @@ class VAR(nn.Module):
         options = {"guided": guided, "smooth": smooth, "edits": edits}
         if not graphs:
             return Session(self, book, paint, count, **options, graphs=False)
-        batch = at_once if at_once <= 8 else -(-at_once // 8) * 8
+        kind = self._kind(at_once, guided, smooth, edits, graphs, paint)
         modules = [self, book.convolutions]
         if paint is not None and self.vae is not None:
-            modules.append(self.vae)
+            modules += [self.vae.post_quant_conv, self.vae.decoder]
         # A graph knows weights by their addresses, which `.to` and the like change.
         places = (book.table.data_ptr(), *engine.addresses(*modules))
-        key = (batch, guided, smooth, edits, paint is None, places, engine.circumstances())
-        return self._sessions.get(key, lambda: Session(self, book, paint, batch, **options, graphs=True))
+        made = self._sessions.get((kind, places), lambda: Session(self, book, paint, kind[0], **options, graphs=True))
+        if made.held is None:
+            made.held = [one.detach() for one in (book.table, *engine.tensors(*modules))]
+        return made
 
 
 def _names(values: Any, path: Path) -> tuple[str, ...]:

@@ -229,9 +229,7 @@ class NextScaleAttention(nn.Module):
         batch, length, _ = x.shape
         if bias is None:
             bias = torch.cat(self.qkv_bias())
-        # In 8 bits it is another module, which takes the bias.
-        dense = isinstance(self.mat_qkv, nn.Linear)
-        qkv = of_few(x, self.mat_qkv.weight, bias) if dense else self.mat_qkv(x, bias)
+        qkv = of_few(self.mat_qkv, x, bias)
         qkv = qkv.view(batch, length, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         norm, gain = (None, None) if self.scale_mul_1H11 is None else ("l2", self.scale_mul_1H11.flatten())

@@ -4,38 +4,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unifiedar.nn.linear import Linear8bit
 from unifiedar.ops import few_linear, linear_parts
 from unifiedar.ops.linear_few import few_rows
 
 __all__ = ["gelu_of", "in_parts", "of_few"]
 
 
-def of_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer, as `F.linear`.
+def of_few(layer: nn.Linear | Linear8bit, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer.
 
     Args:
+        layer: `nn.Linear`, or one that stands in for it.
         x: (..., K).
-        weight, bias: (N, K) and (N,), or no bias.
+        bias: (N,), in place of the layer's own.
 
     Returns:
         (..., N).
     """
-    return few_linear(x, weight, bias) if few_rows(x, weight, bias) else F.linear(x, weight, bias)
+    if isinstance(layer, Linear8bit):
+        return layer(x, bias)  # whose product is the same kernel
+    bias = layer.bias if bias is None else bias
+    return few_linear(x, layer.weight, bias) if few_rows(x, layer.weight, bias) else F.linear(x, layer.weight, bias)
 
 
-def gelu_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU (its tanh form) of a linear layer's float32 sums, in half precision on a GPU, without gradients.
+def gelu_of(layer: nn.Linear | Linear8bit, x: Tensor) -> Tensor:
+    """GELU (its tanh form) of a linear layer; in half precision on a GPU, without gradients, of its float32 sums.
 
     Args:
-        x: (..., K).
-        weight, bias: (N, K) and (N,).
+        layer: `nn.Linear`, or one that stands in for it.
+        x: (..., K), of the dtype in which its product is to run.
 
     Returns:
         (..., N).
     """
-    if few_rows(x, weight, bias):
-        return few_linear(x, weight, bias, activation="gelu")
-    return torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True).unflatten(0, x.shape[:-1])
+    if takes_few(layer, x):
+        scale = layer.scale if isinstance(layer, Linear8bit) else None
+        return few_linear(x, layer.weight, layer.bias, scale=scale, activation="gelu")
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == layer.weight.dtype
+    if half and layer.bias is not None and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
+        # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
+        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.mT, use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
+    return F.gelu(layer(x), approximate="tanh")
 
 
 def in_parts(layer: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -48,6 +59,14 @@ def in_parts(layer: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor | Non
     Returns:
         (..., N); or, of few rows, the parts of the product (P, ..., N) and the bias.
     """
-    if isinstance(layer, nn.Linear) and few_rows(x, layer.weight, layer.bias):
-        return linear_parts(x, layer.weight), layer.bias
+    if isinstance(layer, (nn.Linear, Linear8bit)) and takes_few(layer, x):
+        scale = layer.scale if isinstance(layer, Linear8bit) else None
+        return linear_parts(x, layer.weight, scale=scale), layer.bias
     return layer(x)
+
+
+def takes_few(layer: nn.Linear | Linear8bit, x: Tensor) -> bool:
+    """Whether a layer's product with x is one of few rows."""
+    if isinstance(layer, Linear8bit) and layer.backend not in ("auto", "triton"):
+        return False
+    return few_rows(x, layer.weight, layer.bias)

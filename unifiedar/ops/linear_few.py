@@ -4,6 +4,8 @@
     sums[p] = sum over the entries k of part p of x_k W_nk
     x' = x + gate (sum_p sums[p] + bias);  y = (x' - mean) / sqrt(variance + eps) * (1 + scale) + shift
 
+W may be in 8 bits, with a scale for each of its rows (see `linear`).
+
 Few rows read all weights of a layer for a handful of tokens, and where outputs are few too, programs have to share K
 for all of a GPU to be at it. A library then adds up in a launch of its own, which costs as much as a small product; the
 norm that follows reads the sum anyhow. On Hopper each of these launches begins while the one before ends. This file
@@ -16,11 +18,11 @@ from torch import Tensor
 
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
+from unifiedar.ops.linear import MANY, STEP, WEIGHTS, _eager, _scaled, _split, parts_of
 from unifiedar.ops.norm import _gated_eager, _tokens_unfit
 
 __all__ = ["few_linear", "few_rows", "linear_parts", "parts_norm"]
 
-STEP = 64  # entries of K that parts are multiples of, but for the last
 # Rows times the smaller side of the weights, up to which an H100 is the faster with these; above, a library is. VAR-d16
 # has 128 rows there, d30 68.
 FEW = 2**17
@@ -38,14 +40,20 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _few_eager(x: Tensor, weight: Tensor, bias: Tensor | None, activated: bool) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.linear(x, weight, bias)
+def _few_eager(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activated: bool) -> Tensor:
+    if scale is not None:
+        y = _eager(x, weight, scale, bias)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if activated else y
 
 
-def _parts_eager(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+def _parts_eager(x: Tensor, weight: Tensor, scale: Tensor | None, parts: int) -> Tensor:
     wide = _wide(x)
+    if scale is not None:
+        rest, power = _split(scale)
+        weight = _scaled(weight, power * rest, wide)
     with torch.autocast(x.device.type, enabled=False):
         found = [
             F.linear(x[..., begin:end].to(wide), weight[:, begin:end].to(wide))
@@ -71,11 +79,11 @@ def _parts_norm_eager(
 # ---- shapes of the outputs -------------------------------------------------------------------------------------------
 
 
-def _few_fake(x, weight, bias, activated):
+def _few_fake(x, weight, scale, bias, activated):
     return x.new_empty((*x.shape[:-1], len(weight)))
 
 
-def _parts_fake(x, weight, parts):
+def _parts_fake(x, weight, scale, parts):
     return x.new_empty((parts, *x.shape[:-1], len(weight)), dtype=_wide(x))
 
 
@@ -93,11 +101,11 @@ def _unfit_triton(x: Tensor, weight: Tensor) -> str | None:
     return reason
 
 
-def _few_unfit_triton(x, weight, bias, activated) -> str | None:
+def _few_unfit_triton(x, weight, scale, bias, activated) -> str | None:
     return _unfit_triton(x, weight)
 
 
-def _parts_unfit_triton(x, weight, parts) -> str | None:
+def _parts_unfit_triton(x, weight, scale, parts) -> str | None:
     return _unfit_triton(x, weight) or (None if parts < 2**16 else f"needs fewer than 2^16 parts, got {parts}")
 
 
@@ -107,20 +115,23 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _run_few_triton(x, weight, bias, activated):
-    out = _few_fake(x, weight, bias, activated)
+def _run_few_triton(x, weight, scale, bias, activated):
+    out = _few_fake(x, weight, scale, bias, activated)
     if out.numel():
-        bias = None if bias is None else bias.contiguous()
+        scale, bias = (None if one is None else one.contiguous() for one in (scale, bias))
         with torch.cuda.device_of(x):
-            _native.kernels("linear_few").few_linear(_rows(x), weight, bias, activated, out.view(-1, len(weight)))
+            _native.kernels("linear_few").few_linear(
+                _rows(x), weight, scale, bias, activated, out.view(-1, len(weight))
+            )
     return out
 
 
-def _run_parts_triton(x, weight, parts):
-    out = _parts_fake(x, weight, parts)
+def _run_parts_triton(x, weight, scale, parts):
+    out = _parts_fake(x, weight, scale, parts)
     if out.numel():
+        scale = None if scale is None else scale.contiguous()
         with torch.cuda.device_of(x):
-            _native.kernels("linear_few").linear_parts(_rows(x), weight, out.view(parts, -1, len(weight)))
+            _native.kernels("linear_few").linear_parts(_rows(x), weight, scale, out.view(parts, -1, len(weight)))
     return out
 
 
@@ -142,14 +153,14 @@ def _run_parts_norm_triton(x, sums, gate, scale, shift, bias, eps, dtype):
 
 
 _few_linear = Op(
-    "few_linear(Tensor x, Tensor weight, Tensor? bias, bool activated) -> Tensor",
+    "few_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool activated) -> Tensor",
     eager=_few_eager,
     fake=_few_fake,
     backends=(Backend("triton", _run_few_triton, _few_unfit_triton),),
 )
 
 _linear_parts = Op(
-    "linear_parts(Tensor x, Tensor weight, int parts) -> Tensor",
+    "linear_parts(Tensor x, Tensor weight, Tensor? scale, int parts) -> Tensor",
     eager=_parts_eager,
     fake=_parts_fake,
     backends=(Backend("triton", _run_parts_triton, _parts_unfit_triton),),
@@ -172,24 +183,37 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     Never while compiling, which sees no addresses, under autocast, or for what needs a gradient.
     """
-    if torch.compiler.is_compiling() or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+    eight = weight.dtype in WEIGHTS
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if not eight and x.dtype != weight.dtype:
         return False
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias)):
         return False
-    if x.numel() // max(x.shape[-1], 1) * min(weight.shape) > FEW or _unfit_triton(x, weight) is not None:
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows > MANY if eight else rows * min(weight.shape) > FEW:
         return False
-    return _linear_parts.choose("auto", x, weight, 1).name != "eager"
+    if _unfit_triton(x, weight) is not None:
+        return False
+    return _linear_parts.choose("auto", x, weight, None, 1).name != "eager"
 
 
 def few_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """A linear layer, perhaps with GELU after it, for few rows.
 
     Args:
         x: (..., K) float32, bfloat16, float16 or float64.
-        weight: (N, K), dtype of x.
+        weight: (N, K), dtype of x; or with a scale int8 or float8_e4m3fn, without NaN.
         bias: (N,), dtype of x, or None.
+        scale: (N,) float32, of the rows of weights in 8 bits.
         activation: None or "gelu", in its form with tanh.
         backend: "auto", "triton" (half precision, K a multiple of 16) or "eager".
 
@@ -206,8 +230,8 @@ def few_linear(
         autocast, no host sync; may be captured in a CUDA graph. Bit-equal between runs.
     """
     function = "few_linear"
-    _check_product(function, x, weight)
-    given = [x, weight]
+    _check_product(function, x, weight, scale)
+    given = [x, weight] if scale is None else [x, weight, scale]
     if bias is not None:
         _checks.check_tensor(function, "bias", bias, (x.dtype,))
         if tuple(bias.shape) != (len(weight),):
@@ -217,17 +241,20 @@ def few_linear(
     if activation not in (None, "gelu"):
         raise ValueError(f"{function}: activation must be None or 'gelu', got {activation!r}")
     _check_no_gradient(function, *given)
-    return _few_linear(x, weight, bias, activation is not None, backend)
+    return _few_linear(x, weight, scale, bias, activation is not None, backend)
 
 
-def linear_parts(x: Tensor, weight: Tensor, parts: int | None = None, *, backend: str = "auto") -> Tensor:
+def linear_parts(
+    x: Tensor, weight: Tensor, parts: int | None = None, *, scale: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """A product x W^T in parts of K, whose sum it is.
 
     Args:
         x: (..., K) float32, bfloat16, float16 or float64.
-        weight: (N, K), dtype of x.
+        weight: (N, K), dtype of x; or with a scale int8 or float8_e4m3fn, without NaN.
         parts: P, how many: each of K / P entries, rounded up to a multiple of 64, so that the last may have less or
             none. None is what keeps a large GPU busy.
+        scale: (N,) float32, of the rows of weights in 8 bits.
         backend: "auto", "triton" (half precision, K a multiple of 16) or "eager".
 
     Returns:
@@ -242,20 +269,13 @@ def linear_parts(x: Tensor, weight: Tensor, parts: int | None = None, *, backend
         No gradient, never under autocast, no host sync; may be captured in a CUDA graph. Bit-equal between runs.
     """
     function = "linear_parts"
-    _check_product(function, x, weight)
+    _check_product(function, x, weight, scale)
     outputs, inputs = weight.shape
     if parts is None:
-        parts = parts_of(x.numel() // inputs, outputs, inputs)
+        parts = parts_of(x.numel() // inputs, outputs, inputs, 16 if scale is None else 8)
     _checks.check_integer(function, "parts", parts, 1)
-    _check_no_gradient(function, x, weight)
-    return _linear_parts(x, weight, parts, backend)
-
-
-def parts_of(rows: int, outputs: int, inputs: int) -> int:
-    """Parts of K for which there is about one program of 64 outputs and up to 64 rows for each of an H100's
-    multiprocessors, with four steps of K at least."""
-    programs = -(-outputs // 64) * -(-rows // 64)
-    return max(1, min(inputs // (4 * STEP), round(132 / max(programs, 1))))
+    _check_no_gradient(function, *((x, weight) if scale is None else (x, weight, scale)))
+    return _linear_parts(x, weight, scale, parts, backend)
 
 
 def parts_norm(
@@ -323,12 +343,17 @@ def _check_no_gradient(function: str, *given: Tensor) -> None:
         raise ValueError(f"{function}: tensors must not need a gradient, which they would not get: use torch.no_grad()")
 
 
-def _check_product(function: str, x: Tensor, weight: Tensor) -> None:
+def _check_product(function: str, x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     _checks.check_tensor(function, "x", x)
-    _checks.check_tensor(function, "weight", weight, (x.dtype,))
+    _checks.check_tensor(function, "weight", weight, (x.dtype,) if scale is None else WEIGHTS)
     if weight.ndim != 2:
         raise ValueError(f"{function}: weight must be (N, K), got {tuple(weight.shape)}")
     inputs = weight.shape[1]
     if x.ndim < 1 or x.shape[-1] != inputs or not inputs:
         raise ValueError(f"{function}: x must be (..., {inputs}) to match weight, got {tuple(x.shape)}")
     _checks.check_same_device(function, "weight", weight, "x", x)
+    if scale is not None:
+        _checks.check_tensor(function, "scale", scale, (torch.float32,))
+        if tuple(scale.shape) != (len(weight),):
+            raise ValueError(f"{function}: scale must be ({len(weight)},) to match weight, got {tuple(scale.shape)}")
+        _checks.check_same_device(function, "scale", scale, "x", x)
