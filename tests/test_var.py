@@ -6,6 +6,9 @@ import importlib
 import itertools
 import json
 import math
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -819,6 +822,19 @@ def test_dependent_launches_draw_the_same(dtype, backend, monkeypatch):
     for _ in range(10):
         assert all(torch.equal(one, other) for one, other in zip(drawn(), expected, strict=True))
     assert len(model.captures) == 1
+
+
+@pytest.mark.parametrize("setting", ["matmul.allow_tf32 = True", "matmul.fp32_precision = 'tf32'"])
+def test_circumstances_are_read_whatever_names_set_them(setting):
+    """torch's old names for the precision of float32 products raise once the new ones were used, so: a process each."""
+    code = f"""
+        import torch
+        from unifiedar.engine import circumstances
+        before = circumstances()
+        torch.backends.cuda.{setting}
+        assert circumstances() != before
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 @pytest.mark.gpu

@@ -144,8 +144,9 @@ def circumstances() -> Hashable:
     """What decides beside the arguments which kernels a step launches: settings of the process that a graph freezes."""
     return (
         os.environ.get("UNIFIEDAR_BACKEND"),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        # Whoever sets these by the new names makes the old ones raise, not the other way round.
+        torch.backends.cuda.matmul.fp32_precision,
+        getattr(torch.backends.cudnn, "conv").fp32_precision,  # noqa: B009 - unknown to torch's types
         torch.backends.cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
     )

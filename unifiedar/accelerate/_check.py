@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unifiedar.checkpoints import CheckpointError
+from unifiedar.ops.codes import _exact_matmul
 
 __all__ = ["Finding", "differing", "exact_products", "farthest", "imported"]
 
@@ -53,14 +54,8 @@ def farthest(ours: Tensor, theirs: Tensor) -> float:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Float32 products are float32 throughout, on a GPU too."""
-    exact = (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with _exact_matmul("cuda" if torch.cuda.is_available() else "cpu"):
         yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = exact[0]
-        torch.set_float32_matmul_precision(exact[1])
 
 
 @contextlib.contextmanager
