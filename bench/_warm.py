@@ -6,8 +6,8 @@ side by side; a run that follows finds it done. What inductor chose by timing is
 other processes, and the run that follows times it anew.
 
 A process takes one case after another. One that dies is replaced, and the case that it had is tried once more, alone,
-when the others are through; so is a case that was short of memory, or where ours failed. No case is left out without a
-word.
+when the others are through; so are the variants of a case that were short of memory, or ours if it failed. No case is
+left out without a word.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -33,18 +33,21 @@ __all__ = ["Outcome", "Task", "run_once", "share_caches", "warm"]
 
 LIMIT_S = 900.0
 """Of one case."""
+_OURS = "ours failed: "
 _SHORT = ("out of memory", "alloc_failed")
 """What an error says where there was no memory, torch's and those of the libraries under it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A case by its names, where it runs, and seconds of further calls after each variant's first, all together."""
+    """A case by its names, where it runs, and seconds of further calls after each variant's first, all together; of
+    which variants, if not of all."""
 
     family: str
     case: str
     device: str
     further_s: float = 0.0
+    only: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.family} {self.case}"
@@ -81,14 +84,15 @@ def run_once(task: Task) -> Outcome:
     torch.compiler.reset()  # as before a timed case
     inputs = case.make(0, device)
     errors: dict[str, str] = {}
-    for variant in case.variants:
+    chosen = [one for one in case.variants if not task.only or one.name in task.only]
+    for variant in chosen:
         try:
             _call(variant.bind(inputs), device, task.further_s / len(case.variants))
         except Exception as error:  # a peer may fail in any way, and the report says how
             errors[variant.name] = describe_error(error)
     ours = next(one.name for one in case.variants if one.role == "ours")
-    failed = f"ours failed: {errors[ours]}" if ours in errors else None
-    return Outcome(len(case.variants) - len(errors), errors, failed, time.perf_counter() - begun)
+    failed = _OURS + errors[ours] if ours in errors else None
+    return Outcome(len(chosen) - len(errors), errors, failed, time.perf_counter() - begun)
 
 
 def _call(call: Callable[[], object], device: torch.device, further_s: float) -> None:
@@ -125,15 +129,16 @@ def warm(
     outcomes: dict[int, Outcome] = {}
     idle: list[_Process] = []
     busy: dict[Connection, tuple[_Process, int, float]] = {}
-    again: list[int] = []
+    again: dict[int, Outcome] = {}  # and what came of the first time
     begun = time.time()
 
     def run(waiting: deque[int], at_once: int, last: bool) -> None:
         while waiting or busy:
             while waiting and len(busy) < at_once:
                 process = idle.pop() if idle else _Process(context, work, threads)
-                busy[process.pipe] = process, waiting[0], time.monotonic() + limit_s
-                process.send(tasks[waiting.popleft()])
+                i = waiting.popleft()
+                busy[process.pipe] = process, i, time.monotonic() + limit_s
+                process.send(replace(tasks[i], only=_unlucky(again[i])) if last else tasks[i])
             said = wait(list(busy), max(0.0, min(end for *_, end in busy.values()) - time.monotonic()))
             late = [pipe for pipe, (*_, end) in busy.items() if pipe not in said and end <= time.monotonic()]
             for pipe in [one for one in busy if one in said or one in late]:
@@ -148,12 +153,14 @@ def warm(
                     reason = outcome.failed
                 else:
                     idle.append(process)
-                    short = any(words in error.lower() for error in outcome.errors.values() for words in _SHORT)
-                    reason = "short of memory" if short else outcome.failed
+                    if _unlucky(outcome):
+                        reason = outcome.failed or "short of memory"
                 if reason and not last:
-                    again.append(i)
+                    again[i] = outcome
                     report(f"{tasks[i]!s:48} {reason}; once more, alone, at the end")
                     continue
+                if last:
+                    outcome = _both(again[i], outcome)
                 outcomes[i] = outcome
                 how = f"{outcome.ran} ran, {outcome.seconds:.1f} s" if outcome.ran else outcome.failed
                 report(f"{tasks[i]!s:48} {how}")
@@ -172,6 +179,21 @@ def warm(
             process.kill()
         _forget_choices(begun)
     return [outcomes[i] for i in range(len(tasks))]
+
+
+def _unlucky(outcome: Outcome) -> tuple[str, ...]:
+    """The variants that may do better alone; none if that is all of them."""
+    return tuple(
+        name
+        for name, error in outcome.errors.items()
+        if outcome.failed == _OURS + error or any(words in error.lower() for words in _SHORT)
+    )
+
+
+def _both(first: Outcome, second: Outcome) -> Outcome:
+    """What came of a case at the first time, and of the variants that were tried again."""
+    kept = {name: error for name, error in first.errors.items() if name not in _unlucky(first)}
+    return Outcome(first.ran + second.ran, {**kept, **second.errors}, second.failed, first.seconds + second.seconds)
 
 
 class _Process:

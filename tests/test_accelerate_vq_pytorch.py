@@ -413,6 +413,15 @@ def test_freezing_in_the_call_overrides_the_module():
         assert torch.equal(modules[1]._codebook.embed, before) == (not frozen)
 
 
+def test_training_leaves_no_gradient_in_the_loss_of_eval():
+    """As published before 1.32, whose training marks a buffer that evaluation returns."""
+    _, ours = pair(commitment_weight=0.0)
+    loss = ours.train()(torch.randn(3, 10, 8))[2]
+    loss.backward()  # it has no terms, but can be differentiated
+    assert not ours.zero.requires_grad
+    assert not ours.eval()(torch.randn(3, 10, 8))[2].requires_grad
+
+
 def test_near_ties_are_decided_exactly():
     """A fresh codebook is small beside its input: float32 distances from the published formula run together."""
     torch.manual_seed(0)

@@ -685,9 +685,14 @@ def _work(task):
         while len({path.name[:6] for path in folder.glob("meets*")}) < 2 and time.monotonic() < end:
             time.sleep(0.01)
     if task.case == "short" and not others:
-        return _warm.Outcome(1, {"peer": "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED"}, None, 1.0)
+        errors = {"peer": "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "absent": "ImportError: no"}
+        return _warm.Outcome(1, errors, None, 1.0)
+    if task.case == "short":
+        assert task.only == ("peer",)
+        return _warm.Outcome(1, {}, None, 1.0)
     if task.case == "wrong":
-        return _warm.Outcome(1, {"unifiedar": "ValueError: no"}, "ours failed: ValueError: no", 1.0)
+        assert task.only == (("unifiedar",) if others else ())
+        return _warm.Outcome(0, {"unifiedar": "ValueError: no"}, "ours failed: ValueError: no", 1.0)
     return _warm.Outcome(2, {"absent": "ImportError: no"}, None, 1.0)
 
 
@@ -743,6 +748,8 @@ def test_warming_calls_every_variant_once_and_longer_if_asked(monkeypatch):
     assert calls == [1.0]
     assert (outcome.ran, outcome.failed) == (1, None)
     assert outcome.errors == {"absent": "ZeroDivisionError: division by zero"}
+    assert _warm.run_once(_warm.Task("toy", case.name, "cpu", only=("absent",))).ran == 0
+    assert len(calls) == 1
     _warm.run_once(_warm.Task("toy", case.name, "cpu", 0.2))
     assert 4 <= len(calls) <= 12
     case = _case(variants=(Variant("unifiedar", "ours", lambda inputs: 1 / 0),))

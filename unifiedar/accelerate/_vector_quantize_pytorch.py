@@ -226,7 +226,8 @@ def vector_quantize(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         chosen = quantized.detach()
         if source.requires_grad and getattr(self, "route_gradients_to_input", True):
             quantized = _rotate(x, quantized) if self.rotation_trick else x + (quantized - x).detach()
-        loss.requires_grad_()  # as published: a loss without terms can be added to others and differentiated
+        # As published: a loss without terms can be added to others and differentiated. The buffer stays as it is.
+        loss = loss.detach().requires_grad_()
         if self.has_commitment_loss:
             commitment = _commitment(chosen, source if mask is not None else x, mask)
             loss = loss + commitment * self.commitment_weight
