@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench._case import family_cases, prepare
-from bench._time import sampler
+from bench._time import extra_memory, sampler
 
 __all__ = ["CLOCK", "family", "run"]
 
@@ -68,13 +68,12 @@ def run(case: Any, variant: str, benchmark: Any) -> None:
         if role == "ours":
             raise
         pytest.skip(f"{variant}: {type(error).__name__}: {error}")
-    samples = sampler(calls, _device())
+    memory, samples = extra_memory(calls[0], _device()), sampler(calls, _device())
 
     def one_sample() -> None:
         CLOCK.now += samples.sample()
 
     benchmark.group = case.name
     benchmark.extra_info.update(shape=case.shape, dtype=str(case.dtype), method=samples.method, bytes=case.bytes)
-    if differ is not None:
-        benchmark.extra_info["differ"] = differ
+    benchmark.extra_info.update(extra_memory_bytes=memory, differ=differ)
     benchmark.pedantic(one_sample, rounds=ROUNDS, warmup_rounds=2, iterations=1)

@@ -34,6 +34,7 @@ __all__ = [
     "Timing",
     "captured",
     "copy_rate",
+    "extra_memory",
     "input_sets",
     "matmul_rate",
     "measure",
@@ -336,7 +337,8 @@ def sampler(
     return _Events(calls, repeats, device)
 
 
-def _extra_memory(call: Call, device: torch.device) -> int | None:
+def extra_memory(call: Call, device: torch.device) -> int | None:
+    """Peak bytes of device memory during a call beyond inputs and outputs; None on the CPU: not measured there."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -407,7 +409,7 @@ def measure(
             del output
             for call in calls:
                 call()
-            memory[name] = _extra_memory(calls[0], device)
+            memory[name] = extra_memory(calls[0], device)
         except Exception as error:  # a peer may fail in any way, and its row says how
             errors[name] = describe_error(error)
     alive = {name: calls for name, calls in variants.items() if name not in errors}

@@ -6,7 +6,8 @@ side by side; a run that follows finds it done. What inductor chose by timing is
 other processes, and the run that follows times it anew.
 
 A process takes one case after another. One that dies is replaced, and the case that it had is tried once more, alone,
-when the others are through; so is a case that was short of memory. No case is left out without a word.
+when the others are through; so is a case that was short of memory, or where ours failed. No case is left out without a
+word.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ __all__ = ["Outcome", "Task", "run_once", "share_caches", "warm"]
 
 LIMIT_S = 900.0
 """Of one case."""
+_SHORT = ("out of memory", "alloc_failed")
+"""What an error says where there was no memory, torch's and those of the libraries under it."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,8 @@ def warm(
                     reason = outcome.failed
                 else:
                     idle.append(process)
-                    if any("out of memory" in error.lower() for error in outcome.errors.values()):
-                        reason = "short of memory"
+                    short = any(words in error.lower() for error in outcome.errors.values() for words in _SHORT)
+                    reason = "short of memory" if short else outcome.failed
                 if reason and not last:
                     again.append(i)
                     report(f"{tasks[i]!s:48} {reason}; once more, alone, at the end")

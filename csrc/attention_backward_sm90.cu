@@ -12,7 +12,9 @@
 // that add them up. delta = rowsum(grad out) - grad_lse is found by the kernel of the queries, which leaves it and lse'
 // (lse in base 2) to the other one, for whose columns they are. The dS of a step are multiplied together with the scores
 // of the next, so that exponentials run under products, dS k and dP. Warpgroups issue the products of a step one after
-// the other, so that one's chain of exponentials runs under another's products, too.
+// the other, so that one's chain of exponentials runs under another's products, too. Where dP comes late (kLate), when no
+// other product is under way, its registers are those of what was packed before: there is room for larger steps, or for
+// a warpgroup more, whose products the chain of one runs under.
 //
 // Descriptors of operands are computed from what all lanes are known to have (of_warp): else each product of 16 rows
 // waits for two or four moves of a register to those of the warp. Blocks take tiles from a counter: which block has one
@@ -37,6 +39,7 @@ enum How : int {
   kAlone = 1,    // of keys: no two heads share them, which saves registers
   kNoLook = 2,   // of queries: the exponentials may be put after the wait for the products that they run under
   kByTable = 4,  // tables say who sees whom, and images may be packed
+  kLate = 8,     // dP is multiplied when the other products of the step are over
 };
 
 // Rows of a tile and of a step.
@@ -496,6 +499,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
     if (Shape::kTable && works) barrier_wait(memory + Shape::kHeldFull + 8 * at, slot.parity);
 
     Rows rows;
+    constexpr bool kIsLate = (Shape::kHow & kLate) != 0;
     float sum[kWidth / 2], value_sum[kOfKeys ? kWidth / 2 : 2];
 #pragma unroll
     for (int i = 0; i < kWidth / 2; ++i) sum[i] = 0.0f;
@@ -542,18 +546,25 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
                                                                                          threadIdx.x / 128 - 1)
                                                      : held);
             barrier_wait(memory + Shape::kPassedFull + 8 * stage.at, stage.parity);
-            settle(score);
-            settle(grad);
+            if constexpr (kIsLate) {
+              fresh(score);
+            } else {
+              settle(score);
+              settle(grad);
+            }
             settle(sum);
             wait_for_turn();
             products_begin();
             score_products<Shape>(score, own, passed);
             if constexpr (!kFirst) sum_products<Shape>(sum, word, behind);  // with the dS of the step before
-            score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+            const auto multiply_grad = [&] {
+              score_products<Shape>(grad, own + Shape::kHeldBytes, passed + Shape::kPassedBytes);
+            };
+            if constexpr (!kIsLate) multiply_grad();
             give_turn();
             if constexpr (kFirst && !kOfKeys)
               find_rows<Shape>(args, place, tile, first, held_data + Shape::kHeldBytes, rows);
-            products_wait<kFirst ? 1 : 2>();
+            products_wait<(kFirst ? 0 : 1) + !kIsLate>();
             settle(score);
 
             // Two at a time; the compiler makes two loads of a float2.
@@ -590,7 +601,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
               // Weights are packed where dS were, whose products have to be over.
               if constexpr (!kFirst) {
                 look();
-                products_wait<1>();
+                products_wait<!kIsLate>();
                 settle(score);
                 settle(sum);
                 done_with(before.at);
@@ -600,15 +611,21 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
               products_begin();
               sum_products<Shape>(value_sum, word, passed + Shape::kPassedBytes);
               products_wait<0>();
-              settle(grad);
               settle(value_sum);
             } else {
               if constexpr ((Shape::kHow & kNoLook) == 0) look();
               products_wait<0>();
-              settle(grad);
               settle(sum);
               if constexpr (!kFirst) done_with(before.at);
             }
+            if constexpr (kIsLate) {
+              if constexpr (!kOfKeys) settle(score);
+              fresh(grad);
+              products_begin();
+              multiply_grad();
+              products_wait<0>();
+            }
+            settle(grad);
 #pragma unroll
             for (int i = 0; i < kPassed / 2; ++i) {
               const float delta = kOfKeys ? column_of(kPassed, i) : rows.delta[i / 2 % 2];
@@ -861,17 +878,21 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
 template <typename T, int kTables>
 cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
   if (args.width > 96) {
-    using OfQueries = Tile<T, false, 2, 128, 96, 3, 1, kTables>;
-    using OfKeys = Tile<T, true, 2, 128, 64, 4, 1, kTables>;
-    using OfKeysAlone = Tile<T, true, 2, 128, 64, 4, 1, kAlone | kTables>;
-    return args.share == 1 ? launch_tiles<OfQueries, OfKeysAlone>(args, dtype, processors, stream)
-                           : launch_tiles<OfQueries, OfKeys>(args, dtype, processors, stream);
+    using OfKeys = Tile<T, true, 2, 128, 80, 3, 1, kLate | kTables>;
+    if constexpr (kTables != 0) {  // where limits lie in shared memory, 3 x 64 queries do not fit
+      return launch_tiles<Tile<T, false, 2, 128, 96, 3, 1, kTables>, OfKeys>(args, dtype, processors, stream);
+    } else {
+      using OfQueries = Tile<T, false, 3, 128, 64, 4, 1, kLate>;
+      using OfKeysAlone = Tile<T, true, 2, 128, 80, 3, 1, kAlone | kLate>;
+      return args.share == 1 ? launch_tiles<OfQueries, OfKeysAlone>(args, dtype, processors, stream)
+                             : launch_tiles<OfQueries, OfKeys>(args, dtype, processors, stream);
+    }
   }
   if (args.width > 64)
     return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1, kTables>, Tile<T, true, 2, 96, 80, 3, 1, kTables>>(
         args, dtype, processors, stream);
-  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook | kTables>, Tile<T, true, 2, 64, 96, 4, 2, kTables>>(
-      args, dtype, processors, stream);
+  return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook | kTables>,
+                      Tile<T, true, 3, 64, 64, 5, 2, kLate | kTables>>(args, dtype, processors, stream);
 }
 
 template <typename T>

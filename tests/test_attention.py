@@ -651,8 +651,8 @@ def check_gradients_cuda(room, values, lengths, prefix=0, **where):
 @gpu_cuda
 @pytest.mark.parametrize("width", [64, 96, 128, 32, 72, 104])
 def test_gradients_of_every_tile(room, width):
-    """One row more or less than so many tiles of rows held (64, 128) and passed by (48 to 128)."""
-    for length in (1, 47, 48, 49, 63, 64, 65, 95, 96, 97, 112, 127, 128, 129, 193, 257, 385):
+    """One row more or less than so many tiles of rows held (64, 128, 192) and passed by (64, 80, 96)."""
+    for length in (1, 47, 63, 64, 65, 79, 80, 81, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 257, 385):
         lengths = [length // 3, length - length // 3]
         check_gradients_cuda(room, tensors(room, length, 2, 2, 2, length, length, width), lengths)
     values = tensors(room, 33, 5, 4, 2, 300, 680, width)

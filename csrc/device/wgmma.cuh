@@ -58,6 +58,13 @@ __device__ __forceinline__ void settle(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Gives up what registers hold, before products that begin at 0 write them.
+template <int kCount>
+__device__ __forceinline__ void fresh(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(d[i]));
+}
+
 // Operand lists of the instructions below: registers %0.. of D, and what they are bound to.
 #define UNIFIEDAR_D0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define UNIFIEDAR_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"

@@ -197,6 +197,7 @@ _attention_backward_cuda = _native.define(
     "Tensor lse, Tensor lengths, Tensor(a!) workspace, Tensor(b!) grad_q, Tensor(c!) grad_k, Tensor(d!) grad_v, "
     "int prefix, float softmax_scale, int query_group, int key_group) -> ()"
 )
+L2_BYTES = 50 << 20  # of an H100
 NEAR_BYTES = 16 << 20  # of keys and values (or queries and gradients) in use at a time, a third of an H100's L2
 CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes
 
@@ -256,6 +257,11 @@ def _group(rows: int, length: int, width: int) -> int:
     return min(rows, max(16, NEAR_BYTES // (2 * length * width * 2)))
 
 
+def _key_group(rows: int, length: int, width: int) -> int:
+    """The same of the schedule's kernel of the keys, but four of long ones, of which L2 does not hold sixteen."""
+    return min(rows, 4) if 16 * 2 * length * width * 2 > L2_BYTES else _group(rows, length, width)
+
+
 class ForwardPlan(NamedTuple):
     """How the CUDA forward goes about its tiles: which one, of how many heads interleaved, whether taken by a counter.
 
@@ -312,7 +318,7 @@ def _run_attention_backward_cuda(
         _in_boxes(grad), None if grad_lse is None else grad_lse.contiguous(),
         _in_boxes(q), _in_boxes(k), _in_boxes(v), _in_boxes(out), lse.contiguous(),
         _lengths_on(q.device, lengths, schedule), workspace, *gradients, prefix, softmax_scale,
-        _group(batch * heads, keys, width), _group(batch * groups, heads // groups * queries, width),
+        _group(batch * heads, keys, width), _key_group(batch * groups, heads // groups * queries, width),
     )  # fmt: skip
     return gradients
 
