@@ -337,6 +337,66 @@ def modulated_norm_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["length", "share", "parts_row", "eps"])
+def modulated_norm_backward_kernel(
+    grad,  # [batch, length, width]: of what came out
+    grad_new,  # like it: of the tokens; None without a branch
+    x,  # like it: the tokens that were normalized
+    branch,  # like it, or None
+    gate,  # [batch, width], strides gate_row, 1, or None
+    scale,  # [batch, width], strides scale_row, 1
+    grad_x,  # like x; written
+    grad_branch,  # like branch; written, with one
+    parts,  # float32 [2 or 3, batch, grid 0, width], parts_row from one to the next: of scale, shift and, if any, gate
+    length,
+    share,  # tokens of a program
+    parts_row,
+    gate_row,
+    scale_row,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (programs that share a batch's tokens, batch)."""
+    first = tl.program_id(0) * share
+    batch = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < WIDTH
+    stretch = 1.0 + tl.load(scale + batch * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
+    of_scale = tl.zeros((BLOCK,), tl.float32)
+    of_shift = tl.zeros((BLOCK,), tl.float32)
+    if branch is not None:
+        factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
+        of_gate = tl.zeros((BLOCK,), tl.float32)
+    for token in range(first, tl.minimum(first + share, length)):
+        at = (batch * length + token) * WIDTH + channel
+        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        if branch is not None:
+            through = tl.load(grad_new + at, mask=inside, other=0.0).to(tl.float32)
+            joined = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, y - tl.div_rn(tl.sum(y, 0), WIDTH * 1.0), 0.0)
+        variance = tl.div_rn(tl.sum(centred * centred, 0), WIDTH * 1.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+        y = centred * inverse
+        of_scale += given * y
+        of_shift += given
+        given *= stretch
+        mean = tl.div_rn(tl.sum(given, 0), WIDTH * 1.0)
+        along = tl.div_rn(tl.sum(given * y, 0), WIDTH * 1.0)
+        found = (given - mean - y * along) * inverse
+        if branch is not None:
+            found += through
+            of_gate += found * joined
+            tl.store(grad_branch + at, (found * factor).to(grad_branch.dtype.element_ty), mask=inside)
+        tl.store(grad_x + at, found.to(grad_x.dtype.element_ty), mask=inside)
+    place = parts + (batch * tl.num_programs(0) + tl.program_id(0)) * WIDTH + channel
+    tl.store(place, of_scale, mask=inside)
+    tl.store(place + parts_row, of_shift, mask=inside)
+    if branch is not None:
+        tl.store(place + 2 * parts_row, of_gate, mask=inside)
+
+
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +535,65 @@ def modulated_norm(
     )  # fmt: skip
 
 
+def token_shares(batch: int, length: int) -> tuple[int, int]:
+    """Programs that share a batch's tokens in the gradient, and tokens of each: of eight programs for every
+    multiprocessor of a large GPU four run at a time, and the vectors' sums are short."""
+    programs = max(1, min(length, triton.cdiv(1056, batch)))
+    share = triton.cdiv(length, programs)
+    return triton.cdiv(length, share), share
+
+
+def modulated_norm_backward(
+    grad: torch.Tensor,
+    grad_new: torch.Tensor | None,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    eps: float,
+    grad_x: torch.Tensor,
+    grad_branch: torch.Tensor | None,
+    parts: torch.Tensor,
+) -> None:
+    """Fills the gradients of tokens and, with a branch, of that, and parts of those of the vectors.
+
+    Args:
+        grad: (B, L, C) contiguous, gradient of what `modulated_norm` wrote to out.
+        grad_new: like it, of what it wrote to new; None without a branch.
+        x, branch: (B, L, C) contiguous; with a branch x is what was written to new.
+        gate, scale: (B, C), last dimension contiguous; gate is None without a branch.
+        eps: of the norm.
+        grad_x, grad_branch: like x and branch.
+        parts: (2 or, with a branch, 3, B, `token_shares`(B, L)[0], C) float32 contiguous, to be filled: what the sum
+            over dimension 2 makes the gradients of scale, shift and gate.
+    """
+    batch, length, width = x.shape
+    programs, share = token_shares(batch, length)
+    block, warps = _token_tile(width)
+    modulated_norm_backward_kernel[(programs, batch)](
+        grad, grad_new, x, branch, gate, scale, grad_x, grad_branch, parts, length, share, parts.stride(0),
+        0 if gate is None else gate.stride(0), scale.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def _gradient_cases() -> list[tuple]:
+    """What to compile of the layer norm's gradient: VAR's widths under autocast, with a branch or not, and float32."""
+    cases: list[tuple] = []
+    for width, feature, gated in ((1024, "bf16", True), (1024, "bf16", False), (1920, "fp16", True),
+                                  (2304, "bf16", True), (1280, "fp32", True)):  # fmt: skip
+        block, warps = _token_tile(width)
+        types = {**dict.fromkeys(("grad", "branch", "gate", "scale", "grad_branch"), f"*{feature}"), "eps": "fp32"}
+        types |= dict.fromkeys(("x", "grad_new", "grad_x", "parts"), "*fp32")
+        constants: dict = {"WIDTH": width, "BLOCK": block}
+        constants |= {} if gated else dict.fromkeys(("grad_new", "branch", "gate", "grad_branch"))
+        kernel = modulated_norm_backward_kernel
+        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+        signature = {**names, **dict.fromkeys(constants, "constexpr")}
+        divisors = {name: 16 for name in names if name not in ("length", "share", "parts_row", "eps")}
+        cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
+    return cases
+
+
 def _token_cases() -> list[tuple]:
     """What to compile of the layer norm: VAR's widths, its products in half precision or not, with a gate or not, and
     with a branch in parts."""
@@ -540,4 +659,4 @@ def _cases() -> list[tuple]:
     return cases
 
 
-COMPILE_CASES = [*_cases(), *_token_cases()]
+COMPILE_CASES = [*_cases(), *_token_cases(), *_gradient_cases()]

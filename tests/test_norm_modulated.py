@@ -143,12 +143,141 @@ def test_gradients_in_half_precision():
         assert (one.double() - right).norm() <= 0.01 * right.norm()
 
 
+# ---- gradients by one kernel
+
+
+def backward_arguments(room, batch, length, width, *, gated, dtype=None, seed=0):
+    """What the gradient's operator takes, gradients of what comes out in the room's dtype."""
+    given = arguments(room, batch, length, width, gated=gated, dtype=dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    grads = torch.randn(2, batch, length, width, generator=generator).to(room[1])
+    grad, grad_new = grads[0].to(room[2]), grads[1].to(given["x"].dtype)
+    rest = (given["x"], given.get("branch"), given.get("gate"), given["scale"])
+    return grad, grad_new if gated else None, *rest
+
+
+def backward(room, given, eps=1e-6):
+    return registry["modulated_norm_backward"](*given, eps, room[0])
+
+
+def exact_backward(given, eps=1e-6):
+    """By autograd, in float64, of the tokens as they were normalized."""
+    grad, grad_new, x, branch, gate, scale = (None if one is None else one.double() for one in given)
+    leaves = [x.requires_grad_(), scale.requires_grad_(), torch.zeros_like(scale).requires_grad_()]
+    if branch is None:
+        found = torch.autograd.grad(oracle(x, *leaves[1:], eps=eps), leaves, [grad])
+        return found[0], None, None, *found[1:]
+    leaves += [branch.requires_grad_(), gate.requires_grad_()]
+    before = x.detach() - branch.detach() * gate.detach()[:, None]
+    leaves[0] = before.requires_grad_()
+    found = torch.autograd.grad(oracle(before, *leaves[1:], eps=eps), leaves, [grad, grad_new])
+    return found[0], found[3], found[4], *found[1:3]
+
+
+def check_backward(room, given, eps=1e-6):
+    got, eager = backward(room, given, eps), backward(("eager", *room[1:]), given, eps)
+    for one, other, right in zip(got, eager, exact_backward(given, eps), strict=True):
+        assert one.dtype == other.dtype
+        if right is None:
+            assert one.numel() == other.numel() == 0
+        else:
+            assert_as_good_as_eager(one, other, right)
+    return got
+
+
+@rooms
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [1, 8, 40, 255, 256, 257, 1024])
+def test_gradient_of_every_width(room, width, gated):
+    check_backward(room, backward_arguments(room, 2, 5, width, gated=gated))
+
+
+@rooms
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradient_of_shapes_and_strides(room, gated):
+    for batch, length in ((1, 1), (3, 7), (5, 1), (600, 5)):
+        check_backward(room, backward_arguments(room, batch, length, 48, gated=gated), eps=1e-3)
+    given = backward_arguments(room, 2, 5, 48, gated=gated)
+    plain = check_backward(room, given)
+    turned = [None if one is None else one.mT.contiguous().mT if one.ndim == 3 else one for one in given]
+    turned[5] = torch.stack((given[5], given[5]), -1)[..., 0]
+    for one, other in zip(check_backward(room, turned)[:2], plain[:2], strict=True):
+        assert torch.equal(one, other)
+    turned[5] = given[5][:1].expand(2, -1)
+    check_backward(room, turned)
+    check_backward(room, backward_arguments(room, 2, 4, 64, gated=gated, dtype=room[2]))
+
+
+@rooms
+def test_gradient_of_nothing(room):
+    for batch, length in ((0, 3), (2, 0)):
+        for gated in (False, True):
+            found = backward(room, backward_arguments(room, batch, length, 16, gated=gated))
+            assert found[0].shape == (batch, length, 16)
+            assert all(one.shape == (batch, 16) and not one.any() for one in found[3:])
+            assert found[2].shape == ((batch, 16) if gated else (0,))
+
+
+@triton_rooms
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [40, 257])
+def test_gradient_writes_what_it_should_and_nothing_else(room, width, gated):
+    _, device, dtype = room
+    kernels, given = _native.kernels("norm"), backward_arguments(room, 2, 5, width, gated=gated)
+    programs = kernels.token_shares(2, 5)[0]
+    out, check_out = guarded((2, 5, width), torch.float32, device)
+    branch, check_branch = guarded((2, 5, width), dtype, device)
+    parts, check_parts = guarded((3 if gated else 2, 2, programs, width), torch.float32, device)
+    kernels.modulated_norm_backward(*given, 1e-6, out, branch if gated else None, parts)
+    check_out()
+    check_parts()
+    if gated:
+        check_branch()
+
+
+@triton_rooms
+def test_gradient_is_the_same_every_time(room):
+    given = backward_arguments(room, 4, 33, 1024, gated=True)
+    first = backward(room, given)
+    for _ in range(2000 if room[1] == "cuda" else 2):
+        assert all(torch.equal(one, other) for one, other in zip(first, backward(room, given), strict=True))
+    alone = backward(room, [one[2:3] for one in given])
+    assert all(torch.equal(one[2:3], other) for one, other in zip(first[:2], alone[:2], strict=True))
+
+
+def test_tokens_are_shared_out_whole():
+    shares = pytest.importorskip("triton") and _native.kernels("norm").token_shares
+    for batch, length in ((1, 1), (1, 680), (64, 680), (16, 680), (4, 2240), (2000, 3), (7, 1055), (1, 10**6)):
+        programs, share = shares(batch, length)
+        assert programs * share >= length > (programs - 1) * share
+        assert programs * batch <= 1056 + batch
+
+
+@triton_rooms
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradient_through_the_function(room, gated, monkeypatch):
+    """Where the environment asks for it; in the dtypes of what it is a gradient of."""
+    given = arguments(room, 2, 9, 64, gated=gated)
+    grads = [torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(i)).to(room[1]) for i in range(1 + gated)]
+    found = []
+    for name in ("triton", "eager"):
+        monkeypatch.setenv("UNIFIEDAR_BACKEND", name)
+        leaves = [one.detach().clone().requires_grad_() for one in given.values()]
+        out = outputs(modulated_norm(**dict(zip(given, leaves, strict=True))))
+        found.append(torch.autograd.grad(out, leaves, grads))
+        assert [one.dtype for one in found[-1]] == [one.dtype for one in leaves]
+    for one, other in zip(*found, strict=True):
+        assert (one - other).float().norm() <= (1e-5 if room[2] == torch.float32 else 1e-2) * other.float().norm()
+
+
 def test_compiles_and_checks():
     for name, gated in (("modulated_norm", False), ("gated_modulated_norm", True)):
         given = arguments(("eager", "cpu", torch.float32), 2, 3, 16, gated=gated)
         order = ("x", "branch", "gate", "scale", "shift")
         tensors = [given[key].clone().requires_grad_() for key in order if key in given]
         torch.library.opcheck(registry[name].overload, (*tensors, 1e-6, torch.float32, "auto"))
+        backward = backward_arguments(("eager", "cpu", torch.float32), 2, 3, 16, gated=gated)
+        torch.library.opcheck(registry["modulated_norm_backward"].overload, (*backward, 1e-6, "auto"))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

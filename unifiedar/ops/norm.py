@@ -184,6 +184,25 @@ def _modulated_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
     return found, (grad * y).sum(1), grad.sum(1)
 
 
+def _tokens_backward_eager(
+    grad: Tensor,
+    grad_new: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and branch in their dtypes, and of gate, scale and shift not rounded; empty for what is None."""
+    found, grad_scale, grad_shift = _modulated_backward(grad, x, scale, eps)
+    if branch is None or gate is None or grad_new is None:
+        return found.to(x.dtype), x.new_empty(0), found.new_empty(0), grad_scale, grad_shift
+    found = found + grad_new.to(found.dtype)
+    grad_branch = found * gate.to(found.dtype)[:, None]
+    grad_gate = (found * branch.to(found.dtype)).sum(1)
+    return found.to(x.dtype), grad_branch.to(branch.dtype), grad_gate, grad_scale, grad_shift
+
+
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
 
 
@@ -242,8 +261,8 @@ def _modulated_setup(ctx, inputs, output):
 
 def _modulated_gradient(ctx, grad):
     x, scale, shift = ctx.saved_tensors
-    found = _modulated_backward(grad, x, scale, ctx.eps)
-    return *(one.to(like.dtype) for one, like in zip(found, (x, scale, shift), strict=True)), None, None
+    grad_x, _, _, grad_scale, grad_shift = _tokens_backward(grad, None, x, None, None, scale, ctx.eps, "auto")
+    return grad_x, grad_scale.to(scale.dtype), grad_shift.to(shift.dtype), None, None
 
 
 def _gated_setup(ctx, inputs, output):
@@ -253,12 +272,16 @@ def _gated_setup(ctx, inputs, output):
 
 def _gated_gradient(ctx, grad, grad_new):
     new, branch, gate, scale, shift = ctx.saved_tensors
-    through, grad_scale, grad_shift = _modulated_backward(grad, new, scale, ctx.eps)
-    grad_x = through + grad_new.to(through.dtype)
-    wide = gate.to(grad_x.dtype)[:, None]
-    found = (grad_x, grad_x * wide, (grad_x * branch.to(grad_x.dtype)).sum(1), grad_scale, grad_shift)
+    found = _tokens_backward(grad, grad_new, new, branch, gate, scale, ctx.eps, "auto")
     like = (new, branch, gate, scale, shift)
     return *(one.to(tensor.dtype) for one, tensor in zip(found, like, strict=True)), None, None
+
+
+def _tokens_backward_fake(grad, grad_new, x, branch, gate, scale, eps):
+    wide = _widest(grad, x, scale)
+    none = x.new_empty(0, dtype=wide) if gate is None else x.new_empty(scale.shape, dtype=wide)
+    vectors = [x.new_empty(scale.shape, dtype=wide) for _ in range(2)]
+    return x.new_empty(x.shape), _none_like(branch, x), none, *vectors
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -398,6 +421,32 @@ def _modulate_triton(x, branch, gate, scale, shift, eps, out, new) -> None:
             _native.kernels("norm").modulated_norm(x.contiguous(), _flat(branch), gate, scale, shift, eps, out, new)
 
 
+def _tokens_backward_unfit_triton(grad, grad_new, x, branch, gate, scale, eps) -> str | None:
+    others = [one for one in (grad_new, branch, gate, scale) if one is not None]
+    return _tokens_unfit(grad.dtype, x, grad, *others)
+
+
+def _run_tokens_backward_triton(grad, grad_new, x, branch, gate, scale, eps):
+    grad_x, grad_branch, grad_gate, grad_scale, grad_shift = _tokens_backward_fake(
+        grad, grad_new, x, branch, gate, scale, eps
+    )
+    if not x.numel():
+        return grad_x, grad_branch, *(one.zero_() for one in (grad_gate, grad_scale, grad_shift))
+    kernels = _native.kernels("norm")
+    vectors = [grad_scale, grad_shift] if branch is None else [grad_scale, grad_shift, grad_gate]
+    programs = kernels.token_shares(*x.shape[:2])[0]
+    parts = grad_scale.new_empty((len(vectors), len(x), programs, x.shape[2]))
+    gate, scale = (one if one is None or one.stride(1) == 1 else one.contiguous() for one in (gate, scale))
+    with torch.cuda.device_of(x):
+        kernels.modulated_norm_backward(
+            grad.contiguous(), _flat(grad_new), x.contiguous(), _flat(branch), gate, scale, eps,
+            grad_x, None if branch is None else grad_branch, parts,
+        )  # fmt: skip
+    for vector, part in zip(vectors, parts, strict=True):
+        torch.sum(part, 1, out=vector)
+    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _SETTINGS = "str norm, float eps, Tensor? gain, Tensor? q_weight, Tensor? k_weight, Tensor? rope"
@@ -429,6 +478,18 @@ _qk_norm_rope_out = Op(
 
 
 _MODULATION = "Tensor scale, Tensor shift, float eps, ScalarType dtype"
+
+_tokens_backward = Op(
+    "modulated_norm_backward(Tensor grad, Tensor? grad_new, Tensor x, Tensor? branch, Tensor? gate, Tensor scale, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    eager=_tokens_backward_eager,
+    fake=_tokens_backward_fake,
+    backends=(
+        Backend(
+            "triton", _run_tokens_backward_triton, _tokens_backward_unfit_triton, on_request="not run on a GPU yet"
+        ),
+    ),
+)
 
 _modulated_norm = Op(
     f"modulated_norm(Tensor x, {_MODULATION}) -> Tensor",
