@@ -1,5 +1,6 @@
 // Depth-transformer decoding in one launch: a block on every multiprocessor streams its share of the weights from the
-// first depth to the last, and all wait for each other between one matrix and the next.
+// first depth to the last, and all wait for each other between one matrix and the next. With few rows they wait for what they
+// read instead: each word tells by itself that it is there, and the whole grid waits only before and after a draw.
 //
 // A matrix is cut into tiles of 16 outputs and those into chunks of 64 inputs, 2 KB each, which lie packed as the matrix
 // units take them (see DepthLayout). A block has a run of tiles, its 8 warps sharing the inputs by chunks, and adds their
@@ -38,6 +39,7 @@ constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the wei
 constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
+constexpr int kOwnHeads = 24;               // heads that every block may attend for itself, where words are waited for
 constexpr int kNormSize = 6 << 10;        // numbers of the residual stream that every block may normalise for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
@@ -144,7 +146,10 @@ struct Kernel {
   int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
 
-template <typename T, int kGroups>
+// kDirect: what blocks tell each other within a depth are words that tell by themselves that they are there, and the grid waits
+// twice a depth, before and after the draw. Each step of each layer has places of its own, which are emptied while a code is
+// drawn: whoever read them has waited with the grid since, and nobody writes them before it waits again.
+template <typename T, int kGroups, bool kDirect>
 struct Decoder {
   const DepthArgs& a;
   const DepthSizes& s;
@@ -171,7 +176,11 @@ struct Decoder {
       for (int e = 0; e < kExtras; ++e) all += held[1 + e];
       return unpack_word(bias, T{}).x + all;
     }
+    __device__ __forceinline__ bool absent() const {
+      return max(max(__float_as_uint(held[0]), __float_as_uint(held[1])), __float_as_uint(held[2])) == kAbsent;
+    }
   };
+  static_assert(kExtras == 2, "which absent() counts on");
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
@@ -196,6 +205,13 @@ struct Decoder {
     return reinterpret_cast<U*>(workspace + offset);
   }
   __device__ __forceinline__ const T* packed(int64_t offset) const { return static_cast<const T*>(a.packed) + offset; }
+  // The residual stream as steps from qkv to proj of a layer read it (the head's is that of one more), or up and down.
+  __device__ __forceinline__ float* stream(int layer, bool later) const {
+    return space<float>(at.x) + (kDirect ? (2 * layer + later) * int64_t(rows) * dim : 0);
+  }
+  __device__ __forceinline__ T* queries(int layer) const { return space<T>(at.q) + (kDirect ? layer * int64_t(rows) * dim : 0); }
+  __device__ __forceinline__ T* attention(int layer) const { return space<T>(at.y) + (kDirect ? layer * int64_t(rows) * dim : 0); }
+  __device__ __forceinline__ T* states(int layer) const { return space<T>(at.h) + (kDirect ? layer * int64_t(rows) * dim * 4 : 0); }
   __device__ __forceinline__ T* cache(int layer, int which, int d) const {
     return space<T>(at.cache) + ((int64_t(layer) * 2 + which) * s.depth + d) * rows * dim;
   }
@@ -336,6 +352,20 @@ struct Decoder {
   // While others are waited for, what the next step reads of them apart is read: what it adds, and unless null `vectors`, a
   // norm's gain and bias, to where stage_norm expects them; the latter not by the warp that looks whether all are there.
   __device__ __forceinline__ bool wait(const T* vectors, Addend (&early)[kOwn], int d, int index) {
+    if constexpr (kDirect) {
+      const int steps = 4 * s.layers + 2;
+      const auto read = [&] {
+        if (index < steps) read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
+      };
+      if (index == steps || (index == 0 && d > 0)) {
+        grid_wait(space<uint32_t>(at.barrier), [&] { return (2 * d + (index == steps)) * gridDim.x - 1; }, read);
+      } else {
+        read();
+        copies_wait();
+        block_wait();  // before sums are written again
+      }
+      return a.stop >= 0 && d * (steps + 1) + index >= a.stop;
+    }
     grid_wait(space<uint32_t>(at.barrier), [&] { return ++waits() * gridDim.x; }, [&] {
       if (index < 4 * s.layers + 2)
         read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
@@ -353,12 +383,12 @@ struct Decoder {
     const float* from;
     int count;
   };
-  __device__ __forceinline__ float* part(int which, int number) const {
-    return space<float>(at.parts) + (which * kExtras + number) * int64_t(rows) * dim;
+  __device__ __forceinline__ float* part(int layer, int which, int number) const {
+    return space<float>(at.parts) + (((kDirect ? 2 * layer : 0) + which) * kExtras + number) * int64_t(rows) * dim;
   }
   __device__ __forceinline__ Extra beside(int layer, Step step) const {
-    if (step == kUp || step == kDown) return {part(0, 0), extras[0]};
-    return {part(1, 0), layer > 0 ? extras[1] : 0};
+    if (step == kUp || step == kDown) return {part(layer, 0, 0), extras[0]};
+    return {part(layer - 1, 1, 0), layer > 0 ? extras[1] : 0};
   }
 
   // ---- what a matrix is multiplied with
@@ -366,8 +396,9 @@ struct Decoder {
   __device__ __forceinline__ int stage_at() const { return kVectorsAt + dim * 4; }
   __device__ __forceinline__ bool fits(int bytes) const { return stage_at() + rows * (bytes + kPad) <= free_bytes; }
 
-  __device__ __forceinline__ void stage_norm(const Extra& extra) const {
-    normalise_rows<T>(space<float>(at.x), extra.from, extra.count, rows, dim, memory);
+  __device__ __forceinline__ void stage_norm(int layer, Step step) const {
+    const Extra extra = beside(layer, step);
+    normalise_rows<T, kDirect>(stream(layer, step == kUp), extra.from, extra.count, rows, dim, memory);
   }
 
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
@@ -381,9 +412,9 @@ struct Decoder {
 
   // Rows of so many numbers as they lie in memory, of them the chunks that the block multiplies; in shared memory if they fit.
   // Each warp copies the chunks that it multiplies, many packs of 16 bytes at a time.
-  __device__ __forceinline__ Inputs stage_rows(const T* rows_at, int width, const Share& share) {
+  __device__ __forceinline__ Inputs stage_rows(const T* rows_at, int width, const Share& share, bool are_posted) {
     const int bytes = (share.span_last - share.span_first) * kChunk * 2;
-    if (!fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
+    if (!kDirect && !fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
     constexpr int kBatch = 8;
     const int first = first_own(share.span_first), own_row = lane / 8;
     const int begin = stage_at() - share.span_first * kChunk * 2;
@@ -392,18 +423,25 @@ struct Decoder {
     int row = 0, chunk = first;  // the former of the warp's first lanes
     while (row < rows && first < share.span_last) {
       uint4 held[kBatch];
-      int places[kBatch];
+      int places[kBatch], froms[kDirect ? kBatch : 1];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const bool there = row + own_row < rows;
         places[j] = there ? row * (bytes + kPad) + chunk * kChunk * 2 : -1;
-        held[j] = there ? load_shared_by_all(from + int64_t(row) * width + chunk * kChunk) : uint4{};
+        if constexpr (kDirect) {
+          froms[j] = row * width + chunk * kChunk;
+          held[j] = there ? posted(reinterpret_cast<const uint4*>(from + froms[j])) : uint4{};
+        } else {
+          held[j] = there ? load_shared_by_all(from + int64_t(row) * width + chunk * kChunk) : uint4{};
+        }
         chunk += kWarps;
         if (chunk >= share.span_last) {
           chunk = first;
           row += 4;
         }
       }
+      if constexpr (kDirect)
+        if (are_posted) wait_posted(held, [&](int j) { return reinterpret_cast<const uint4*>(from + froms[j]); });
 #pragma unroll
       for (int j = 0; j < kBatch; ++j)
         if (places[j] >= 0) *reinterpret_cast<uint4*>(to + places[j]) = held[j];
@@ -413,14 +451,14 @@ struct Decoder {
   }
 
   __device__ __forceinline__ Attended<T> attended(int layer) const {
-    return {space<T>(at.q), cache(layer, 0, 0), cache(layer, 1, 0), rows, dim};
+    return {queries(layer), cache(layer, 0, 0), cache(layer, 1, 0), rows, dim};
   }
 
   __device__ __forceinline__ void stage_attention(int layer, int d, const Share& share) {
     if (kGroups == 1 && rows <= 2)
-      stage_heads<16>(attended(layer), d, share.span_first, share.span_last, memory);
+      stage_heads<16, kDirect>(attended(layer), d, share.span_first, share.span_last, memory);
     else
-      stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
+      stage_heads<4, kDirect>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
   // A norm's rows for many rows, each by one block.
@@ -438,10 +476,10 @@ struct Decoder {
       const int number = i / groups, group = i % groups;
       const Attended<T> from = attended(layer);
       const int64_t place = place_of<4>(from, number, group);
-      Head<4> head;
-      read_head(head, from, d, place);
-      attend(head, from, d, place);
-      if (group * 8 + lane / 4 < rows) put_head(head, space<T>(at.y) + place);
+      Head<4, kDirect> head;
+      read_head<4, kDirect>(head, from, d, place);
+      attend<4, kDirect>(head, from, d, place);
+      if (group * 8 + lane / 4 < rows) put_head<kDirect>(head, attention(layer) + place);
     }
   }
 
@@ -567,11 +605,22 @@ struct Decoder {
     Addend read{};
     if (there) read.bias = __ldg(vectors + bias);
     if (there && step == kInput) read.held[0] = __uint_as_float(__ldg(vectors + layout.position + int64_t(d) * dim));
-    if (adds) read.held[0] = __ldcg(space<float>(at.x) + place);
+    const auto number = [](const float* from) {
+      return kDirect ? __uint_as_float(posted(reinterpret_cast<const uint32_t*>(from))) : __ldcg(from);
+    };
+    if (adds) read.held[0] = number(stream(layer, step == kDown) + place);
 #pragma unroll
     for (int e = 0; e < kExtras; ++e)
-      if (adds && e < extra.count) read.held[1 + e] = __ldcg(extra.from + e * rows * dim + place);
+      if (adds && e < extra.count) read.held[1 + e] = number(extra.from + e * rows * dim + place);
     return read;
+  }
+
+  __device__ __forceinline__ void post_or_put(float* to, float value) const {
+    const uint32_t word = __float_as_uint(value);
+    if (kDirect)
+      post(to, word == kAbsent ? kAbsent >> 1 : word);
+    else
+      *to = value;
   }
 
   // What becomes of output m of a step, for one row.
@@ -583,7 +632,32 @@ struct Decoder {
     } else if (step == kUp) {
       space<T>(at.h)[int64_t(row) * 4 * dim + m] = narrow<T>(0.5f * value * (1 + erff(value * 0.70710678118654752f)));
     } else {
-      space<float>(at.x)[int64_t(row) * dim + m] = value;
+      stream(0, false)[int64_t(row) * dim + m] = value;
+    }
+  }
+
+  // The same in words that others wait for. By all lanes of a warp: neighbours have the two halves of a word.
+  __device__ __forceinline__ void post_output(int d, int layer, Step step, const Share& share, const Output& own, int first,
+                                              float value) const {
+    if (step == kQkv || step == kUp) {
+      if (step == kUp) value = 0.5f * value * (1 + erff(value * 0.70710678118654752f));
+      const uint32_t word = pack_word(value, __shfl_xor_sync(~0u, value, 1), T{});
+      if (!own.there || own.m % 2 == 1) return;
+      T* to = states(layer) + own.row * 4 * dim + own.m;
+      if (step == kQkv) {
+        const int which = int(own.m >= dim) + int(own.m >= 2 * dim);
+        to = (which ? cache(layer, which - 1, d) : queries(layer)) + own.row * dim + own.m - which * dim;
+      }
+      post(to, word == kAbsent ? kAbsent >> 1 : word);
+    } else if (own.there) {
+      const int number = own.first ? 0 : share.number, place = own.row * dim + own.m;
+      const uint32_t word = __float_as_uint(value);
+      float* to = step == kInput ? stream(0, false) : number > 0 ? part(layer, step == kDown, number - 1)
+                                                                 : stream(layer + (step == kDown), step == kProj);
+      post(to + place, word == kAbsent ? kAbsent >> 1 : word);
+      // Who has the end of a tile posts zeros for the parts that it has less than others.
+      if (step == kInput || share.end < (share.first_tile + first + own.tile + 1) * share.chunks) return;
+      for (int e = number; e < extras[step == kDown]; ++e) post(part(layer, step == kDown, e) + place, 0);
     }
   }
 
@@ -622,7 +696,7 @@ struct Decoder {
         const int at = (share.first_tile + first + t) * chunks;
         const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
         float sum[kAccumulators][4] = {};
-        if (inputs.global == nullptr)
+        if (kDirect || inputs.global == nullptr)
           tile<true>(place, own_first, own_last, sum, memory + inputs.shared + own_inputs, inputs.pitch);
         else
           tile<false>(place, own_first, own_last, sum, inputs.global + own_inputs, inputs.pitch);
@@ -641,7 +715,10 @@ struct Decoder {
       for (int j = 0; j < kOwn; ++j) {
         if (!any_has(share, step, first, j)) break;
         const Output own = output_of(share, step, first, j);
-        if (!own.there) continue;
+        if (!kDirect && !own.there) continue;
+        if constexpr (kDirect)  // it was there when the block's inputs were, or nearly
+          read_until([&] { return own.there && early[j].absent(); },
+                     [&] { early[j] = read_addend(d, layer, step, own.m, own.row, own.first); });
         const float more = early[j].sum(step);
         const auto add = [&](int row) {
           const float* from = red + (own.tile * kColumns + row) * kRedPitch + own.m % 16;
@@ -650,12 +727,16 @@ struct Decoder {
           for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kColumns * kRedPitch];
           return sum + more;
         };
-        if (step == kHead) {
+        if (kDirect && step != kHead) {
+          post_output(d, layer, step, share, own, first, own.there ? add(own.row) : 0.f);
+        } else if (!own.there) {
+          continue;
+        } else if (step == kHead) {
           const float conditional = put_logit(d, own.m, own.row, add(own.row));
           const float other = s.guided ? put_logit(d, own.m, own.row + shown, add(own.row + shown)) : 0.f;
           put_key(d, own.m, own.row, conditional, other);
         } else if (!own.first) {
-          part(step == kProj ? 0 : 1, share.number - 1)[int64_t(own.row) * dim + own.m] = add(own.row);
+          part(layer, step == kProj ? 0 : 1, share.number - 1)[int64_t(own.row) * dim + own.m] = add(own.row);
         } else {
           put(d, layer, step, own.m, own.row, add(own.row));
         }
@@ -729,6 +810,16 @@ struct Decoder {
     }
   }
 
+  // In the draw's phase: what was posted at this depth but keys and values is forgotten.
+  __device__ __forceinline__ void empty_places() const {
+    const int count = s.guided ? rows / 2 : rows, packs = int((at.cache - at.parts) / 16);
+    const int first = count < int(gridDim.x) ? count : 0;  // blocks that draw have enough to do
+    if (int(blockIdx.x) < first) return;
+    uint4* places = space<uint4>(at.parts);
+    for (int i = (blockIdx.x - first) * kThreads + threadIdx.x; i < packs; i += (gridDim.x - first) * kThreads)
+      places[i] = {kAbsent, kAbsent, kAbsent, kAbsent};
+  }
+
   // Has vectors that steps to come will read fetched into the second cache, each piece by one block.
   __device__ __forceinline__ void fetch_vectors(int layer, Step step) const {
     int64_t begin = layout.position, end = layout.vectors + layout.block_vectors;
@@ -760,6 +851,13 @@ struct Decoder {
     return packed(layout.vectors + (index - 1) / 4 * layout.block_vectors) + (index % 4 == 1 ? 0 : 6 * dim);
   }
 
+  // The gain and bias of the norm before step `index`, if it has one, to where stage_norm expects them; by the next wait.
+  __device__ __forceinline__ void copy_vectors(int index) const {
+    const uint4* from = reinterpret_cast<const uint4*>(norm_before(index));
+    for (int i = threadIdx.x; from != nullptr && i < dim / 4; i += kThreads)
+      copy_early(memory + kVectorsAt + i * 16, from + i);
+  }
+
   // The matrix of step `index`, and what it is multiplied with.
   __device__ __forceinline__ void multiply_by(Place& place, Addend (&early)[kOwn], int d, int index, bool apart) {
     const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
@@ -767,15 +865,20 @@ struct Decoder {
     const Share now = *share(kind_of(d, index));
     const bool norm = step == kQkv || step == kUp || step == kHead;
     Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
-    if (norm && !apart) {
-      stage_norm(beside(layer, step));
-    } else if (step == kProj && !apart) {
+    const bool heads_apart = kDirect && step == kProj && dim > kOwnHeads * kHeadDim;
+    if (heads_apart) attend_apart(layer, d);
+    if (kDirect && now.begin >= now.end) {
+      // No share, nothing to be read.
+    } else if (norm && !apart) {
+      stage_norm(layer, step);
+    } else if (step == kProj && !apart && !heads_apart) {
       stage_attention(layer, d, now);
     } else {
-      const T* from = norm || step == kProj ? space<T>(at.y) : step == kDown ? space<T>(at.h) : space<T>(at.sums);
+      const T* from = norm || step == kProj ? attention(layer) : step == kDown ? states(layer) : space<T>(at.sums);
       if (index == 0 && d == 0) from = static_cast<const T*>(a.hidden);
-      inputs = stage_rows(from, now.chunks * kChunk, now);
+      inputs = stage_rows(from, now.chunks * kChunk, now, step != kInput);
     }
+    if (kDirect && index + 1 < steps) copy_vectors(index + 1);
     product(place, now, inputs, early, d, layer, step);
     if (warp == kWarps - 1 && lane == 0) {
       fetch_vectors(layer, step);
@@ -795,17 +898,19 @@ struct Decoder {
     do {
       look_again();
       if (index == steps) {
+        if constexpr (kDirect) empty_places();
         draw(d);
         if (++d == s.depth) return;
         index = 0;
       } else if (index == 0 && d == 0 && s.hidden_dim == 0) {
         for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
-          space<float>(at.x)[i] = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
+          post_or_put(stream(0, false) + i, wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]));
         index = 1;
-      } else if (!apart && rows * dim > kNormSize && norm_before(index) != nullptr) {
+        if constexpr (kDirect) copy_vectors(index);
+      } else if (!kDirect && !apart && rows * dim > kNormSize && norm_before(index) != nullptr) {
         normalise_apart(beside((index - 1) / 4, step_of(index)));
         apart = true;
-      } else if (index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
+      } else if (!kDirect && index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
         attend_apart((index - 1) / 4, d);
         apart = true;
       } else {
@@ -813,28 +918,33 @@ struct Decoder {
         apart = false;
         ++index;
       }
-    } while (!wait(index == steps || apart ? nullptr : norm_before(index), early, d, index));
+    } while (!wait(kDirect || index == steps || apart ? nullptr : norm_before(index), early, d, index));
     drain(place, d, index);
   }
 };
 
 // Grid: as many blocks as there are multiprocessors, all of them there at the same time.
-template <typename T, int kGroups>
+template <typename T, int kGroups, bool kDirect>
 __global__ void __launch_bounds__(kAllThreads, 1) depth_decode_kernel(const __grid_constant__ Kernel kernel) {
-  Decoder<T, kGroups>(kernel).run();
+  Decoder<T, kGroups, kDirect>(kernel).run();
 }
 
 using Function = void (*)(Kernel);
 
-Function function_of(DType dtype, int rows) {
+Function function_of(DType dtype, int rows, bool direct) {
   const bool half = dtype == DType::kFloat16;
-  if (rows <= 8) return half ? depth_decode_kernel<__half, 1> : depth_decode_kernel<__nv_bfloat16, 1>;
-  if (rows <= 16) return half ? depth_decode_kernel<__half, 2> : depth_decode_kernel<__nv_bfloat16, 2>;
-  return half ? depth_decode_kernel<__half, 4> : depth_decode_kernel<__nv_bfloat16, 4>;
+  if (direct) return half ? depth_decode_kernel<__half, 1, true> : depth_decode_kernel<__nv_bfloat16, 1, true>;
+  if (rows <= 8) return half ? depth_decode_kernel<__half, 1, false> : depth_decode_kernel<__nv_bfloat16, 1, false>;
+  if (rows <= 16) return half ? depth_decode_kernel<__half, 2, false> : depth_decode_kernel<__nv_bfloat16, 2, false>;
+  return half ? depth_decode_kernel<__half, 4, false> : depth_decode_kernel<__nv_bfloat16, 4, false>;
 }
+
+// Whether the workspace has places for each step.
+bool has_places(const DepthSizes& sizes) { return sizes.rows <= 8 && sizes.rows * int64_t(sizes.dim) <= kNormSize; }
 
 struct Plan {
   int blocks, shared, free_bytes, slots;
+  bool direct;
 };
 
 // The grid and its shared memory; 0 blocks if the sizes do not fit the device.
@@ -854,7 +964,11 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   for (const int64_t more : {int64_t(kKeysAt) + padded(sizes.num_codes, 4) * 4, staged(4 * int64_t(sizes.dim))})
     if (slots_beside(more) >= 6) slots = std::min(slots, slots_beside(more));
   if (slots < kLeastSlots) return cudaSuccess;
-  const Function function = function_of(dtype, sizes.rows);
+  // Words that are waited for are read once: what a matrix is multiplied with has to fit.
+  const int free_bytes = shared - kBarrierBytes - kShareBytes - slots * kStageBytes;
+  const bool direct = has_places(sizes) && staged(std::max({4 * int64_t(sizes.dim), int64_t(sizes.hidden_dim),
+                                                            int64_t(padded(sizes.code_dim, kChunk))})) <= free_bytes;
+  const Function function = function_of(dtype, sizes.rows, direct);
   if (const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       e != cudaSuccess)
@@ -862,7 +976,7 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kAllThreads, shared); e != cudaSuccess)
     return e;
   if (per < 1) return cudaSuccess;
-  *plan = {0, shared, shared - kBarrierBytes - kShareBytes - slots * kStageBytes, slots};
+  *plan = {0, shared, free_bytes, slots, direct};
   return cudaDeviceGetAttribute(&plan->blocks, cudaDevAttrMultiProcessorCount, device);
 }
 
@@ -885,13 +999,13 @@ DepthWorkspace workspace_depth_decode(const DepthSizes& s) {
     at.bytes += (bytes + 255) / 256 * 256;
     return begin;
   };
-  const size_t rows = s.rows, dim = s.dim;
+  const size_t rows = s.rows, dim = s.dim, layers = has_places(s) ? std::max(s.layers, 1) : 1;
   at.barrier = take(4);
-  at.parts = take(rows * dim * 4 * 2 * kExtras);
-  at.x = take(rows * dim * 4);
-  at.q = take(rows * dim * 2);
-  at.y = take(rows * dim * 2);
-  at.h = take(rows * dim * 8);
+  at.parts = take(rows * dim * 4 * 2 * kExtras * layers);
+  at.x = take(rows * dim * 4 * (2 * layers + 1));
+  at.q = take(rows * dim * 2 * layers);
+  at.y = take(rows * dim * 2 * layers);
+  at.h = take(rows * dim * 8 * layers);
   at.cache = take(rows * dim * 2 * 2 * s.layers * s.depth);
   at.sums = take(rows * padded(s.code_dim, kChunk) * 2);
   at.keys = take((s.guided ? rows / 2 : rows) * padded(s.num_codes, 4) * 4);
@@ -926,12 +1040,16 @@ cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t
                 found.free_bytes,
                 found.slots,
                 {extras_of(args.sizes, dim, found.blocks), extras_of(args.sizes, 4 * dim, found.blocks)}};
-  // The counter of the barriers, and the parts beside the residual stream, which some tiles do not have.
+  // The counter of the barriers, and the parts beside the residual stream, which some tiles do not have; or all places of words
+  // that are waited for.
   void* zeros = static_cast<unsigned char*>(args.workspace) + kernel.at.barrier;
-  if (const cudaError_t e = cudaMemsetAsync(zeros, 0, kernel.at.x - kernel.at.barrier, stream); e != cudaSuccess) return e;
+  const cudaError_t e = found.direct ? cudaMemsetAsync(zeros, 255, kernel.at.sums - kernel.at.barrier, stream)
+                                     : cudaMemsetAsync(zeros, 0, kernel.at.x - kernel.at.barrier, stream);
+  if (e != cudaSuccess) return e;
   void* arguments[] = {&kernel};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function_of(dtype, args.sizes.rows)), dim3(found.blocks),
-                                     dim3(kAllThreads), arguments, found.shared, stream);
+  const Function function = function_of(dtype, rows, found.direct);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function), dim3(found.blocks), dim3(kAllThreads), arguments,
+                                     found.shared, stream);
 }
 
 }  // namespace unifiedar

@@ -46,7 +46,8 @@ struct DepthArgs {
   double top_p[kMaxDepth];               // 0: off
 };
 
-// Where the workspace has what, in bytes.
+// Where the workspace has what, in bytes. Where few rows let words be waited for, parts, q, y and h are there once a layer, and x
+// twice and once more.
 struct DepthWorkspace {
   size_t barrier;  // uint32
   size_t parts;    // float [2, 2, rows, dim]: what lies beside the residual stream, after the attention and after the MLP

@@ -89,6 +89,13 @@ __device__ __forceinline__ void stage_arrive(void* empty) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(empty)) : "memory");
 }
 
+// Copies of 16 bytes to shared memory that a thread asks for, and a wait for its own.
+__device__ __forceinline__ void copy_early(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Waits for the block's threads but those of the warp that brings the weights.
 __device__ __forceinline__ void block_wait() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
@@ -114,8 +121,53 @@ __device__ __forceinline__ Value again(Value value) {
   return value;
 }
 
+// ---- words that tell by themselves that they are there
+//
+// What blocks tell each other between two waits of the grid lies in words that have all bits set before. Who reads such a
+// word reads it again until it has others. A word is all that is waited for, so nothing has to be in order with it.
+
+constexpr uint32_t kAbsent = ~0u;
+
+__device__ __forceinline__ void post(void* to, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(word) : "memory");
+}
+__device__ __forceinline__ uint32_t posted(const uint32_t* from) {
+  uint32_t word;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  return word;
+}
+__device__ __forceinline__ uint2 posted(const uint2* from) {
+  uint2 words;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(__cvta_generic_to_global(from)));
+  return words;
+}
+__device__ __forceinline__ uint4 posted(const uint4* from) {
+  uint4 words;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return words;
+}
+
+// Calls read() until absent() is false.
+template <typename Absent, typename Read>
+__device__ __forceinline__ void read_until(const Absent& absent, const Read& read) {
+#ifdef UNIFIEDAR_WATCHDOG
+  const long long begin = clock64();
+#endif
+#pragma unroll 1
+  while (absent()) {
+    read();
+#ifdef UNIFIEDAR_WATCHDOG
+    if (clock64() - begin > 2000000000ll) __trap();
+#endif
+  }
+}
+
 // Waits for all blocks of the grid, which must be on the device at the same time; what they wrote before is visible after.
-// `counter` was 0 at the launch; `goal`, called by thread 0, is the number of blocks times that of barriers, this one included.
+// `counter` was 0 at the launch, or -1; `goal`, called by thread 0, is as much more as blocks times barriers, this one included.
 // `meanwhile` is called by all threads once the block has said that it is there. Thread 0 looks at the counter after that.
 // Built with UNIFIEDAR_WATCHDOG, a wait of more than about a second ends the kernel with an error.
 template <typename Goal, typename Meanwhile>
@@ -134,7 +186,7 @@ __device__ __forceinline__ void grid_wait(uint32_t* counter, const Goal& goal, c
 #ifdef UNIFIEDAR_WATCHDOG
       if (clock64() - begin > 2000000000ll) __trap();
 #endif
-    } while (arrived < wanted);
+    } while (int(arrived - wanted) < 0);
   }
   block_wait();
 }

@@ -3,7 +3,9 @@
 // What is decided is decided by the numbers of unifiedar/ops/sample.py: scores as integers of their order, weights rounded
 // to float32, sums of integers. How the entries at a cut are found does not change which they are. Here by bins that are
 // linear in the score, as scores lie: the one with the cut in it has few entries, and those are compared with each other.
-// Scores that lie otherwise (most of them equal, or too many kept) are cut by the digits of their integers.
+// Of many scores only the largest of every eight go into bins: as many of those as are wanted lie above the cut's bin, so that
+// a list of what is as large has all that is wanted and little else. Scores that lie otherwise (most of them equal, or too many
+// kept) are cut by the digits of their integers.
 //
 // A draw runs once a depth: its instructions come from far away, and more of them cost more than loops do.
 #pragma once
@@ -14,10 +16,13 @@
 
 namespace unifiedar {
 
-constexpr int kBins = 2048;
+constexpr int kBins = 1024;    // of scores
+constexpr int kDigits = 2048;  // of integers
+constexpr int kNone = -0x7fffffff - 1;  // below all keys
+constexpr int kLimb = 21;      // bits of a mass that one of a bin's three sums takes: 2,048 of them fit 32 bits
 constexpr int kListed = 2048;  // entries that a list holds
 constexpr int kNearest = 512;  // of them those in the bin of a cut
-constexpr int kListAt = kBins * 8, kWeightsAt = kListAt + kListed * 8, kNearAt = kWeightsAt + kListed * 4;
+constexpr int kListAt = kBins * 16, kWeightsAt = kListAt + kListed * 8, kNearAt = kWeightsAt + kListed * 4;
 constexpr int kMiscAt = kNearAt + kNearest * 4, kKeysAt = kMiscAt + 1024;
 
 // Small numbers that threads of a block tell each other.
@@ -25,7 +30,9 @@ struct Misc {
   Word warps[kWarps];
   Word above;
   int bin, near, listed;
+  int passed, bound;
 };
+static_assert(Word(kListed) << kLimb <= Word(1) << 32 && 3 * kLimb >= 62, "sums of a bin");
 
 __device__ __forceinline__ Word block_max(Misc& misc, Word value) {
 #pragma unroll
@@ -110,20 +117,46 @@ __device__ __forceinline__ void find_bin(Misc& misc, Number goal, Value value) {
   block_wait();
 }
 
+// The same of kBins bins, of which a thread has four: `four(own)` reads them, `goal(total)` is what their sum has to reach.
+// Returns the goal.
+template <typename Number, typename Four, typename Goal>
+__device__ __forceinline__ Number find_bin_of_four(Misc& misc, const Four& four, const Goal& goal_of) {
+  static_assert(kBins == 4 * kThreads, "four a thread");
+  Number own[4];
+  four(own);
+  const Number sum = (own[0] + own[1]) + (own[2] + own[3]);
+  Number above = block_before(misc, sum), total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += Number(misc.warps[w]);
+  const Number goal = goal_of(total);
+  if (above < goal && above + sum >= goal) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (above < goal && above + own[i] >= goal) {
+        misc.bin = 4 * int(threadIdx.x) + i;
+        misc.above = above;
+      }
+      above += own[i];
+    }
+  }
+  block_wait();
+  return goal;
+}
+
 // The k-th largest key, by its digits.
 __device__ __forceinline__ int find_kth(Misc& misc, uint32_t* bins, const int* keys, int entries, int k) {
   uint32_t prefix = 0;
   int left = k;
   for (int pass = 0;; ++pass) {
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, width = pass == 2 ? 10 : 11;
-    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    for (int i = threadIdx.x; i < kDigits; i += kThreads) bins[i] = 0;
     block_wait();
     for (int i = threadIdx.x; i < entries; i += kThreads) {
       const uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
       if (pass == 0 || key >> (shift + width) == prefix) atomicAdd(bins + (key >> shift & ((1u << width) - 1)), 1u);
     }
     block_wait();
-    find_bin<kBins, true>(misc, uint32_t(left), [&](int bin) { return bins[bin]; });
+    find_bin<kDigits, true>(misc, uint32_t(left), [&](int bin) { return bins[bin]; });
     left -= int(misc.above);
     prefix = prefix << width | uint32_t(misc.bin);
     block_wait();
@@ -209,8 +242,8 @@ __device__ __forceinline__ int winner(Misc& misc, Word best) { return int(~uint3
 __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, int count, int least, int* code) {
   constexpr int kOwn = kListed / kThreads;
   Misc& misc = row.misc();
-  Word* sums = reinterpret_cast<Word*>(row.memory);
-  Word* masses = sums;  // of the entries at the cut, when the sums are no longer needed
+  uint32_t* sums = reinterpret_cast<uint32_t*>(row.memory);  // three of each bin, kBins apart
+  Word* masses = reinterpret_cast<Word*>(row.memory);  // of the entries at the cut, when the sums are no longer needed
   const int2* list = reinterpret_cast<const int2*>(row.memory + kListAt);
   int* weights = reinterpret_cast<int*>(row.memory + kWeightsAt);
   int* near = reinterpret_cast<int*>(row.memory + kNearAt);
@@ -224,25 +257,39 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
   }
   const bool cuts = row.cuts_mass();
   if (cuts) {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) sums[i] = 0;
-    if (threadIdx.x == 0) misc.near = misc.listed = 0;
+#pragma unroll
+    for (int limb = 0; limb < 3; ++limb) reinterpret_cast<uint4*>(sums + limb * kBins)[threadIdx.x] = {};
+    if (threadIdx.x == 0) misc.near = misc.listed = misc.passed = 0, misc.bound = row.entries;
     block_wait();
   }
-  Word total = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int key = list[i].x, bits = key >= least ? row.weight(key) : 0;
     weights[i] = bits;
     if (!cuts) continue;
+    // Additions of 64 bits would be tries that fail where many scores are equal.
     const Word own = row.mass(bits);
-    total += own;
-    if (own) atomicAdd(sums + bin_of(i), own);
+    uint32_t* to = sums + bin_of(i);
+#pragma unroll
+    for (int limb = 0; limb < 3; ++limb)
+      if (const uint32_t part = uint32_t(own >> limb * kLimb) & ((1u << kLimb) - 1); part) atomicAdd(to + limb * kBins, part);
   }
   // Kept are weights of `low` and more; of those that equal it, the entries before `bound`.
   int low = 1, bound = row.entries;
   if (cuts) {
-    Word left = row.goal(block_sum(misc, total));
-    find_bin<kBins, false>(misc, left, [&](int bin) { return sums[bin]; });
+    block_wait();
+    const auto four = [&](Word(&own)[4]) {
+      for (int e = 0; e < 4; ++e) own[e] = 0;
+#pragma unroll
+      for (int limb = 0; limb < 3; ++limb) {
+        const uint4 words = reinterpret_cast<const uint4*>(sums + limb * kBins)[threadIdx.x];
+        own[0] += Word(words.x) << limb * kLimb;
+        own[1] += Word(words.y) << limb * kLimb;
+        own[2] += Word(words.z) << limb * kLimb;
+        own[3] += Word(words.w) << limb * kLimb;
+      }
+    };
+    Word left = find_bin_of_four<Word>(misc, four, [&](Word total) { return row.goal(total); });
     const int edge = misc.bin;
     const Word before = misc.above;
 #pragma unroll 1
@@ -261,34 +308,38 @@ __device__ __forceinline__ bool draw_listed(const Row& row, const Scale& scale, 
         larger += near[j] > near[i] ? masses[j] : 0;
         equal += near[j] == near[i] ? masses[j] : 0;
       }
-      if (larger < left && larger + equal >= left) misc.bin = near[i];  // the same by all who write
+      if (larger < left && larger + equal >= left) {  // the same by all who write
+        misc.bin = near[i];
+        misc.above = larger;
+      }
     }
     block_wait();
     low = misc.bin;
-    // Weights are equal of scores that are not, too, and those may be in the bins around.
-    Word larger = 0;
+    left -= misc.above;
+    // Weights are equal of scores that are not, too: some may be in the bins around.
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      if (weights[i] > low) larger += row.mass(weights[i]);
       if (weights[i] != low) continue;
       const int at = atomicAdd(&misc.listed, 1);
       if (at < kNearest) near[at] = list[i].y;
+      if (bin_of(i) < edge) atomicAdd(&misc.passed, 1);  // counted among the larger ones
     }
-    left -= block_sum(misc, larger);
-    // One entry more than fits.
-    const Word each = row.mass(low), wanted = (left + each - 1) / each;
+    block_wait();
+    const Word each = row.mass(low);
     const int equal = misc.listed;
-    if (wanted < Word(equal) && equal <= kNearest) {
+    left += each * Word(misc.passed);
+    // One entry more than fits.
+    if (equal <= kNearest) {
       for (int i = threadIdx.x; i < equal; i += kThreads) {
         Word earlier = 0;
 #pragma unroll 4
         for (int j = 0; j < equal; ++j) earlier += near[j] < near[i];
-        if (earlier + 1 == wanted) misc.bin = near[i] + 1;
+        if (earlier * each < left && (earlier + 1) * each >= left) misc.bound = near[i] + 1;
       }
       block_wait();
-      bound = misc.bin;
+      bound = misc.bound;
     } else {
-      bound = find_bound(row, wanted, equal, [&](int end) {
+      bound = find_bound(row, (left + each - 1) / each, equal, [&](int end) {
         Word own = 0;
         for (int i = threadIdx.x; i < count; i += kThreads) own += weights[i] == low && list[i].y < end;
         return own;
@@ -361,28 +412,47 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   Misc& misc = *reinterpret_cast<Misc*>(memory + kMiscAt);
   const bool held = entries <= room;
   int* keys = held ? reinterpret_cast<int*>(memory + kKeysAt) : global_keys;
-  uint32_t most = 0, lowest = 0;  // the latter: of finite scores, from the other end
   block_wait();
   const int packs = (entries + 3) / 4;
+  // Of every two of its packs a thread keeps the largest key, in the order in which it reads them.
   constexpr int kLoads = 16;
-  if (held) {
+  constexpr int kMostGroups = kListed * 2;  // the list's place has room for so many
+  int* maxima = reinterpret_cast<int*>(memory + kListAt) + threadIdx.x;  // a thread's, kThreads apart
+  const int groups = (packs + 2 * kThreads - 1) / (2 * kThreads);        // of the first thread
+  const bool grouped = groups * kThreads <= kMostGroups;
+  int most = kNone, lowest = kNaN;  // the latter: of the finite ones among those
 #pragma unroll 1
-    for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
-      int4 four[kLoads];
+  for (int first = threadIdx.x; first < packs; first += kLoads * kThreads) {
+    int4 four[kLoads];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j)
-        four[j] = first + j * kThreads < packs ? __ldcg(reinterpret_cast<const int4*>(global_keys) + first + j * kThreads) : int4{};
+    for (int j = 0; j < kLoads; ++j) {
+      const int pack = first + j * kThreads;
+      four[j] = pack < packs ? __ldcg(reinterpret_cast<const int4*>(global_keys) + pack) : int4{kNone, kNone, kNone, kNone};
+    }
+    if (entries % 4 != 0) {  // behind the last key there is anything
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j)
-        if (first + j * kThreads < packs) reinterpret_cast<int4*>(keys)[first + j * kThreads] = four[j];
+      for (int j = 0; j < kLoads; ++j) {
+        if (first + j * kThreads != packs - 1) continue;
+        if (entries % 4 < 2) four[j].y = kNone;
+        if (entries % 4 < 3) four[j].z = kNone;
+        four[j].w = kNone;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; j += 2) {
+      const int pack = first + j * kThreads;
+      if (pack >= packs) break;
+      const int4 &a = four[j], &b = four[j + 1];
+      if (held) reinterpret_cast<int4*>(keys)[pack] = a;
+      if (held && pack + kThreads < packs) reinterpret_cast<int4*>(keys)[pack + kThreads] = b;
+      const int largest = max(max(max(a.x, a.y), max(a.z, a.w)), max(max(b.x, b.y), max(b.z, b.w)));
+      most = max(most, largest);
+      if (largest > kLeast) lowest = min(lowest, largest);
+      if (grouped) maxima[pack / (2 * kThreads) * kThreads] = largest;
     }
   }
-  for_keys(keys, entries, [&](int, int signed_key) {  // a thread's own ones
-    const uint32_t key = uint32_t(signed_key) ^ 0x80000000u;
-    most = max(most, key);
-    lowest = max(lowest, signed_key > kLeast ? ~key : 0u);
-  });
-  const int top = int(block_max(misc, most) ^ 0x80000000u);  // its waits also make the copy of the keys visible
+  const auto block_most = [&](int key) { return int(block_max(misc, uint32_t(key) ^ 0x80000000u) ^ 0x80000000u); };
+  const int top = block_most(most);  // its waits also make the copy of the keys visible
   *unsound = top == kNaN;
   if (draw.inverse_temperature == 0) {
     uint32_t first = 0;  // from the other end
@@ -391,60 +461,99 @@ __device__ __forceinline__ int draw_code(unsigned char* memory, int* global_keys
   }
   if (top <= kLeast || top >= kInfinite) return 0;
 
-  // The keys of the bins down to the one with the k-th largest make a list, if it is short.
   const Row row(memory, draw, entries, score_of(top));
   const bool cuts = draw.top_k > 0 && draw.top_k < entries;
-  const Scale scale(score_of(top), score_of(int(~block_max(misc, lowest) ^ 0x80000000u)));
+  // Bins are of the largest of groups if there are twice as many as are wanted, else of all keys.
+  const bool of_groups = cuts && grouped && 2 * draw.top_k <= packs / 2;
+  const auto for_binned = [&](const auto& use) {
+    if (of_groups) {
+#pragma unroll 2
+      for (int at = 0, pack = threadIdx.x; pack < packs; pack += 2 * kThreads, at += kThreads) use(maxima[at]);
+    } else {
+      for_keys(keys, entries, [&](int, int key) { use(key); });
+    }
+  };
+  if (cuts && !of_groups) {
+    lowest = kNaN;
+    for_binned([&](int key) { lowest = key > kLeast ? min(lowest, key) : lowest; });
+  }
+  if (cuts) lowest = ~block_most(~lowest);
+  const Scale scale(score_of(top), score_of(lowest));
   if (cuts && scale.sound()) {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+    const auto four = [&](uint32_t(&own)[4]) {
+      const uint4 words = reinterpret_cast<const uint4*>(bins)[threadIdx.x];
+      own[0] = words.x, own[1] = words.y, own[2] = words.z, own[3] = words.w;
+    };
+    const auto wanted = [&](uint32_t) { return uint32_t(draw.top_k); };
+    reinterpret_cast<uint4*>(bins)[threadIdx.x] = {};
     if (threadIdx.x == 0) misc.near = misc.listed = 0;
     block_wait();
-    for_keys(keys, entries, [&](int, int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
+    for_binned([&](int key) { atomicAdd(bins + scale.bin(score_of(key)), 1u); });
     block_wait();
-    find_bin<kBins, false>(misc, uint32_t(draw.top_k), [&](int bin) { return bins[bin]; });
-    const int edge = misc.bin, before = int(misc.above), inside = int(bins[edge]), count = before + inside;
-    block_wait();  // before anyone clears the bins
-    if (count <= kListed && inside <= kNearest) {
-      // Each thread notes which of 64 keys it takes, each warp asks for places of the list. Their order does not matter.
+    find_bin_of_four<uint32_t>(misc, four, wanted);
+    // What is as large as the least of that bin makes a list, if it is short.
+    const int last = misc.bin;
+    int least = kNaN;
+    for_binned([&](int key) { least = scale.bin(score_of(key)) <= last ? min(least, key) : least; });
+    least = ~block_most(~least);
+    // The maxima are not needed any more, nor the bins.
+    reinterpret_cast<uint4*>(bins)[threadIdx.x] = {};
+    // Each thread notes which of 64 keys it takes, each warp asks for places of the list. Their order does not matter.
 #pragma unroll 1
-      for (int base = 0; base < packs; base += kLoads * kThreads) {
-        Word taken = 0;
-#pragma unroll 2
-        for (int j = 0; j < kLoads; ++j) {
-          const int pack = base + j * kThreads + int(threadIdx.x);
-          if (pack >= packs) break;
-          const int4 four = reinterpret_cast<const int4*>(keys)[pack];
-          const int own[4] = {four.x, four.y, four.z, four.w};
-          uint32_t some = 0;
-#pragma unroll
-          for (int e = 0; e < 4; ++e) some |= uint32_t(4 * pack + e < entries && scale.upto(score_of(own[e]), edge)) << e;
-          taken |= Word(some) << 4 * j;
-        }
-        const uint32_t own = __popcll(taken), upto = warp_upto(own);
-        uint32_t at = 0;
-        if (threadIdx.x % 32 == 31) at = atomicAdd(reinterpret_cast<uint32_t*>(&misc.listed), upto);
-        at = __shfl_sync(~0u, at, 31) + upto - own;
-        for (; taken; taken &= taken - 1) {
-          const int bit = __ffsll(static_cast<long long>(taken)) - 1;
-          const int i = 4 * (base + bit / 4 * kThreads + int(threadIdx.x)) + bit % 4, key = keys[i];
-          list[at++] = {key, i};
-          if (scale.bin(score_of(key)) == edge) near[atomicAdd(&misc.near, 1)] = key;
-        }
-      }
-      block_wait();
-      const int wanted = draw.top_k - before;  // of the edge's bin
-      for (int i = threadIdx.x; i < inside; i += kThreads) {
-        int larger = 0, equal = 0;
+    for (int base = 0; base < packs; base += kLoads * kThreads) {
+      Word taken = 0;
 #pragma unroll 4
-        for (int j = 0; j < inside; ++j) {
-          larger += near[j] > near[i];
-          equal += near[j] == near[i];
-        }
-        if (larger < wanted && larger + equal >= wanted) misc.bin = near[i];  // the same by all who write
+      for (int j = 0; j < kLoads; ++j) {
+        const int pack = base + j * kThreads + int(threadIdx.x);
+        if (pack >= packs) break;
+        const int4 four = reinterpret_cast<const int4*>(keys)[pack];
+        uint32_t some = uint32_t(four.x >= least) | uint32_t(four.y >= least) << 1 | uint32_t(four.z >= least) << 2 |
+                              uint32_t(four.w >= least) << 3;
+        if (4 * pack + 4 > entries) some &= (1u << entries % 4) - 1;
+        taken |= Word(some) << 4 * j;
+      }
+      const uint32_t own = __popcll(taken), upto = warp_upto(own);
+      uint32_t at = 0;
+      if (threadIdx.x % 32 == 31) at = atomicAdd(reinterpret_cast<uint32_t*>(&misc.listed), upto);
+      at = __shfl_sync(~0u, at, 31) + upto - own;
+      for (; taken; taken &= taken - 1, ++at) {
+        const int bit = __ffsll(static_cast<long long>(taken)) - 1;
+        const int i = 4 * (base + bit / 4 * kThreads + int(threadIdx.x)) + bit % 4;
+        if (at < kListed) list[at] = {keys[i], i};
+      }
+    }
+    block_wait();
+    const int count = misc.listed;
+    if (count <= kListed) {
+      // The k-th of the list: bins again, and who is in the one with the cut against each other.
+#pragma unroll 2
+      for (int i = threadIdx.x; i < count; i += kThreads)
+        atomicAdd(bins + scale.bin(score_of(list[i].x)), 1u);
+      block_wait();
+      find_bin_of_four<uint32_t>(misc, four, wanted);
+      const int edge = misc.bin, before = int(misc.above), short_of = draw.top_k - before;
+#pragma unroll 2
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        if (scale.bin(score_of(list[i].x)) != edge) continue;
+        const int at = atomicAdd(&misc.near, 1);
+        if (at < kNearest) near[at] = list[i].x;
       }
       block_wait();
-      int code;
-      if (draw_listed(row, scale, count, misc.bin, &code)) return code;
+      const int inside = misc.near;
+      if (inside <= kNearest) {
+        for (int i = threadIdx.x; i < inside; i += kThreads) {
+          int larger = 0, equal = 0;
+#pragma unroll 4
+          for (int j = 0; j < inside; ++j) {
+            larger += near[j] > near[i];
+            equal += near[j] == near[i];
+          }
+          if (larger < short_of && larger + equal >= short_of) misc.bin = near[i];  // the same by all who write
+        }
+        block_wait();
+        int code;
+        if (draw_listed(row, scale, count, misc.bin, &code)) return code;
+      }
     }
   }
   block_wait();

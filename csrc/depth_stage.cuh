@@ -22,6 +22,41 @@ constexpr int kPad = 64;                   // bytes between staged rows: two row
 // Activations are written by other blocks: read from the second cache, where they are.
 __device__ __forceinline__ uint4 load_shared_by_all(const void* from) { return __ldcg(static_cast<const uint4*>(from)); }
 
+__device__ __forceinline__ uint32_t largest(uint4 words) { return max(max(words.x, words.y), max(words.z, words.w)); }
+
+// Packs of posted words, from the places that place(i) gives, null where there is none.
+template <int kCount, typename Place>
+__device__ __forceinline__ void read_posted(uint4 (&to)[kCount], const Place& place) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = place(i) != nullptr ? posted(place(i)) : uint4{};
+}
+
+// The same until all are there. The first is waited for before the others are looked at again: blocks that wait long are not
+// to take the second cache from those that do not.
+template <int kCount, typename Place>
+__device__ __forceinline__ void wait_posted(uint4 (&to)[kCount], const Place& place) {
+  read_until(
+      [&] {
+        uint32_t most = 0;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) most = max(most, largest(to[i]));
+        return most == kAbsent;
+      },
+      [&] {
+        if (largest(to[0]) == kAbsent) {
+          to[0] = posted(place(0));
+          return;
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          if (largest(to[i]) == kAbsent) to[i] = posted(place(i));
+      });
+}
+
+__device__ __forceinline__ float4 floats_of(uint4 words) {
+  return {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z), __uint_as_float(words.w)};
+}
+
 __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int row, int width, int dim) {
   return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
 }
@@ -29,7 +64,7 @@ __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int 
 // LayerNorm of rows of the residual stream, x and `extras` tensors beside it, each `apart` numbers after the one before, to
 // rows of `pitch` bytes. Gain and bias lie at kVectorsAt. Rows are cut into parts, one a warp, whose sums are added up in
 // order: 2^shift parts of `span` packs of four numbers. kHeld: packs that a lane has in flight; the first so many are kept.
-template <typename T, int kHeld>
+template <typename T, int kHeld, bool kPosted>
 __device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int64_t apart, int extras, int rows,
                                                 int dim, int shift, int span, unsigned char* memory, unsigned char* out,
                                                 int pitch) {
@@ -51,22 +86,54 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
     // some way through the phases is held through all of them.)
     float4 held[kHeld];
     const auto read = [&](float4 (&to)[kHeld], int first) {
+      if constexpr (kPosted) {
+        uint4 own[kHeld], other[kHeld];
+        const auto place = [&](const float* base, int i) {
+          return first + i * 32 < end ? reinterpret_cast<const uint4*>(base + begin) + first + i * 32 : nullptr;
+        };
+        read_posted(own, [&](int i) { return place(x, i); });
+        if (extras > 0) read_posted(other, [&](int i) { return place(beside, i); });
+        wait_posted(own, [&](int i) { return place(x, i); });
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
+        for (int i = 0; i < kHeld; ++i) to[i] = floats_of(own[i]);
 #pragma unroll 1
-      for (int e = 0; e < extras; ++e) {
-        const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
-        float4 other[kHeld];
+        for (int e = 0; e < extras; ++e) {
+          const auto more = [&](int i) { return place(beside + e * apart, i); };
+          if (e > 0) read_posted(other, more);
+          wait_posted(other, more);
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i)
-          other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
+          for (int i = 0; i < kHeld; ++i) {
+            const float4 add = floats_of(other[i]);
+            to[i] = {to[i].x + add.x, to[i].y + add.y, to[i].z + add.z, to[i].w + add.w};
+          }
+        }
+      } else {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i)
-          to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
+        for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
+#pragma unroll 1
+        for (int e = 0; e < extras; ++e) {
+          const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
+          float4 other[kHeld];
+#pragma unroll
+          for (int i = 0; i < kHeld; ++i)
+            other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
+#pragma unroll
+          for (int i = 0; i < kHeld; ++i)
+            to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
+        }
       }
     };
     // Deviations from the row's first element: a mean far from 0 costs no digits.
-    const float origin = __ldcg(reinterpret_cast<const float*>(from));
+    float origin;
+    if constexpr (kPosted) {
+      uint32_t word = posted(reinterpret_cast<const uint32_t*>(from));
+      read(held, first);
+      read_until([&] { return word == kAbsent; }, [&] { word = posted(reinterpret_cast<const uint32_t*>(from)); });
+      origin = __uint_as_float(word);
+    } else {
+      origin = __ldcg(reinterpret_cast<const float*>(from));
+      read(held, first);
+    }
     float sum = 0, squares = 0;
     const auto count = [&](const float4 (&batch)[kHeld], int first) {
       float sums[4] = {}, more[4] = {};
@@ -83,7 +150,6 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
       sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
       squares += (more[0] + more[1]) + (more[2] + more[3]);
     };
-    read(held, first);
     count(held, first);
 #pragma unroll 1
     for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
@@ -140,7 +206,7 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
 }
 
 // The same of all rows, to shared memory.
-template <typename T>
+template <typename T, bool kPosted>
 __device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
                                                unsigned char* memory) {
   int shift = 3;  // warps a row: 8, or fewer for more rows
@@ -148,8 +214,8 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
   while (shift > 0 && rows << shift > kWarps) --shift;
   const int span = (dim / 4 + (32 << shift) - 1 >> (5 + shift)) * 32;
   const auto normalise = [&](auto held) {
-    normalise_packs<T, decltype(held)::value>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
-                                              staged_row(memory, 0, dim, dim), dim * 2 + kPad);
+    normalise_packs<T, decltype(held)::value, kPosted>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
+                                                       staged_row(memory, 0, dim, dim), dim * 2 + kPad);
   };
   // What a lane has none of costs instructions all the same.
   if (span <= 2 * 32)
@@ -163,15 +229,15 @@ template <typename T>
 __device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
                                               unsigned char* memory, T* out) {
   const int span = (dim / 4 + kThreads - 1) / kThreads * 32;
-  normalise_packs<T, 5>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
+  normalise_packs<T, 5, false>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
 }
 
 // Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
 // a lane of four has 8 (lane % 4) .. + 7 of either half, as a matrix' operand has them, and one of sixteen four in a row.
-template <int kLanes>
+template <int kLanes, bool kPosted>
 struct Head {
   static constexpr int kWords = 32 / kLanes;
-  static constexpr int kBatch = kLanes == 16 ? 4 : 3;  // depths whose keys and values are in flight
+  static constexpr int kBatch = kLanes == 16 ? 4 : kPosted ? 2 : 3;  // depths whose keys and values are in flight
   uint32_t query[kWords], key[kBatch][kWords], value[kBatch][kWords];
 };
 
@@ -188,9 +254,18 @@ __device__ __forceinline__ int64_t place_of(const Attended<T>& from, int head, i
   return int64_t(row < rows ? row : 0) * dim + head * kHeadDim + lane % kLanes * (kLanes == 16 ? 4 : 8);
 }
 
-template <int kWords, typename T>
+template <bool kPosted, int kWords, typename T>
 __device__ __forceinline__ void read(uint32_t (&to)[kWords], const T* from, bool there) {
-  if constexpr (kWords == 2) {
+  if constexpr (kPosted && kWords == 2) {
+    const uint2 raw = there ? posted(reinterpret_cast<const uint2*>(from)) : uint2{};
+    to[0] = raw.x, to[1] = raw.y;
+  } else if constexpr (kPosted) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 raw = there ? posted(reinterpret_cast<const uint4*>(from + half * 32)) : uint4{};
+      to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
+    }
+  } else if constexpr (kWords == 2) {
     const uint2 raw = there ? __ldcg(reinterpret_cast<const uint2*>(from)) : uint2{};
     to[0] = raw.x, to[1] = raw.y;
   } else {
@@ -202,32 +277,63 @@ __device__ __forceinline__ void read(uint32_t (&to)[kWords], const T* from, bool
   }
 }
 
-template <int kLanes, typename T>
-__device__ __forceinline__ void read_depths(Head<kLanes>& to, const Attended<T>& from, int d, int first, int64_t place) {
+template <int kWords>
+__device__ __forceinline__ bool absent(const uint32_t (&words)[kWords]) {
+  uint32_t most = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) most = max(most, words[w]);
+  return most == kAbsent;
+}
+
+template <int kLanes, bool kPosted, typename T>
+__device__ __forceinline__ void read_depths(Head<kLanes, kPosted>& to, const Attended<T>& from, int d, int first, int64_t place) {
   const int64_t level = int64_t(from.rows) * from.dim;
 #pragma unroll
-  for (int j = 0; j < Head<kLanes>::kBatch; ++j) {
+  for (int j = 0; j < Head<kLanes, kPosted>::kBatch; ++j) {
     const bool there = first + j <= d;
-    read(to.key[j], from.keys + (first + j) * level + place, there);
-    read(to.value[j], from.values + (first + j) * level + place, there);
+    read<kPosted>(to.key[j], from.keys + (first + j) * level + place, there);
+    read<kPosted>(to.value[j], from.values + (first + j) * level + place, there);
   }
 }
 
+// Waits until the query and those depths, the first of them `first`, are there.
 template <int kLanes, typename T>
-__device__ __forceinline__ void read_head(Head<kLanes>& to, const Attended<T>& from, int d, int64_t place) {
-  read(to.query, from.query + place, true);
-  read_depths(to, from, d, 0, place);
+__device__ __forceinline__ void wait_depths(Head<kLanes, true>& of, const Attended<T>& from, int first, int64_t place) {
+  constexpr int kBatch = Head<kLanes, true>::kBatch;
+  const int64_t level = int64_t(from.rows) * from.dim;
+  read_until(
+      [&] {
+        bool some = absent(of.query);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) some |= absent(of.key[j]) | absent(of.value[j]);
+        return some;
+      },
+      [&] {
+        if (absent(of.query)) read<true>(of.query, from.query + place, true);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          if (absent(of.key[j])) read<true>(of.key[j], from.keys + (first + j) * level + place, true);
+          if (absent(of.value[j])) read<true>(of.value[j], from.values + (first + j) * level + place, true);
+        }
+      });
+}
+
+template <int kLanes, bool kPosted, typename T>
+__device__ __forceinline__ void read_head(Head<kLanes, kPosted>& to, const Attended<T>& from, int d, int64_t place) {
+  read<kPosted>(to.query, from.query + place, true);
+  read_depths<kLanes, kPosted>(to, from, d, 0, place);
 }
 
 // From a head of which the first depths are read; leaves the result where the query was.
-template <int kLanes, typename T>
-__device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& from, int d, int64_t place) {
-  constexpr int kWords = Head<kLanes>::kWords, kBatch = Head<kLanes>::kBatch;
+template <int kLanes, bool kPosted, typename T>
+__device__ __forceinline__ void attend(Head<kLanes, kPosted>& head, const Attended<T>& from, int d, int64_t place) {
+  constexpr int kWords = Head<kLanes, kPosted>::kWords, kBatch = Head<kLanes, kPosted>::kBatch;
   float2 y[kWords] = {};
   float most = -INFINITY, total = 0;
 #pragma unroll 1
   for (int first = 0; first <= d; first += kBatch) {
-    if (first > 0) read_depths(head, from, d, first, place);
+    if (first > 0) read_depths<kLanes, kPosted>(head, from, d, first, place);
+    if constexpr (kPosted) wait_depths(head, from, first, place);
     // Of depths beyond d keys and values are zeros, and their weights.
     float scores[kBatch];
 #pragma unroll
@@ -272,9 +378,15 @@ __device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& fr
   for (int w = 0; w < kWords; ++w) head.query[w] = pack_word(y[w].x * share, y[w].y * share, T{});
 }
 
-template <int kLanes>
-__device__ __forceinline__ void put_head(const Head<kLanes>& from, void* to) {
-  if constexpr (kLanes == 16) {
+// kPost: where others wait for it.
+template <bool kPost, int kLanes, bool kPosted>
+__device__ __forceinline__ void put_head(const Head<kLanes, kPosted>& from, void* to) {
+  if constexpr (kPost) {
+    static_assert(kLanes == 4, "not used otherwise");
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      post(static_cast<uint32_t*>(to) + i % 4 + i / 4 * 16, from.query[i] == kAbsent ? kAbsent >> 1 : from.query[i]);
+  } else if constexpr (kLanes == 16) {
     *static_cast<uint2*>(to) = {from.query[0], from.query[1]};
   } else {
     static_cast<uint4*>(to)[0] = {from.query[0], from.query[1], from.query[2], from.query[3]};
@@ -284,15 +396,15 @@ __device__ __forceinline__ void put_head(const Head<kLanes>& from, void* to) {
 
 // Each warp the heads that it multiplies, for a chunk of the inputs is a head. With few rows the next head's numbers are on
 // their way while one is worked on.
-template <int kLanes, typename T>
+template <int kLanes, bool kPosted, typename T>
 __device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int begin, int end, unsigned char* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = from.rows, dim = from.dim;
   constexpr int kOwnRows = 32 / kLanes;
   const int groups = (rows + kOwnRows - 1) / kOwnRows;
   int head = begin + ((warp - begin) & (kWarps - 1)), group = 0;
   constexpr bool kAhead = kLanes == 16;
-  Head<kLanes> now{}, next{};
-  if (kAhead && head < end) read_head(next, from, d, place_of<kLanes>(from, head, group));
+  Head<kLanes, kPosted> now{}, next{};
+  if (kAhead && head < end) read_head<kLanes, kPosted>(next, from, d, place_of<kLanes>(from, head, group));
 #pragma unroll 1
   while (head < end) {
     const int own_head = head, own_group = group;
@@ -303,14 +415,14 @@ __device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int b
     }
     if constexpr (kAhead) {
       now = next;
-      if (head < end) read_head(next, from, d, place_of<kLanes>(from, head, group));
+      if (head < end) read_head<kLanes, kPosted>(next, from, d, place_of<kLanes>(from, head, group));
     } else {
-      read_head(now, from, d, place);
+      read_head<kLanes, kPosted>(now, from, d, place);
     }
-    attend(now, from, d, place);
+    attend<kLanes, kPosted>(now, from, d, place);
     const int row = own_group * kOwnRows + lane / kLanes;
     if (row < rows)
-      put_head(now, staged_row(memory, row, dim, dim) + own_head * kHeadDim * 2 + lane % kLanes * (kLanes == 16 ? 8 : 16));
+      put_head<false>(now, staged_row(memory, row, dim, dim) + own_head * kHeadDim * 2 + lane % kLanes * (kLanes == 16 ? 8 : 16));
   }
   __syncwarp();
 }

@@ -75,15 +75,34 @@ inline void stage_wait(void* barrier, uint32_t parity) {
   Barrier& own = counted.at(barrier).barrier;
   if (own.phase % 2 == parity) cluster->wait(own);
 }
+inline void copy_early(void* to, const void* from) {
+  check_aligned(static_cast<uint4*>(to));
+  std::memcpy(to, from, 16);
+}
+inline void copies_wait() {}
 template <class Value> Value again(Value value) { return value; }
 inline void fetch_ahead(const void* from) { volatile char all[2048]; std::memcpy((void*)all, from, 2048); }
+// Words that others wait for: whoever found one missing looks again after the next one was posted.
+inline Barrier posts;
+constexpr uint32_t kAbsent = ~0u;
+inline void post(void* to, uint32_t word) {
+  check_aligned(static_cast<uint32_t*>(to));
+  if (word == kAbsent || *static_cast<uint32_t*>(to) != kAbsent) __builtin_trap();
+  *static_cast<uint32_t*>(to) = word;
+  cluster->arrive(posts, 1);
+}
+template <class Words> Words posted(const Words* from) { return __ldg(from); }
+template <class Absent, class Read> void read_until(const Absent& absent, const Read& read) {
+  if (!absent()) return;
+  for (read(), read(); absent(); read(), read()) cluster->wait(posts);  // read() may look at a part only
+}
 inline Barrier all_waits;
 template <class Goal, class Meanwhile> void grid_wait(uint32_t* counter, const Goal& goal, const Meanwhile& meanwhile) {
   block_wait();
   if (threadIdx.x == 0) ++*counter;
   meanwhile();
   cluster->wait(all_waits, kThreads * gridDim.x);
-  if (threadIdx.x == 0 && *counter != goal()) __builtin_trap();
+  if (threadIdx.x == 0 && *counter != uint32_t(goal())) __builtin_trap();
   cluster->wait(all_waits, kThreads * gridDim.x);
 }
 }  // namespace unifiedar
@@ -172,7 +191,7 @@ def on_host(library, case, device=0, forced=None):
     logits = torch.full((rows, depth, num_codes), torch.nan, dtype=hidden.dtype)
     codes = torch.full((count, depth), -7)
     total = torch.full((count, code_dim), torch.nan, dtype=codebook.dtype)
-    workspace = torch.full((library.workspace_bytes(sizes) + 256,), 255, dtype=torch.uint8)
+    workspace = torch.full((library.workspace_bytes(sizes) + 256,), 127, dtype=torch.uint8)
     rows_of = case.guidance if isinstance(case.guidance, torch.Tensor) else None
     tensors = (hidden, packed, codebook, case.noise, rows_of, forced, codes, total, logits)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
@@ -202,6 +221,7 @@ def on_host(library, case, device=0, forced=None):
         pytest.param({}, id="one row"),
         pytest.param({"rows": 6, "guidance": 3.0, "dtype": torch.float16}, id="guided"),
         pytest.param({"rows": 9, "dim": 128, "projected": False, "device": 1}, id="nine rows, not projected"),
+        pytest.param({"rows": 3, "projected": False, "device": 1}, id="three rows, not projected"),
         pytest.param({"rows": 18, "guidance": "rows", "dim": 64, "layers": 1, "shared": False}, id="eighteen rows"),
         pytest.param(
             {"rows": 32, "guidance": 2.0, "dim": 512, "layers": 1, "device": 2}, id="states too large to be staged"
@@ -251,10 +271,13 @@ def test_draws_of_many_codes_on_the_host(library, device, ties):
     assert len(set(codes.flatten().tolist())) > 4
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(200, 0.0), (0, 0.9), (300, 0.8), (1, 0.0)])
-def test_cuts_on_the_host(library, top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "num_codes"),
+    [(200, 0.0, 2000), (0, 0.9, 2000), (300, 0.8, 2000), (1, 0.0, 2000), (300, 0.0, 6001), (230, 0.9, 6002)],
+)
+def test_cuts_on_the_host(library, top_k, top_p, num_codes):
     """Noise that lets the least of the entries that are kept win: who is at the edge decides the draw."""
-    case = small_case(rows=24, guidance=2.7, dim=64, layers=1, depth=1, num_codes=2000)
+    case = small_case(rows=24, guidance=2.7, dim=64, layers=1, depth=1, num_codes=num_codes)
     conditional, unconditional = case.run("eager", return_logits=True).logits.float().chunk(2)
     scores = unconditional + 2.7 * (conditional - unconditional)
     noise = (1.5 * (scores - scores.amax(-1, keepdim=True))).clamp(min=-80).exp()
