@@ -200,6 +200,7 @@ def _measure(arguments: argparse.Namespace) -> int:
             starts_at_once=arguments.starts or 1,
             count=(lambda call: counted(call, device)) if arguments.launches else None,
             report=lambda line: print(line, flush=True),
+            keep=lambda run: _results.write(run, arguments.out),
         )
         print(f"wrote {_results.write(run, arguments.out)}", flush=True)
         failed += [case for case in run.cases if case.ours.error]

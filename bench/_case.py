@@ -216,6 +216,7 @@ def run_family(
     starts_at_once: int = 1,
     count: Callable[[Call], Launches] | None = None,
     report: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Run], object] = lambda run: None,
 ) -> Run:
     """Measure cases of one family.
 
@@ -229,6 +230,7 @@ def run_family(
         starts_at_once: how many of a case's variants do so side by side.
         count: takes a call of every variant that was timed and counts what it launches; None leaves that out.
         report: called with a line of text per variant as results come in.
+        keep: called after each case with all that was measured so far, so that a run that is killed leaves it.
 
     An interrupt (Ctrl-C) ends the run at the case before. A case that cannot be prepared is a row with its error.
     """
@@ -237,6 +239,13 @@ def run_family(
 
     def ceilings() -> tuple[float, float]:
         return copy_rate(device), matmul_rate(device) if on_matrix_units else 0.0
+
+    def so_far(copy: float, best_matmul: float) -> Run:
+        matmul = best_matmul or None
+        floors = (_floor(case, copy, matmul) for case in cases)
+        done = [replace(row, floor_ms=ms, floor=how) for row, (ms, how) in zip(rows, floors, strict=False)]
+        where = environment(device, copy_bytes_per_s=copy, matmul_flops_per_s=matmul, commit=commit)
+        return Run(family, where, done)
 
     before = ceilings()
     rows: list[CaseResult] = []
@@ -292,13 +301,9 @@ def run_family(
             for name, cost in begun.items():
                 report(f"{case.name:32} {name:28} {_said(cost)}")
         rows.append(row)
+        keep(so_far(*before))
     # A roof is the best seen: one measured once is low when something else is going on, and no work can be above it.
-    copy, best_matmul = map(max, before, ceilings())
-    matmul = best_matmul or None
-    for i, row in enumerate(rows):
-        floor_ms, floor = _floor(cases[i], copy, matmul)
-        rows[i] = replace(row, floor_ms=floor_ms, floor=floor)
-    return Run(family, environment(device, copy_bytes_per_s=copy, matmul_flops_per_s=matmul, commit=commit), rows)
+    return so_far(*map(max, before, ceilings()))
 
 
 def families() -> list[str]:

@@ -170,7 +170,7 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
             if pictures.shape != (batch, 3, side, side) or not pictures.isfinite().all():
                 raise ValueError(f"wrong pictures: {tuple(pictures.shape)}")
             if not codes:  # ours swapped in gives pictures alone: those that ours draws, but for the decoder
-                wanted = ours_alone()[-1]  # type: ignore[index]
+                wanted = ours_alone()[-1].float() / 127.5 - 1  # type: ignore[index]
                 error = (pictures - wanted).abs().mean().item()
                 if not error < 0.02:
                     raise ValueError(f"wrong pictures: {error:.3g} from ours on average")

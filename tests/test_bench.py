@@ -440,10 +440,12 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch):
         return prepare(case, device)
 
     monkeypatch.setattr("bench._case.prepare", interrupted)
-    lines = []
-    run = run_family("toy", cases, CPU, budget_s=0.02, commit="c", report=lines.append)
+    lines, kept = [], []
+    run = run_family("toy", cases, CPU, budget_s=0.02, commit="c", report=lines.append, keep=kept.append)
     assert [case.name for case in run.cases] == [cases[0].name]
     assert "second" in lines[-1]
+    assert [[case.ours for case in one.cases] for one in kept] == [[run.cases[0].ours]], "what a killed run leaves"
+    assert kept[0].cases[0].floor_ms > 0
     with pytest.raises(KeyboardInterrupt):
         run_family("toy", cases[1:], CPU)
 
