@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import unifiedar
 from bench._case import OURS, Case, Check, Variant
 from bench.published import published
 from unifiedar.models import VAR, VQVAE, VARConfig, VQVAEConfig
@@ -46,15 +45,7 @@ def _model(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, way:
     ours = _ours(config, tokenizer, device)
     if way == "ours":
         return ours
-    made = published(ours).train()
-    if way == "compiled":
-        for block in made.blocks:
-            block.compile()
-    if way == "swapped":
-        report = unifiedar.accelerate(made, verbose=False)
-        if report.refused:
-            raise RuntimeError(f"not swapped: {report.refused[0]}")
-    return made
+    return published(ours, way).train()
 
 
 def step(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, small: bool) -> Case:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.published.basic_var import AdaLNBeforeHead, AdaLNSelfAttn
+from unifiedar import accelerate
 from unifiedar.models import VAR as Ours
 from unifiedar.models import VQVAE
 from unifiedar.nn.codes_multiscale import phi_of
@@ -159,10 +160,23 @@ def _drawn(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator | None
     return torch.multinomial(p, 1, replacement=True, generator=rng).view(logits.shape[:-1])
 
 
-def published(model: Ours) -> VAR:
-    """With the weights of one of ours, which it shares, and its tokenizer."""
+def published(model: Ours, way: str = "as it is") -> VAR:
+    """With the weights of one of ours, which it shares, and its tokenizer.
+
+    Args:
+        model: ours.
+        way: "as it is", its blocks "compiled", or with ours "swapped" in.
+    """
     assert model.vae is not None
     with torch.device("meta"):
         made = VAR(model.config, model.vae)
     made.load_state_dict(model.state_dict(), assign=True)
-    return made.eval().requires_grad_(model.head.weight.requires_grad)
+    made.eval().requires_grad_(model.head.weight.requires_grad)
+    if way == "compiled":
+        for block in made.blocks:
+            block.compile()
+    if way == "swapped":
+        report = accelerate(made, verbose=False)
+        if report.refused:
+            raise RuntimeError(f"not swapped: {report.refused[0]}")
+    return made
