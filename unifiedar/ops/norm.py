@@ -486,7 +486,7 @@ _tokens_backward = Op(
     fake=_tokens_backward_fake,
     backends=(
         Backend(
-            "triton", _run_tokens_backward_triton, _tokens_backward_unfit_triton, on_request="not run on a GPU yet"
+            "triton", _run_tokens_backward_triton, _tokens_backward_unfit_triton, on_request="not timed on a GPU yet"
         ),
     ),
 )
