@@ -41,7 +41,7 @@ class Knob:
 
 
 _ATTENTION = "unifiedar.kernels.attention"
-_LINEAR = "unifiedar.kernels.linear"
+_LINEAR = "unifiedar.kernels.linear_few"
 KNOBS: dict[str, tuple[Knob, ...]] = {
     "codes": (
         Knob(
@@ -83,12 +83,12 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
             ("plan",),
         ),
     ),
-    # rows, outputs, inputs, warps, stages, parts of K; for few rows, and for many
+    # rows, outputs, inputs, stages, warps; for few rows, and for many
     "var": (
-        Knob(_LINEAR, "tile", "-m2", ((16, 64, 128, 4, 6, 3), (16, 64, 256, 4, 3, 3), (16, 128, 128, 8, 4, 6))),
-        Knob(_LINEAR, "tile", "-m32", ((32, 64, 128, 4, 6, 2), (32, 64, 256, 4, 3, 2), (32, 128, 128, 8, 4, 4))),
-        Knob(_LINEAR, "tile", "-m128", ((128, 64, 128, 4, 3, 1), (64, 128, 128, 8, 3, 1), (128, 64, 64, 4, 4, 2))),
-        Knob(_LINEAR, "tile", "-m512", ((256, 64, 64, 4, 3, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1))),
+        Knob(_LINEAR, "tile", "-m2", ((16, 64, 128, 6, 4), (16, 64, 256, 3, 4), (16, 128, 128, 4, 8))),
+        Knob(_LINEAR, "tile", "-m32", ((32, 64, 128, 6, 4), (32, 64, 256, 3, 4), (32, 128, 128, 4, 8))),
+        Knob(_LINEAR, "tile", "-m128", ((128, 64, 128, 3, 4), (64, 128, 128, 3, 8), (128, 64, 64, 4, 4))),
+        Knob(_LINEAR, "tile", "-m512", ((256, 64, 64, 3, 4), (256, 128, 64, 3, 8), (128, 128, 64, 4, 8))),
     ),
     "attention": (
         Knob(

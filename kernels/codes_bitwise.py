@@ -655,7 +655,8 @@ def _cases() -> list[tuple]:
     blocks = {"BLOCK_N": _rows(32), "BLOCK_D": 32}
     for resume, tokens in ((False, "*u8"), (True, "*fp32")):
         given = {**floats, **sums, "tokens": tokens, "schedule": "*i32"}
-        add(bitwise_sum_kernel, given, warps, RESUME=resume, **_sum_block(32))
+        # Neighbours at a scale are wherever they are.
+        add(bitwise_sum_kernel, given, warps, packed=False, RESUME=resume, **_sum_block(32))
     add(bitwise_pack_kernel, {"bits": "*u8", "out": "*i64"}, warps, **blocks)
     for flag, labels, out in ((True, "*i64", "*u8"), (False, "*u8", "*fp32"), (True, "*i64", "*bf16")):
         # Words are loaded one a row, so no pack is.

@@ -24,7 +24,9 @@ def of_few(layer: nn.Linear | Linear8bit, x: Tensor, bias: Tensor | None = None)
     """
     if isinstance(layer, Linear8bit):
         return layer(x, bias)  # whose product is the same kernel
-    bias = layer.bias if bias is None else bias
+    if bias is None:
+        # Called, the layer gathers its weights where every rank holds a share of them.
+        return few_linear(x, layer.weight, layer.bias) if takes_few(layer, x) else layer(x)
     return few_linear(x, layer.weight, bias) if few_rows(x, layer.weight, bias) else F.linear(x, layer.weight, bias)
 
 
