@@ -416,10 +416,11 @@ def bitwise_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (blocks of BLOCK_N pixels, batch). With the bits given no pixel needs another: each reads its neighbours'
-    codes at every scale, all channels of a token side by side, and the sum stays in registers."""
-    batch = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    """Grid: blocks of BLOCK_N pixels, picture after picture. With the bits given no pixel needs another: each reads its
+    neighbours' codes at every scale, all channels of a token side by side, and the sum stays in registers."""
+    blocks = tl.cdiv(height * width, BLOCK_N)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    pixel = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     channel = tl.arange(0, BLOCK_D)[None, :]
     inside = (pixel < height * width) & (channel < dim)
     tokens += batch * length * dim
@@ -589,7 +590,7 @@ def bitwise_sum(
     """Adds up tokens (B, L, d), each scale resized to out_total (B, d, H, W); all are contiguous."""
     batch, dim, height, width = out_total.shape
     block = _sum_block(dim)
-    bitwise_sum_kernel[(triton.cdiv(height * width, block["BLOCK_N"]), batch)](
+    bitwise_sum_kernel[(triton.cdiv(height * width, block["BLOCK_N"]) * batch,)](
         tokens,
         out_total if start is None else start,
         schedule,
