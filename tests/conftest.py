@@ -54,6 +54,12 @@ def _no_forced_backend(monkeypatch):
 
 
 @pytest.fixture
+def matplotlib():
+    """The library of pictures, which not every installation has."""
+    return pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
 def fresh_compiler():
     """Forgets what torch.compile compiled: the cases of a test share its code, and dynamo stops at eight versions."""
     torch.compiler.reset()
