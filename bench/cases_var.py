@@ -191,6 +191,7 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
         check=check,
         backend=lambda one: "eager" if small else "triton",  # of attention, the one operator with a single choice
         on_matrix_units=True,
+        rounds=(10 if batch == 1 else 5, 200),  # published, many pictures take a second
     )
 
 
