@@ -48,7 +48,7 @@ def gelu_of(layer: nn.Linear | Linear8bit, x: Tensor) -> Tensor:
         # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.mT, use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
-    if learns(layer, x):
+    if learns(layer, x) and layer.bias is not None:
         return bias_gelu(F.linear(x, layer.weight), layer.bias)
     return F.gelu(layer(x), approximate="tanh")
 
@@ -67,7 +67,7 @@ def in_parts(layer: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor | Non
     if isinstance(layer, (nn.Linear, Linear8bit)) and takes_few(layer, x):
         scale = layer.scale if isinstance(layer, Linear8bit) else None
         return linear_parts(x, layer.weight, scale=scale), layer.bias
-    if learns(layer, x):
+    if isinstance(layer, nn.Linear) and layer.bias is not None and learns(layer, x):
         # A copy: who shares weights out to ranks lets go of them when the module that holds the layer is done.
         return F.linear(x, layer.weight), layer.bias.clone()
     return layer(x)
