@@ -301,7 +301,7 @@ def _norm(name: str, batch: int, length: int, width: int, small: bool) -> Case:
 
     def backend(one: dict[str, Tensor]) -> str:
         tensors = [one[key] for key in ("x", "branch", "gate", "scale", "shift")]
-        return registry["gated_modulated_norm"].choose("auto", *tensors, 1e-6, dtype).name
+        return registry["gated_modulated_norm"].choose("auto", *tensors, 1e-6, dtype, None).name
 
     variants = [Variant(OURS, "ours", ours("auto"))]
     if not small:

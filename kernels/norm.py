@@ -347,7 +347,8 @@ def modulated_norm_backward_kernel(
     scale,  # [batch, width], strides scale_row, 1
     grad_x,  # like x; written
     grad_branch,  # like branch; written, with one
-    parts,  # float32 [2 or 3, batch, grid 0, width], parts_row from one to the next: of scale, shift and, if any, gate
+    bias,  # [width], added to the branch, or None
+    parts,  # float32 [2 to 4, batch, grid 0, width], parts_row from one to the next: of scale, shift, gate and bias
     length,
     share,  # tokens of a program
     parts_row,
@@ -368,6 +369,9 @@ def modulated_norm_backward_kernel(
     if branch is not None:
         factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
         of_gate = tl.zeros((BLOCK,), tl.float32)
+    if bias is not None:
+        of_bias = tl.zeros((BLOCK,), tl.float32)
+        added = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     for token in range(first, tl.minimum(first + share, length)):
         at = (batch * length + token) * WIDTH + channel
         y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -375,6 +379,8 @@ def modulated_norm_backward_kernel(
         if branch is not None:
             through = tl.load(grad_new + at, mask=inside, other=0.0).to(tl.float32)
             joined = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            if bias is not None:
+                joined += added
         centred = tl.where(inside, y - tl.div_rn(tl.sum(y, 0), WIDTH * 1.0), 0.0)
         variance = tl.div_rn(tl.sum(centred * centred, 0), WIDTH * 1.0)
         inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
@@ -388,6 +394,8 @@ def modulated_norm_backward_kernel(
         if branch is not None:
             found += through
             of_gate += found * joined
+            if bias is not None:
+                of_bias += found
             tl.store(grad_branch + at, (found * factor).to(grad_branch.dtype.element_ty), mask=inside)
         tl.store(grad_x + at, found.to(grad_x.dtype.element_ty), mask=inside)
     place = parts + (batch * tl.num_programs(0) + tl.program_id(0)) * WIDTH + channel
@@ -395,6 +403,8 @@ def modulated_norm_backward_kernel(
     tl.store(place + parts_row, of_shift, mask=inside)
     if branch is not None:
         tl.store(place + 2 * parts_row, of_gate, mask=inside)
+    if bias is not None:
+        tl.store(place + 3 * parts_row, of_bias, mask=inside)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -554,6 +564,7 @@ def modulated_norm_backward(
     grad_x: torch.Tensor,
     grad_branch: torch.Tensor | None,
     parts: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Fills the gradients of tokens and, with a branch, of that, and parts of those of the vectors.
 
@@ -564,14 +575,15 @@ def modulated_norm_backward(
         gate, scale: (B, C), last dimension contiguous; gate is None without a branch.
         eps: of the norm.
         grad_x, grad_branch: like x and branch.
-        parts: (2 or, with a branch, 3, B, `token_shares`(B, L)[0], C) float32 contiguous, to be filled: what the sum
-            over dimension 2 makes the gradients of scale, shift and gate.
+        parts: (2, with a branch 3, with a bias 4, B, `token_shares`(B, L)[0], C) float32 contiguous, to be filled: what
+            the sum over dimension 2 makes the gradients of scale, shift, gate and, times the gate, bias.
+        bias: (C,) contiguous, added to the branch, or None.
     """
     batch, length, width = x.shape
     programs, share = token_shares(batch, length)
     block, warps = _token_tile(width)
     modulated_norm_backward_kernel[(programs, batch)](
-        grad, grad_new, x, branch, gate, scale, grad_x, grad_branch, parts, length, share, parts.stride(0),
+        grad, grad_new, x, branch, gate, scale, grad_x, grad_branch, bias, parts, length, share, parts.stride(0),
         0 if gate is None else gate.stride(0), scale.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
@@ -579,13 +591,15 @@ def modulated_norm_backward(
 def _gradient_cases() -> list[tuple]:
     """What to compile of the layer norm's gradient: VAR's widths under autocast, with a branch or not, and float32."""
     cases: list[tuple] = []
-    for width, feature, gated in ((1024, "bf16", True), (1024, "bf16", False), (1920, "fp16", True),
-                                  (2304, "bf16", True), (1280, "fp32", True)):  # fmt: skip
+    for width, feature, gated, biased in ((1024, "bf16", True, True), (1024, "bf16", False, False),
+                                          (1920, "fp16", True, True), (2304, "bf16", True, False),
+                                          (1280, "fp32", True, True)):  # fmt: skip
         block, warps = _token_tile(width)
         types = {**dict.fromkeys(("grad", "branch", "gate", "scale", "grad_branch"), f"*{feature}"), "eps": "fp32"}
-        types |= dict.fromkeys(("x", "grad_new", "grad_x", "parts"), "*fp32")
+        types |= dict.fromkeys(("x", "grad_new", "grad_x", "parts", "bias"), "*fp32")
         constants: dict = {"WIDTH": width, "BLOCK": block}
         constants |= {} if gated else dict.fromkeys(("grad_new", "branch", "gate", "grad_branch"))
+        constants |= {} if biased else {"bias": None}
         kernel = modulated_norm_backward_kernel
         names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
         signature = {**names, **dict.fromkeys(constants, "constexpr")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_rooms
 
-from unifiedar.ops import _native, qk_norm_rope, registry
+from unifiedar.ops import _native, packed_norm_rope, qk_norm_rope, registry
 
 FORWARD, BACKWARD, INTO = (registry[f"qk_norm_rope{end}"] for end in ("", "_backward", "_out"))
 
@@ -475,3 +475,83 @@ def test_bad_input(case):
     inputs, settings, error, words = case
     with pytest.raises(error, match=f"^qk_norm_rope(_out)?: .*{words}"):
         qk_norm_rope(*inputs, **settings)
+
+
+# ---- packed projections ----------------------------------------------------------------------------------------------
+
+
+def packed(room, batch, heads, length, width, norm, turned):
+    q, _, settings = arguments(room, batch, heads, heads, length, width, norm, turned=turned)
+    rest = torch.randn(2, *q.shape, generator=torch.Generator().manual_seed(5)).to(q)
+    return torch.stack((q, *rest)).permute(1, 3, 0, 2, 4).contiguous(), settings
+
+
+def sliced(qkv, **settings):
+    """The same, of views."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return *qk_norm_rope(q, k, **settings), v
+
+
+@rooms
+@pytest.mark.parametrize(("norm", "turned"), [("l2", False), ("l2", True), ("rms", True), (None, True)])
+def test_packed_equals_slices(room, norm, turned):
+    for shape in ((2, 3, 37, 64), (1, 2, 70, 40), (2, 1, 1, 8)):
+        qkv, settings = packed(room, *shape, norm, turned)
+        generator, found = torch.Generator().manual_seed(3), []
+        grads = [torch.randn(shape, generator=generator).to(qkv) for _ in "qkv"]
+        given = (settings.get("gain"), *settings.get("weights", ()))
+        parameters = [one.requires_grad_() for one in given if one is not None]
+        for function in (packed_norm_rope, sliced):
+            leaf = qkv.clone().requires_grad_()
+            out = function(leaf, **settings, backend=room[0])
+            found.append((*out, *torch.autograd.grad(out, [leaf, *parameters], grads)))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+        assert found[0][3].is_contiguous()
+
+
+@rooms
+def test_packed_gradients_alone_and_none(room):
+    qkv, settings = packed(room, 2, 2, 5, 16, "l2", False)
+    for i in range(3):
+        found = []
+        for function in (packed_norm_rope, sliced):
+            leaf = qkv.clone().requires_grad_()
+            loss = function(leaf, **settings, backend=room[0])[i].float().square().sum()
+            found.append(torch.autograd.grad(loss, leaf)[0])
+        assert torch.equal(*found)
+    assert not any(one.requires_grad for one in packed_norm_rope(qkv, norm="l2", backend=room[0]))
+    empty = qkv[:, :0].clone().requires_grad_()
+    q, k, v = packed_norm_rope(empty, norm="l2", backend=room[0])
+    (q.sum() + k.sum() + v.sum()).backward()
+    assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms"])
+def test_packed_opcheck(norm):
+    qkv, settings = packed(("eager", "cpu", torch.float32), 2, 2, 5, 16, norm, True)
+    grads = torch.randn(3, 2, 2, 5, 16).unbind()
+    weights = settings.get("weights", (None, None))
+    given = (*grads, qkv, norm, 1e-6, settings.get("gain"), *weights, settings["rope"], "auto")
+    torch.library.opcheck(registry["packed_norm_rope_backward"].overload, given)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_packed_compiles_whole():
+    qkv, settings = packed(("eager", "cpu", torch.float32), 2, 2, 5, 16, "l2", False)
+
+    def function(one):
+        q, k, v = packed_norm_rope(one, **settings)
+        return q * k + v
+
+    found = []
+    for one in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = qkv.clone().requires_grad_()
+        found.append(torch.autograd.grad(one(leaf).square().sum(), leaf)[0])
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("qkv", [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 4, 8), torch.zeros(2, 3, 3, 4, 0)])
+def test_packed_bad_input(qkv):
+    with pytest.raises(ValueError, match="packed_norm_rope: qkv must be"):
+        packed_norm_rope(qkv)

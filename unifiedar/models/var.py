@@ -487,7 +487,7 @@ class VAR(nn.Module):
             else:
                 x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
             branch = (
-                block.attn(x, lengths)
+                block.attn(x, lengths, to_norm=True)
                 if memory is None
                 else block.attn.before_norm(x, memory[i][0], begin, memory[i][1])
             )

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from unifiedar.nn.linear_few import in_parts, of_few
-from unifiedar.ops import _checks, block_attention, block_causal_attention, cached_attention, masks, qk_norm_rope
+from unifiedar.ops import (
+    _checks,
+    block_attention,
+    block_causal_attention,
+    cached_attention,
+    masks,
+    packed_norm_rope,
+    qk_norm_rope,
+)
 
 __all__ = ["NextScaleAttention", "rope_table"]
 
@@ -177,7 +185,8 @@ class NextScaleAttention(nn.Module):
         cache: Tensor | None = None,
         begin: int = 0,
         bias: Tensor | None = None,
-    ) -> Tensor:
+        to_norm: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of tokens among themselves and, with a cache, to those before them.
 
         Args:
@@ -190,16 +199,18 @@ class NextScaleAttention(nn.Module):
                 at begin. Without gradients only.
             begin: tokens before x, with a cache.
             bias: (3C,) of the projection, as `qkv_bias` puts it together, if that was done before; None does it now.
+            to_norm: what comes out is for `ModulatedNorm.add`, which takes the last bias apart (see `in_parts`).
 
         Returns:
-            (B, L, C).
+            (B, L, C), or what that takes.
 
         Raises:
             TypeError: for a cache of another dtype than the projection's, or other arguments of the wrong type.
             ValueError: for shapes that do not match, a cache that is too short or where gradients are recorded, or a
                 begin without a cache.
         """
-        return self.proj(self._attended(x, scale_lengths, rope, cache, begin, bias))
+        y = self._attended(x, scale_lengths, rope, cache, begin, bias)
+        return in_parts(self.proj, y) if to_norm else self.proj(y)
 
     def before_norm(
         self, x: Tensor, cache: Tensor, begin: int, bias: Tensor | None = None
@@ -243,7 +254,7 @@ class NextScaleAttention(nn.Module):
             q = qk_norm_rope(q, k, v, norm=norm, gain=gain, rope=rope, out=(torch.empty_like(q), *place))[0]
             k, v = cache[:, :, :, : begin + length]
         elif norm is not None or rope is not None:
-            q, k = qk_norm_rope(q, k, norm=norm, gain=gain, rope=rope)
+            q, k, v = packed_norm_rope(qkv, norm=norm, gain=gain, rope=rope)
         if isinstance(scale_lengths, masks.Mask):
             out = block_attention(q, k, v, scale_lengths, softmax_scale=self.softmax_scale)
         else:

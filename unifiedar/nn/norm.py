@@ -39,7 +39,8 @@ class ModulatedNorm(nn.Module):
 
         Args:
             x: (B, L, C), the tokens.
-            branch: (B, L, C), what that layer put out; or its parts (P, B, L, C) and bias, as `in_parts` gives them.
+            branch: (B, L, C), what that layer put out; or its parts (P, B, L, C) and bias, or its product (B, L, C) and
+                bias, as `in_parts` gives them.
             gate: (B, C), a factor on it.
             scale, shift: (B, C).
             dtype: of the first result; None is that of x.
@@ -47,10 +48,12 @@ class ModulatedNorm(nn.Module):
         Returns:
             (B, L, C) twice: normalized, and x + branch gate.
         """
+        bias = None
         if isinstance(branch, tuple):
-            sums, bias = branch
-            return parts_norm(x, sums, gate, scale, shift, bias, eps=self.eps, dtype=dtype)
-        found = modulated_norm(x, scale, shift, branch=branch, gate=gate, eps=self.eps, dtype=dtype)
+            branch, bias = branch
+            if branch.ndim == 4:
+                return parts_norm(x, branch, gate, scale, shift, bias, eps=self.eps, dtype=dtype)
+        found = modulated_norm(x, scale, shift, branch=branch, gate=gate, bias=bias, eps=self.eps, dtype=dtype)
         return cast(tuple[Tensor, Tensor], found)
 
     def extra_repr(self) -> str:

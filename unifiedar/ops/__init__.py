@@ -32,7 +32,8 @@ from unifiedar.ops.codes_multiscale import (
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
 from unifiedar.ops.linear import linear_8bit
 from unifiedar.ops.linear_few import few_linear, linear_parts, parts_norm
-from unifiedar.ops.norm import modulated_norm, qk_norm_rope
+from unifiedar.ops.linear_gelu import bias_gelu
+from unifiedar.ops.norm import modulated_norm, packed_norm_rope, qk_norm_rope
 from unifiedar.ops.norm_group import add_group_norm, add_maps, group_norm, phase_weights
 from unifiedar.ops.sample import cut_logits, sample_codes
 
@@ -50,6 +51,7 @@ __all__ = [
     "ResidualCodes",
     "add_group_norm",
     "add_maps",
+    "bias_gelu",
     "bitwise_inputs",
     "bitwise_lookup",
     "bitwise_pack",
@@ -72,6 +74,7 @@ __all__ = [
     "multiscale_quantize",
     "next_bitwise_input",
     "next_scale_input",
+    "packed_norm_rope",
     "parts_norm",
     "phase_weights",
     "qk_norm_rope",

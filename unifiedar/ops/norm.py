@@ -29,7 +29,7 @@ from torch import Tensor
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
 
-__all__ = ["modulated_norm", "qk_norm_rope"]
+__all__ = ["modulated_norm", "packed_norm_rope", "qk_norm_rope"]
 
 LOG_GAIN_LIMIT = math.log(100)
 NORMS = ("l2", "rms", "none")
@@ -142,6 +142,23 @@ def _qk_backward_eager(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight
     return outs
 
 
+def _packed_eager(grad_q, grad_k, grad_v, qkv, norm, eps, gain, q_weight, k_weight, rope):
+    found = _packed_fake(grad_q, grad_k, grad_v, qkv, norm, eps, gain, q_weight, k_weight, rope)
+    new_q, new_k, new_v = unpacked(found[0])
+    q, k, _ = unpacked(qkv)
+    _one_backward_eager(grad_q, q, norm, eps, gain, q_weight, rope, new_q, found[1], found[2])
+    _one_backward_eager(grad_k, k, norm, eps, None, k_weight, rope, new_k, None, found[3])
+    _put(grad_v, new_v)
+    return found
+
+
+def _put(grad: Tensor | None, place: Tensor) -> None:
+    if grad is None:
+        place.zero_()
+    else:
+        place.copy_(grad)
+
+
 def _out_eager(q, k, v, norm, eps, gain, q_weight, k_weight, rope, out_q, out_k, out_v) -> None:
     # Both are computed before either is written: the outputs may be the inputs.
     new_q = _one_eager(q, norm, eps, gain, q_weight, rope)
@@ -164,10 +181,18 @@ def _modulated_eager(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype:
 
 
 def _gated_eager(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    wide = _widest(x, branch, gate)
-    new = (x.to(wide) + branch.to(wide) * gate.to(wide)[:, None]).to(x.dtype).contiguous()
+    wide = _widest(x, branch, gate) if bias is None else _widest(x, branch, gate, bias)
+    joined = branch.to(wide) if bias is None else branch.to(wide) + bias.to(wide)
+    new = (x.to(wide) + joined * gate.to(wide)[:, None]).to(x.dtype).contiguous()
     return _modulated_eager(new, scale, shift, eps, dtype), new
 
 
@@ -192,15 +217,19 @@ def _tokens_backward_eager(
     gate: Tensor | None,
     scale: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and branch in their dtypes, and of gate, scale and shift not rounded; empty for what is None."""
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and branch in their dtypes, and of gate, scale, shift and bias not rounded; empty for what is
+    None."""
     found, grad_scale, grad_shift = _modulated_backward(grad, x, scale, eps)
+    none = found.new_empty(0)
     if branch is None or gate is None or grad_new is None:
-        return found.to(x.dtype), x.new_empty(0), found.new_empty(0), grad_scale, grad_shift
+        return found.to(x.dtype), x.new_empty(0), none, grad_scale, grad_shift, none.clone()
     found = found + grad_new.to(found.dtype)
     grad_branch = found * gate.to(found.dtype)[:, None]
-    grad_gate = (found * branch.to(found.dtype)).sum(1)
-    return found.to(x.dtype), grad_branch.to(branch.dtype), grad_gate, grad_scale, grad_shift
+    joined = branch.to(found.dtype) if bias is None else branch.to(found.dtype) + bias.to(found.dtype)
+    grad_bias = none if bias is None else grad_branch.sum((0, 1))
+    return found.to(x.dtype), grad_branch.to(branch.dtype), (found * joined).sum(1), grad_scale, grad_shift, grad_bias
 
 
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
@@ -225,6 +254,11 @@ def _qk_backward_fake(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight,
     return _like(q), _like(k), _none_like(gain, q), _none_like(q_weight, q), _none_like(k_weight, q)
 
 
+def _packed_fake(grad_q, grad_k, grad_v, qkv, norm, eps, gain, q_weight, k_weight, rope):
+    vectors = [_none_like(one, qkv) for one in (gain, q_weight, k_weight)]
+    return qkv.new_empty(qkv.shape), *vectors
+
+
 def _out_fake(q, k, v, norm, eps, gain, q_weight, k_weight, rope, out_q, out_k, out_v) -> None:
     return None
 
@@ -246,11 +280,40 @@ def _qk_gradient(ctx, grad_q, grad_k):
     return new_q, new_k, None, None, *given, None
 
 
+def unpacked(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Views (B, H, L, D) of a packed projection's (B, L, 3, H, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+
+class _Packed(torch.autograd.Function):
+    """`qk_norm_rope` of a packed projection, whose gradient is put together by what computes its parts. Values are a
+    view, which no torch operator may return."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+        norm, eps, gain, q_weight, k_weight, rope, backend = settings
+        q, k, v = unpacked(qkv)
+        ctx.save_for_backward(qkv, gain, q_weight, k_weight, rope)
+        ctx.settings = norm, eps, backend
+        ctx.set_materialize_grads(False)
+        return *_qk_norm_rope(q, k, *settings), v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        qkv, gain, q_weight, k_weight, rope = ctx.saved_tensors
+        norm, eps, backend = ctx.settings
+        if all(one is None for one in grads):
+            return (None,) * 8
+        new, *rest = _packed_backward(*grads, qkv, norm, eps, gain, q_weight, k_weight, rope, backend)
+        given = [one if old is not None else None for old, one in zip((gain, q_weight, k_weight), rest, strict=True)]
+        return new, None, None, *given, None, None
+
+
 def _modulated_fake(x, scale, shift, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _gated_fake(x, branch, gate, scale, shift, eps, dtype):
+def _gated_fake(x, branch, gate, scale, shift, eps, dtype, bias):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
 
 
@@ -261,27 +324,30 @@ def _modulated_setup(ctx, inputs, output):
 
 def _modulated_gradient(ctx, grad):
     x, scale, shift = ctx.saved_tensors
-    grad_x, _, _, grad_scale, grad_shift = _tokens_backward(grad, None, x, None, None, scale, ctx.eps, "auto")
+    grad_x, _, _, grad_scale, grad_shift, _ = _tokens_backward(grad, None, x, None, None, scale, ctx.eps, None, "auto")
     return grad_x, grad_scale.to(scale.dtype), grad_shift.to(shift.dtype), None, None
 
 
 def _gated_setup(ctx, inputs, output):
-    _, branch, gate, scale, shift, ctx.eps, _ = inputs
-    ctx.save_for_backward(output[1], branch, gate, scale, shift)
+    _, branch, gate, scale, shift, ctx.eps, _, bias = inputs
+    ctx.save_for_backward(output[1], branch, gate, scale, shift, bias)
 
 
 def _gated_gradient(ctx, grad, grad_new):
-    new, branch, gate, scale, shift = ctx.saved_tensors
-    found = _tokens_backward(grad, grad_new, new, branch, gate, scale, ctx.eps, "auto")
+    new, branch, gate, scale, shift, bias = ctx.saved_tensors
+    found = _tokens_backward(grad, grad_new, new, branch, gate, scale, ctx.eps, bias, "auto")
     like = (new, branch, gate, scale, shift)
-    return *(one.to(tensor.dtype) for one, tensor in zip(found, like, strict=True)), None, None
+    *vectors, of_bias = found
+    given = [one.to(tensor.dtype) for one, tensor in zip(vectors, like, strict=True)]
+    return *given, None, None, None if bias is None else of_bias.to(bias.dtype)
 
 
-def _tokens_backward_fake(grad, grad_new, x, branch, gate, scale, eps):
+def _tokens_backward_fake(grad, grad_new, x, branch, gate, scale, eps, bias):
     wide = _widest(grad, x, scale)
     none = x.new_empty(0, dtype=wide) if gate is None else x.new_empty(scale.shape, dtype=wide)
     vectors = [x.new_empty(scale.shape, dtype=wide) for _ in range(2)]
-    return x.new_empty(x.shape), _none_like(branch, x), none, *vectors
+    of_bias = x.new_empty(0 if bias is None else bias.shape, dtype=wide)
+    return x.new_empty(x.shape), _none_like(branch, x), none, *vectors, of_bias
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -299,6 +365,11 @@ def _unfit_triton(q, k, norm, eps, gain, q_weight, k_weight, rope) -> str | None
 
 
 def _backward_unfit_triton(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight, rope) -> str | None:
+    return _unfit_triton(q, k, norm, eps, gain, q_weight, k_weight, rope)
+
+
+def _packed_unfit_triton(grad_q, grad_k, grad_v, qkv, norm, eps, gain, q_weight, k_weight, rope) -> str | None:
+    q, k, _ = unpacked(qkv)
     return _unfit_triton(q, k, norm, eps, gain, q_weight, k_weight, rope)
 
 
@@ -347,10 +418,26 @@ def _run_qk_triton(q, k, norm, eps, gain, q_weight, k_weight, rope):
 
 def _run_backward_triton(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight, rope):
     outs = _qk_backward_fake(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight, rope)
+    _fill_backward_triton(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight, rope, *outs)
+    return outs
+
+
+def _run_packed_triton(grad_q, grad_k, grad_v, qkv, norm, eps, gain, q_weight, k_weight, rope):
+    found = _packed_fake(grad_q, grad_k, grad_v, qkv, norm, eps, gain, q_weight, k_weight, rope)
+    q, k, _ = unpacked(qkv)
+    new_q, new_k, new_v = unpacked(found[0])
+    _fill_backward_triton(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight, rope, new_q, new_k, *found[1:])
+    _put(grad_v, new_v)
+    return found
+
+
+def _fill_backward_triton(
+    grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weight, rope, new_q, new_k, of_gain, of_q, of_k
+) -> None:
     if not q.shape[0] * q.shape[2] * q.shape[3]:
-        for one in outs:
+        for one in (new_q, new_k, of_gain, of_q, of_k):
             one.zero_()
-        return outs
+        return
     kernels, (heads, groups, width) = _native.kernels("norm"), (q.shape[1], k.shape[1], q.shape[3])
     tiles = kernels.tiles(q)
     # A program sums what it sees of a gain or weight; those parts are added up here, in one order.
@@ -362,12 +449,11 @@ def _run_backward_triton(grad_q, grad_k, q, k, norm, eps, gain, q_weight, k_weig
     with torch.cuda.device_of(q):
         kernels.qk_norm_rope_backward(
             _readable(_given(grad_q, q)), _readable(_given(grad_k, k)), _readable(q), _readable(k), norm, eps,
-            _flat(gain), _flat(q_weight), _flat(k_weight), _table(rope), outs[0], outs[1], parts_gain, parts_q, parts_k,
+            _flat(gain), _flat(q_weight), _flat(k_weight), _table(rope), new_q, new_k, parts_gain, parts_q, parts_k,
         )  # fmt: skip
-    for out, parts, over in ((outs[2], parts_gain, (0, 2)), (outs[3], parts_q, (0,)), (outs[4], parts_k, (0,))):
+    for out, parts, over in ((of_gain, parts_gain, (0, 2)), (of_q, parts_q, (0,)), (of_k, parts_k, (0,))):
         if parts is not None:
             out.copy_(parts.sum(over))
-    return outs
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -381,8 +467,8 @@ def _modulated_unfit_triton(x, scale, shift, eps, dtype) -> str | None:
     return _tokens_unfit(dtype, x, scale, shift)
 
 
-def _gated_unfit_triton(x, branch, gate, scale, shift, eps, dtype) -> str | None:
-    return _tokens_unfit(dtype, x, branch, gate, scale, shift)
+def _gated_unfit_triton(x, branch, gate, scale, shift, eps, dtype, bias) -> str | None:
+    return _tokens_unfit(dtype, x, branch, gate, scale, shift, *(() if bias is None else (bias,)))
 
 
 def _tokens_unfit(dtype: torch.dtype, x: Tensor, *others: Tensor) -> str | None:
@@ -405,46 +491,51 @@ def _run_modulated_triton(x, scale, shift, eps, dtype):
     return out
 
 
-def _run_gated_triton(x, branch, gate, scale, shift, eps, dtype):
-    out, new = _gated_fake(x, branch, gate, scale, shift, eps, dtype)
-    _modulate_triton(x, branch, gate, scale, shift, eps, out, new)
+def _run_gated_triton(x, branch, gate, scale, shift, eps, dtype, bias):
+    out, new = _gated_fake(x, branch, gate, scale, shift, eps, dtype, bias)
+    _modulate_triton(x, branch, gate, scale, shift, eps, out, new, bias)
     return out, new
 
 
-def _modulate_triton(x, branch, gate, scale, shift, eps, out, new) -> None:
+def _modulate_triton(x, branch, gate, scale, shift, eps, out, new, bias=None) -> None:
     if out.numel():
         # Rows of the condition are read in place, wherever they begin; the kernel wants their channels side by side.
         gate, scale, shift = (
             one if one is None or one.stride(1) == 1 else one.contiguous() for one in (gate, scale, shift)
         )
         with torch.cuda.device_of(x):
-            _native.kernels("norm").modulated_norm(x.contiguous(), _flat(branch), gate, scale, shift, eps, out, new)
+            _native.kernels("norm").modulated_norm(
+                x.contiguous(), _flat(branch), gate, scale, shift, eps, out, new, _flat(bias)
+            )
 
 
-def _tokens_backward_unfit_triton(grad, grad_new, x, branch, gate, scale, eps) -> str | None:
-    others = [one for one in (grad_new, branch, gate, scale) if one is not None]
+def _tokens_backward_unfit_triton(grad, grad_new, x, branch, gate, scale, eps, bias) -> str | None:
+    others = [one for one in (grad_new, branch, gate, scale, bias) if one is not None]
     return _tokens_unfit(grad.dtype, x, grad, *others)
 
 
-def _run_tokens_backward_triton(grad, grad_new, x, branch, gate, scale, eps):
-    grad_x, grad_branch, grad_gate, grad_scale, grad_shift = _tokens_backward_fake(
-        grad, grad_new, x, branch, gate, scale, eps
+def _run_tokens_backward_triton(grad, grad_new, x, branch, gate, scale, eps, bias):
+    grad_x, grad_branch, grad_gate, grad_scale, grad_shift, grad_bias = _tokens_backward_fake(
+        grad, grad_new, x, branch, gate, scale, eps, bias
     )
     if not x.numel():
-        return grad_x, grad_branch, *(one.zero_() for one in (grad_gate, grad_scale, grad_shift))
+        return grad_x, grad_branch, *(one.zero_() for one in (grad_gate, grad_scale, grad_shift, grad_bias))
     kernels = _native.kernels("norm")
     vectors = [grad_scale, grad_shift] if branch is None else [grad_scale, grad_shift, grad_gate]
+    of_bias = [] if bias is None else [torch.empty_like(grad_scale)]  # before the gate, one a batch
     programs = kernels.token_shares(*x.shape[:2])[0]
-    parts = grad_scale.new_empty((len(vectors), len(x), programs, x.shape[2]))
+    parts = grad_scale.new_empty((len(vectors + of_bias), len(x), programs, x.shape[2]))
     gate, scale = (one if one is None or one.stride(1) == 1 else one.contiguous() for one in (gate, scale))
     with torch.cuda.device_of(x):
         kernels.modulated_norm_backward(
             grad.contiguous(), _flat(grad_new), x.contiguous(), _flat(branch), gate, scale, eps,
-            grad_x, None if branch is None else grad_branch, parts,
+            grad_x, None if branch is None else grad_branch, parts, _flat(bias),
         )  # fmt: skip
-    for vector, part in zip(vectors, parts, strict=True):
+    for vector, part in zip(vectors + of_bias, parts, strict=True):
         torch.sum(part, 1, out=vector)
-    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift
+    for one in of_bias:
+        torch.sum(one.mul_(gate), 0, out=grad_bias)
+    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift, grad_bias
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -468,6 +559,14 @@ _qk_norm_rope_backward = Op(
     backends=(Backend("triton", _run_backward_triton, _backward_unfit_triton),),
 )
 
+_packed_backward = Op(
+    f"packed_norm_rope_backward(Tensor? grad_q, Tensor? grad_k, Tensor? grad_v, Tensor qkv, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    eager=_packed_eager,
+    fake=_packed_fake,
+    backends=(Backend("triton", _run_packed_triton, _packed_unfit_triton),),
+)
+
 _qk_norm_rope_out = Op(
     f"qk_norm_rope_out(Tensor q, Tensor k, Tensor? v, {_SETTINGS}, Tensor(a!) out_q, Tensor(b!) out_k, "
     "Tensor(c!)? out_v) -> ()",
@@ -481,14 +580,10 @@ _MODULATION = "Tensor scale, Tensor shift, float eps, ScalarType dtype"
 
 _tokens_backward = Op(
     "modulated_norm_backward(Tensor grad, Tensor? grad_new, Tensor x, Tensor? branch, Tensor? gate, Tensor scale, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float eps, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     eager=_tokens_backward_eager,
     fake=_tokens_backward_fake,
-    backends=(
-        Backend(
-            "triton", _run_tokens_backward_triton, _tokens_backward_unfit_triton, on_request="not timed on a GPU yet"
-        ),
-    ),
+    backends=(Backend("triton", _run_tokens_backward_triton, _tokens_backward_unfit_triton),),
 )
 
 _modulated_norm = Op(
@@ -501,7 +596,7 @@ _modulated_norm = Op(
 )
 
 _gated_modulated_norm = Op(
-    f"gated_modulated_norm(Tensor x, Tensor branch, Tensor gate, {_MODULATION}) -> (Tensor, Tensor)",
+    f"gated_modulated_norm(Tensor x, Tensor branch, Tensor gate, {_MODULATION}, Tensor? bias) -> (Tensor, Tensor)",
     eager=_gated_eager,
     fake=_gated_fake,
     backends=(Backend("triton", _run_gated_triton, _gated_unfit_triton),),
@@ -558,10 +653,59 @@ def qk_norm_rope(
         order.
     """
     function = "qk_norm_rope"
+    _check_heads(function, q, k, v)
+    settings = _settings(function, q, norm, gain, weights, rope, eps)
+    if out is None:
+        if v is not None:
+            raise ValueError(f"{function}: v must be None without out, which it is copied to, got {tuple(v.shape)}")
+        return _qk_norm_rope(q, k, *settings, backend)
+    outs = _check_out(function, out, q, k, v, settings[2:5])
+    _qk_norm_rope_out(q, k, v, *settings, *outs, *(() if v is not None else (None,)), backend)
+    return outs
+
+
+def packed_norm_rope(
+    qkv: Tensor,
+    *,
+    norm: str | None = "l2",
+    gain: Tensor | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    rope: Tensor | None = None,
+    eps: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope` of queries, keys and values in one tensor, as one projection puts them out.
+
+    Its gradient is that of the projection's output in one piece, which autograd would put together of slices in two
+    copies of the whole.
+
+    Args:
+        qkv: (B, L, 3, H, D).
+        norm, gain, weights, rope, eps, backend: as `qk_norm_rope` takes them.
+
+    Returns:
+        Queries, keys and values (B, H, L, D), the last a view of `qkv`.
+
+    Raises:
+        TypeError, ValueError: for a tensor of another shape, else as `qk_norm_rope` does.
+    """
+    function = "packed_norm_rope"
+    _checks.check_tensor(function, "qkv", qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or not qkv.shape[4]:
+        raise ValueError(f"{function}: qkv must be (B, L, 3, H, D) with at least one channel, got {tuple(qkv.shape)}")
+    q, k, v = unpacked(qkv)
+    settings = _settings(function, q, norm, gain, weights, rope, eps)
+    # A compiler fuses the copies, and wants to see the views.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return *_qk_norm_rope(q, k, *settings, backend), v
+    return _Packed.apply(qkv, *settings, backend)
+
+
+def _settings(function: str, q: Tensor, norm: Any, gain: Any, weights: Any, rope: Any, eps: Any) -> tuple[Any, ...]:
+    """What the operators take besides heads."""
     name = "none" if norm is None else norm
     if name not in NORMS or norm == "none":
         raise ValueError(f"{function}: norm must be 'l2', 'rms' or None, got {norm!r}")
-    _check_heads(function, q, k, v)
     if gain is not None:
         _check_vector(function, "gain", gain, q, q.shape[1], "one a head of q")
         if name != "l2":
@@ -586,14 +730,7 @@ def qk_norm_rope(
         raise ValueError(f"{function}: eps must be None without a norm, got {eps}")
     else:
         _checks.check_number(function, "eps", eps, 0)
-    settings = (name, float(eps), gain, q_weight, k_weight, rope)
-    if out is None:
-        if v is not None:
-            raise ValueError(f"{function}: v must be None without out, which it is copied to, got {tuple(v.shape)}")
-        return _qk_norm_rope(q, k, *settings, backend)
-    outs = _check_out(function, out, q, k, v, (gain, q_weight, k_weight))
-    _qk_norm_rope_out(q, k, v, *settings, *outs, *(() if v is not None else (None,)), backend)
-    return outs
+    return name, float(eps), gain, q_weight, k_weight, rope
 
 
 def _check_heads(function: str, q: Any, k: Any, v: Any) -> None:
@@ -658,6 +795,7 @@ def modulated_norm(
     *,
     branch: None = None,
     gate: None = None,
+    bias: None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -670,6 +808,7 @@ def modulated_norm(
     *,
     branch: Tensor,
     gate: Tensor,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -681,6 +820,7 @@ def modulated_norm(
     *,
     branch: Tensor | None = None,
     gate: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -688,7 +828,8 @@ def modulated_norm(
     """Layer norm of tokens, scaled and shifted by a condition: what an AdaLN block feeds to attention or MLP.
 
     y = norm(x) (1 + scale) + shift, without parameters of its own. With `branch` and `gate`, x + branch gate comes
-    first: what the layer before put out joins the tokens and they are normalized for the next, in one pass.
+    first: what the layer before put out joins the tokens and they are normalized for the next, in one pass. Its bias
+    may be left to this: the bias's gradient then costs no pass of its own.
 
     Args:
         x: (B, L, C), float32, bfloat16, float16 or float64: the tokens, usually in float32.
@@ -696,6 +837,7 @@ def modulated_norm(
         shift: (B, C), likewise.
         branch: (B, L, C), likewise, given with `gate`.
         gate: (B, C), likewise, given with `branch`.
+        bias: (C,), likewise, added to `branch`, as of a product that left it off; or None.
         eps: added to the variance, at least 0.
         dtype: of y; None is that of x.
         backend: "auto", "triton" or "eager".
@@ -720,10 +862,10 @@ def modulated_norm(
         raise ValueError(f"{function}: x must be (B, L, C) with at least one channel, got {tuple(x.shape)}")
     rows = (x.shape[0], x.shape[2])
     given: dict[str, Tensor] = {"scale": scale, "shift": shift}
-    given |= {name: one for name, one in (("branch", branch), ("gate", gate)) if one is not None}
+    given |= {name: one for name, one in (("branch", branch), ("gate", gate), ("bias", bias)) if one is not None}
     for argument, value in given.items():
         _checks.check_tensor(function, argument, value)
-        shape = tuple(x.shape) if argument == "branch" else rows
+        shape = {"branch": tuple(x.shape), "bias": rows[1:]}.get(argument, rows)
         if value.shape != shape:
             raise ValueError(f"{function}: {argument} must be {shape} to match x, got {tuple(value.shape)}")
         _checks.check_same_device(function, argument, value, "x", x)
@@ -732,9 +874,11 @@ def modulated_norm(
         dtype = x.dtype
     elif dtype not in _checks.FLOATS:
         raise TypeError(f"{function}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if branch is None and bias is not None:
+        raise ValueError(f"{function}: branch must be given with bias, got None")
     if branch is None and gate is None:
         return _modulated_norm(x, scale, shift, float(eps), dtype, backend)
     if branch is None or gate is None:
         one, other = ("gate", "branch") if branch is None else ("branch", "gate")
         raise ValueError(f"{function}: {other} must be given with {one}, got None")
-    return _gated_modulated_norm(x, branch, gate, scale, shift, float(eps), dtype, backend)
+    return _gated_modulated_norm(x, branch, gate, scale, shift, float(eps), dtype, bias, backend)
