@@ -95,13 +95,14 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
             "unifiedar.ops.attention",
             "_forward_plan",
             "/forward",
-            # tile (-1: the one chosen; 1: 128 x 144, of heads up to 64), heads interleaved, whether with a counter
+            # tile (-1: the one chosen; of heads up to 64, 1: 128 x 144, 3: 64 x 112), heads interleaved, with a counter
             (
                 *((-1, group, 1) for group in (4, 8, 16, 32, 64, 128)),
                 (-1, 16, 0),
                 (-1, 96, 0),
                 (1, 16, 1),
                 (1, 48, 1),
+                (3, 48, 1),
             ),
             backend="cuda",
         ),

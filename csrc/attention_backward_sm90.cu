@@ -23,6 +23,9 @@
 // Queries and keys held are counted from the last one, as in the forward; queries passed by too, so that only the first
 // can be missing: there lse' is infinite and weights are 0. Keys passed by are counted from the first.
 //
+// Where there are few tiles, each warpgroup's rows are one (narrow_wins), taken in turns and without a memset; the kernel
+// of the keys begins while that of the queries runs, and waits for it where it reads the columns.
+//
 // With tables (kByTable) a tile runs through the ranges of its rows one after another, as in the forward: of what they
 // see, or of who sees them. Queries of a range are passed by in tiles that are counted from the last one of the image, of
 // which the workspace has the columns. Where the steps of a tile begin and end is found before by a kernel of its own, for
@@ -59,7 +62,10 @@ struct Tile : Sizes<kKeysAreHeld, kGroupCount, kPassedCount> {
   using Size::kGroups, Size::kOfKeys, Size::kPassed;
   using T = Element;
   static constexpr int kHow = kManner;
-  static constexpr bool kCounted = true;  // there always is a counter
+  static constexpr bool kCounted = kGroupCount > 1;  // whether tiles are taken by a counter; else in turns
+  static constexpr bool kEarly = kGroupCount == 1;  // what can be loaded before the lengths or the step is, is
+  static constexpr bool kInRow = kGroupCount == 1;  // the kernel of the keys begins under that of the queries
+  static constexpr int kBlocks = kGroupCount == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr bool kTable = (kHow & kByTable) != 0;
   static constexpr bool kMany = kOfKeys && !(kHow & kAlone);  // whether several heads may share keys
   static constexpr int kWidth = kChannels;  // channels of the products: 64, 96 or 128
@@ -69,7 +75,8 @@ struct Tile : Sizes<kKeysAreHeld, kGroupCount, kPassedCount> {
   // In loops within loops the compiler forgets that all lanes have an address, if it is not computed anew in each step.
   static constexpr bool kAnew = (kTable || kMany) && kWidth > 64;
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
-  static constexpr int kFewRegisters = kGroups == 2 ? 24 : 32, kManyRegisters = kGroups == 2 ? 240 : 160;
+  static constexpr int kFewRegisters = kGroups <= 2 ? 24 : 32;
+  static constexpr int kManyRegisters = kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160;
   static constexpr int kBoxes = (kWidth + kBox - 1) / kBox;
   static constexpr uint32_t kHeldBytes = kBoxes * kHeldBox;  // of one of the two tensors
   static constexpr uint32_t kPassedBox = kPassed * 128, kPassedBytes = kBoxes * kPassedBox;
@@ -85,7 +92,7 @@ struct Tile : Sizes<kKeysAreHeld, kGroupCount, kPassedCount> {
   static constexpr uint32_t kNumberEmpty = kNumberFull + 8 * kNumbers;
   static constexpr uint32_t kNumberAt = kNumberEmpty + 8 * kNumbers;
   static constexpr uint32_t kBytes = kNumberAt + 4 * kNumbers + 1024;  // to begin at a multiple of 1,024
-  static_assert(kBytes <= 227 * 1024 && kPassed % 16 == 0 && kPassed <= 128);
+  static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024 && kPassed % 16 == 0 && kPassed <= 128);
 };
 
 struct Result {
@@ -309,13 +316,21 @@ __device__ __forceinline__ void columns_of(const KernelArgs& args, int begin_of_
   }
 }
 
+// Of kernels in a row: the one behind may begin, and does what needs no results of this one before it waits for them.
+// PTX ISA: griddepcontrol.
+__device__ __forceinline__ void kernels_behind_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void kernels_before_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- copies ----------------------------------------------------------------------------------------------------------
 
 // The first warp's work; its first lane copies.
 template <typename Shape>
 __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   const bool leads = threadIdx.x == 0;
-  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
+  const int length_of_scale = Shape::kTable ? 0 : scale_length(args);
+  int begin_of_scale = Shape::kTable || Shape::kEarly ? 0 : scale_begin(args, length_of_scale);
   Stage<Shape::kStages> stage;
   uint32_t held[Shape::kGroups] = {};  // tiles that each warpgroup had
   Place place;
@@ -339,6 +354,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
       __syncwarp();
     }
     const int passes = Shape::kMany ? args.share : 1;
+    if (Shape::kEarly && turn == 0) begin_of_scale = scale_begin(args, length_of_scale);
 #pragma unroll 1
     for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
       const Span span = span_of<Shape>(args, begin_of_scale, place, tile, range, 0, nullptr);
@@ -358,6 +374,7 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
                        passed_begin<Shape>(span, step), head, place.batch);
             if constexpr (Shape::kOfKeys) {
               const int row = place.row * args.share + pass;
+              if constexpr (Shape::kInRow) kernels_before_done();
               load_bytes(memory + Shape::kColumnsAt + stage.at * Shape::kColumnsBytes,
                          args.columns +
                              (int64_t(row) * args.column_tiles + (span.columns - step)) * (2 * Shape::kPassed),
@@ -404,15 +421,44 @@ struct Rows {
   float lse[2], delta[2];
 };
 
+// A place's output, and what a thread has of one of its rows for delta: 8 channels of every 32.
+template <typename T>
+__device__ __forceinline__ const T* out_of(const KernelArgs& args, const Place& place) {
+  return static_cast<const T*>(args.out) + place.batch * args.out_batch + place.head * args.out_head;
+}
+template <typename T>
+__device__ __forceinline__ uint4 load_out(const KernelArgs& args, const T* out, int low, int row, int unit) {
+  uint4 loaded{};
+  if (row >= low && unit * 8 < args.width)
+    loaded = __ldg(reinterpret_cast<const uint4*>(out + row * args.out_row) + unit);
+  return loaded;
+}
+
+// The same of its two rows, asked for before all else where there is room for it (kEarly).
+template <typename Shape>
+struct Early {
+  uint4 out[2][Shape::kEarly ? Shape::kWidth / 32 : 1];
+};
+template <typename Shape>
+__device__ __forceinline__ void load_early(const KernelArgs& args, const Place& place, const Held& tile, int first,
+                                           Early<Shape>& early) {
+  const int thread = again(threadIdx.x) % 128, own_row = thread / 32 * 16 + thread % 32 / 4;
+  const auto* const out = out_of<typename Shape::T>(args, place);
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth / 32; ++i)
+      early.out[h][i] = load_out(args, out, tile.low, first + own_row + 8 * h, 4 * i + thread % 4);
+}
+
 // delta and lse' of a thread's two rows, which are written for the kernel of the keys as well. `grad` is the
 // warpgroup's tile of it in shared memory.
 template <typename Shape>
 __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& place, const Held& tile, int first,
-                                          const char* grad, Rows& rows) {
+                                          const char* grad, const Early<Shape>& early, Rows& rows) {
   using T = typename Shape::T;
   const int thread = again(threadIdx.x) % 128, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
-  const T* const out =
-      static_cast<const T*>(args.out) + place.batch * args.out_batch + place.head * args.out_head;
+  const T* const out = out_of<T>(args, place);
   const int low = tile.low, length = tile.high - tile.low;
   const int tiles = Shape::kTable ? steps_for(length, args.columns_of_tile) : args.column_tiles;
   const int missing = tiles * args.columns_of_tile - length;
@@ -431,9 +477,11 @@ __device__ __forceinline__ void find_rows(const KernelArgs& args, const Place& p
 #pragma unroll
     for (int i = 0; i < Shape::kWidth / 32; ++i) {
       const int unit = 4 * i + lane % 4;
-      uint4 one{};
-      if (row >= low && unit * 8 < args.width)
-        one = __ldg(reinterpret_cast<const uint4*>(out + row * args.out_row) + unit);
+      uint4 one;
+      if constexpr (Shape::kEarly)
+        one = early.out[h][i];
+      else
+        one = load_out(args, out, low, row, unit);
       const uint4 other = *reinterpret_cast<const uint4*>(grad + unit / 8 * kHeldBox + (own_row + 8 * h) * 128 +
                                                           ((unit % 8 ^ own_row % 8) << 4));
       const uint32_t left[4] = {one.x, one.y, one.z, one.w}, right[4] = {other.x, other.y, other.z, other.w};
@@ -461,7 +509,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   constexpr bool kOfKeys = Shape::kOfKeys;
   constexpr int kPassed = Shape::kPassed, kWidth = Shape::kWidth;
   const int group = __shfl_sync(kWarp, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
+  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args, scale_length(args));
 
   const auto passed_at = [&](uint32_t stage) { return memory + Shape::kPassedAt + stage * 2 * Shape::kPassedBytes; };
   const auto done_with = [&](uint32_t stage) {  // each warp says so
@@ -481,8 +529,12 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   };
 
   // Warpgroups issue the products of a step one after the other, all of them as often.
-  const auto wait_for_turn = [&] { named_sync(kTurnName + group, 256); };
-  const auto give_turn = [&] { named_arrive(kTurnName + (group + 1) % Shape::kGroups, 256); };
+  const auto wait_for_turn = [&] {
+    if constexpr (Shape::kGroups > 1) named_sync(kTurnName + group, 256);
+  };
+  const auto give_turn = [&] {
+    if constexpr (Shape::kGroups > 1) named_arrive(kTurnName + (group + 1) % Shape::kGroups, 256);
+  };
   if (group == Shape::kGroups - 1) give_turn();
 
   Stage<Shape::kStages> stage;
@@ -499,6 +551,10 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
     if (Shape::kTable && works) barrier_wait(memory + Shape::kHeldFull + 8 * at, slot.parity);
 
     Rows rows;
+    Early<Shape> early;
+    if constexpr (Shape::kEarly && !kOfKeys) {
+      if (works) load_early<Shape>(args, place, tile, first, early);
+    }
     constexpr bool kIsLate = (Shape::kHow & kLate) != 0;
     float sum[kWidth / 2], value_sum[kOfKeys ? kWidth / 2 : 2];
 #pragma unroll
@@ -563,7 +619,7 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
             if constexpr (!kIsLate) multiply_grad();
             give_turn();
             if constexpr (kFirst && !kOfKeys)
-              find_rows<Shape>(args, place, tile, first, held_data + Shape::kHeldBytes, rows);
+              find_rows<Shape>(args, place, tile, first, held_data + Shape::kHeldBytes, early, rows);
             products_wait<(kFirst ? 0 : 1) + !kIsLate>();
             settle(score);
 
@@ -706,9 +762,9 @@ __device__ __forceinline__ void calculate(const KernelArgs& args, uint32_t memor
   if (thread == 0) store_wait();
 }
 
-// Grid: as many blocks as there are multiprocessors, or tiles.
+// Grid: as many blocks as the multiprocessors hold, or tiles.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     attention_backward_sm90_kernel(const __grid_constant__ KernelArgs args) {
   if (!kHasProducts) {  // the launcher starts it on compute capability 9.0 only
     __trap();
@@ -737,6 +793,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
   __syncthreads();
+  if constexpr (Shape::kInRow && !Shape::kOfKeys) kernels_behind_begin();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
     if (threadIdx.x < 32) copy_all<Shape>(args, memory, shared);
@@ -819,7 +876,7 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, const Planned& planne
   kernel_args.columns = args.workspace;
   kernel_args.columns_of_tile = columns_of_tile;
   kernel_args.column_tiles = int(slots_of(args, args.queries, columns_of_tile));
-  kernel_args.taken = counters_of(args) + kOfKeys;
+  kernel_args.taken = Shape::kCounted ? counters_of(args) + kOfKeys : nullptr;
   kernel_args.queries = args.queries;
   kernel_args.keys = args.keys;
   kernel_args.width = args.width;
@@ -838,8 +895,17 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, const Planned& planne
   error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Shape::kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<int(std::min<int64_t>(processors, tiles)), Shape::kThreads, Shape::kBytes, stream>>>(kernel_args);
-  return cudaGetLastError();
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(std::min<int64_t>(int64_t(processors) * Shape::kBlocks, tiles)));
+  config.blockDim = dim3(Shape::kThreads);
+  config.dynamicSmemBytes = Shape::kBytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = Shape::kInRow && kOfKeys ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, kernel_args);
 }
 
 template <typename OfQueries, typename OfKeys>
@@ -866,7 +932,7 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
     attention_backward_plan_sm90_kernel<typename OfQueries::Size, typename OfKeys::Size>
         <<<int((entries + 3) / 4), 128, 0, stream>>>(plan_args);
     error = cudaGetLastError();
-  } else {
+  } else if constexpr (OfQueries::kCounted) {
     error = cudaMemsetAsync(counters_of(args), 0, 2 * sizeof(unsigned), stream);
   }
   if (error == cudaSuccess)
@@ -876,7 +942,8 @@ cudaError_t launch_tiles(const AttentionBackwardArgs& args, DType dtype, int pro
 }
 
 template <typename T, int kTables>
-cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
+cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, bool narrow, int processors,
+                            cudaStream_t stream) {
   if (args.width > 96) {
     using OfKeys = Tile<T, true, 2, 128, 80, 3, 1, kLate | kTables>;
     if constexpr (kTables != 0) {  // where limits lie in shared memory, 3 x 64 queries do not fit
@@ -891,27 +958,41 @@ cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int 
   if (args.width > 64)
     return launch_tiles<Tile<T, false, 2, 96, 96, 3, 1, kTables>, Tile<T, true, 2, 96, 80, 3, 1, kTables>>(
         args, dtype, processors, stream);
+  if constexpr (kTables == 0) {
+    if (narrow)
+      return launch_tiles<Tile<T, false, 1, 64, 64, 4, 2, kNoLook>, Tile<T, true, 1, 64, 64, 4, 2, kLate>>(
+          args, dtype, processors, stream);
+  }
   return launch_tiles<Tile<T, false, 3, 64, 64, 5, 2, kNoLook | kTables>,
                       Tile<T, true, 3, 64, 64, 5, 2, kLate | kTables>>(args, dtype, processors, stream);
 }
 
 template <typename T>
-cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, int processors, cudaStream_t stream) {
-  return args.sees != nullptr ? launch_backward<T, kByTable>(args, dtype, processors, stream)
-                              : launch_backward<T, 0>(args, dtype, processors, stream);
+cudaError_t launch_backward(const AttentionBackwardArgs& args, DType dtype, AttentionBackwardTile tile, int processors,
+                            cudaStream_t stream) {
+  const bool by_table = args.sees != nullptr, has_narrow = args.width <= 64 && !by_table;
+  const int64_t rows = int64_t(args.batch) * args.heads;
+  const bool narrow = tile == AttentionBackwardTile::kChosen
+                          ? has_narrow && narrow_wins(args.queries, rows, processors) &&
+                                narrow_wins(args.keys, rows / args.share, processors)
+                          : tile == AttentionBackwardTile::kNarrow;
+  if (narrow && !has_narrow) return cudaErrorNotSupported;
+  return by_table ? launch_backward<T, kByTable>(args, dtype, narrow, processors, stream)
+                  : launch_backward<T, 0>(args, dtype, narrow, processors, stream);
 }
 
 }  // namespace
 
-cudaError_t launch_attention_backward(const AttentionBackwardArgs& args, DType dtype, cudaStream_t stream) {
+cudaError_t launch_attention_backward(const AttentionBackwardArgs& args, DType dtype, AttentionBackwardTile tile,
+                                      cudaStream_t stream) {
   int processors = 0;
   const cudaError_t error = count_processors(&processors);
   if (error != cudaSuccess) return error;
   switch (dtype) {
     case DType::kBFloat16:
-      return launch_backward<__nv_bfloat16>(args, dtype, processors, stream);
+      return launch_backward<__nv_bfloat16>(args, dtype, tile, processors, stream);
     case DType::kFloat16:
-      return launch_backward<__half>(args, dtype, processors, stream);
+      return launch_backward<__half>(args, dtype, tile, processors, stream);
     default:
       return cudaErrorNotSupported;
   }

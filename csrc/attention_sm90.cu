@@ -10,6 +10,8 @@
 // Tiles are counted from the last query: there the scales are long, their lengths multiples of 64 as often as not, and
 // the tile that begins before the first query is the one that sees least. It is read with zeros in front.
 //
+// Where there are few tiles, each warpgroup's rows are one, and a multiprocessor has two blocks (narrow_wins).
+//
 // With a table (kTable) every row has ranges of its own, [begin, end), and images may be packed one after another: their
 // tiles are counted from the last query of each, and what is before its first one is read from the image before, and
 // not written. A tile runs through the first range of all its rows, then the second, and so on; steps begin where the
@@ -22,6 +24,7 @@ constexpr int kGroupName = 4;  // by these each waits for its own warps
 
 template <typename Element, int kChannels, int kGroupCount, int kKeyCount, int kStageCount, bool kHasTable = false>
 struct Tile {
+  static_assert(kGroupCount > 1 || !kHasTable);
   static constexpr bool kTable = kHasTable;
   static constexpr bool kCounted = false;  // whether there is a counter is seen at run time
   using T = Element;
@@ -31,14 +34,16 @@ struct Tile {
   static constexpr int kStages = kStageCount;
   static constexpr int kRows = kHeldRows * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kBlocks = kGroups == 1 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kTurns = kGroups == 1 ? 2 : 1;   // tiles a block for which no counter is worth its launch
   static constexpr int kBoxes = (kWidth + kBox - 1) / kBox;
   static constexpr uint32_t kHeldBox = kHeldRows * 128, kHeldBytes = kBoxes * kHeldBox;
   static constexpr uint32_t kKeysBox = kKeys * 128, kKeysBytes = kBoxes * kKeysBox;
   // Registers: 65,536 in all, the kernel starts with an equal share for each thread.
   // With a table the warp that copies needs more.
-  static constexpr int kFewRegisters = kGroups == 2 ? (kTable ? 40 : 24) : (kTable ? 56 : 32);
-  static constexpr int kManyRegisters = kGroups == 2 ? (kTable ? 232 : 240) : (kTable ? 152 : 160);
-  static_assert(kFewRegisters + kGroups * kManyRegisters <= (kGroups + 1) * (65536 / kThreads / 8 * 8));
+  static constexpr int kFewRegisters = kGroups <= 2 ? (kTable ? 40 : 24) : (kTable ? 56 : 32);
+  static constexpr int kManyRegisters = kGroups == 1 ? 232 : kGroups == 2 ? (kTable ? 232 : 240) : (kTable ? 152 : 160);
+  static_assert(kFewRegisters + kGroups * kManyRegisters <= (kGroups + 1) * (65536 / kBlocks / kThreads / 8 * 8));
   // Shared memory: queries (later their results) of two tiles a warpgroup, keys, values, barriers.
   static constexpr uint32_t kKeysAt = 2 * kGroups * kHeldBytes;
   static constexpr uint32_t kValuesAt = kKeysAt + kStages * kKeysBytes;
@@ -49,7 +54,7 @@ struct Tile {
   static constexpr uint32_t kNumberFull = kValuesEmpty + 8 * kStages, kNumberEmpty = kNumberFull + 8 * kNumbers;
   static constexpr uint32_t kNumberAt = kNumberEmpty + 8 * kNumbers;
   static constexpr uint32_t kBytes = kNumberAt + 4 * kNumbers + 1024;  // to begin at a multiple of 1,024
-  static_assert(kBytes <= 227 * 1024 && kKeys % 16 == 0 && kKeys <= 256);
+  static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024 && kKeys % 16 == 0 && kKeys <= 256);
 };
 
 struct KernelArgs {
@@ -177,7 +182,10 @@ template <typename Shape>
 __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory, char* shared) {
   constexpr int kGroups = Shape::kGroups;
   const bool leads = threadIdx.x == 0;
-  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
+  // With one tile a block or two, what needs no lengths is copied while they are on their way: queries and first keys.
+  constexpr bool kSoon = Shape::kGroups == 1;
+  const int length_of_scale = Shape::kTable ? 0 : scale_length(args);
+  int begin_of_scale = Shape::kTable || kSoon ? 0 : scale_begin(args, length_of_scale);
   Stage<Shape::kStages> keys, values;
   uint32_t held[kGroups] = {};  // tiles that each warpgroup had
   Place place;
@@ -203,19 +211,23 @@ __device__ __forceinline__ void copy_all(const KernelArgs& args, uint32_t memory
     }
 #pragma unroll 1
     for (int range = 0; range < (Shape::kTable ? args.ranges : 1); ++range) {
+      const auto next_keys = [&](int key) {
+        barrier_wait(memory + Shape::kKeysEmpty + 8 * keys.at, keys.parity ^ 1);
+        if (leads)
+          load_keys<Shape>(args.k, memory + Shape::kKeysAt + keys.at * Shape::kKeysBytes,
+                           memory + Shape::kKeysFull + 8 * keys.at, key, key_head, place.batch);
+        __syncwarp();
+        keys.next();
+      };
+      if constexpr (kSoon) {
+        next_keys(0);  // which every tile has
+        if (turn == 0) begin_of_scale = scale_begin(args, length_of_scale);
+      }
       const Span span = span_of<Shape>(args, begin_of_scale, rows, range, 0, nullptr);
       // In the order of use: the values of a step after the keys of the next.
 #pragma unroll 1
-      for (int step = 0; step <= span.steps; ++step) {
-        if (step < span.steps) {
-          barrier_wait(memory + Shape::kKeysEmpty + 8 * keys.at, keys.parity ^ 1);
-          if (leads)
-            load_keys<Shape>(args.k, memory + Shape::kKeysAt + keys.at * Shape::kKeysBytes,
-                             memory + Shape::kKeysFull + 8 * keys.at, span.from + step * Shape::kKeys, key_head,
-                             place.batch);
-          __syncwarp();
-          keys.next();
-        }
+      for (int step = kSoon; step <= span.steps; ++step) {
+        if (step < span.steps) next_keys(span.from + step * Shape::kKeys);
         if (step > 0) {
           barrier_wait(memory + Shape::kValuesEmpty + 8 * values.at, values.parity ^ 1);
           if (leads)
@@ -303,10 +315,14 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   constexpr int kGroups = Shape::kGroups, kKeys = Shape::kKeys, kWidth = Shape::kWidth;
   const int group = int(of_warp(threadIdx.x / 128)) - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4, own_column = lane % 4 * 2;
-  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args);
+  const int begin_of_scale = Shape::kTable ? 0 : scale_begin(args, scale_length(args));
 
-  const auto wait_turn = [&] { named_sync(kTurnsName + group, 256); };
-  const auto end_turn = [&] { named_arrive(kTurnsName + (group + 1 == kGroups ? 0 : group + 1), 256); };
+  const auto wait_turn = [&] {
+    if constexpr (kGroups > 1) named_sync(kTurnsName + group, 256);
+  };
+  const auto end_turn = [&] {
+    if constexpr (kGroups > 1) named_arrive(kTurnsName + (group + 1 == kGroups ? 0 : group + 1), 256);
+  };
   const auto keys_at = [&](uint32_t stage) {
     return describe_rows(memory + Shape::kKeysAt + stage * Shape::kKeysBytes);
   };
@@ -328,7 +344,7 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
     leaving = false;
   };
 
-  if (group == kGroups - 1) named_arrive(kTurnsName, 256);  // the first turn is the first group's
+  if (group == kGroups - 1) end_turn();  // the first turn is the first group's
   Stage<Shape::kStages> stage;
   Place place;
   for (int turn = 0; place_of(args, hear_tile<Shape>(memory, shared, turn), &place); ++turn) {
@@ -479,9 +495,9 @@ __device__ __forceinline__ void attend(const KernelArgs& args, uint32_t memory, 
   if (thread == 0) store_wait();
 }
 
-// Grid: as many blocks as there are multiprocessors, or tiles.
+// Grid: as many blocks as the multiprocessors hold, or tiles.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     attention_forward_sm90_kernel(const __grid_constant__ KernelArgs args) {
   if (!kHasProducts) {  // the launcher starts it on compute capability 9.0 only
     __trap();
@@ -562,7 +578,8 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
   kernel_args.factor = args.softmax_scale * kLog2E;
   const int64_t tiles = int64_t(kernel_args.tiles) * kernel_args.rows;
   if (tiles > INT32_MAX || int64_t(args.group) * kernel_args.tiles > INT32_MAX) return cudaErrorNotSupported;
-  if (tiles > processors && args.taken != nullptr) {
+  const int64_t blocks = int64_t(processors) * Shape::kBlocks;
+  if (tiles > Shape::kTurns * blocks && args.taken != nullptr) {
     kernel_args.taken = args.taken;
     error = cudaMemsetAsync(args.taken, 0, sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
@@ -571,7 +588,7 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
   error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Shape::kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<int(std::min<int64_t>(processors, tiles)), Shape::kThreads, Shape::kBytes, stream>>>(kernel_args);
+  kernel<<<int(std::min(blocks, tiles)), Shape::kThreads, Shape::kBytes, stream>>>(kernel_args);
   return cudaGetLastError();
 }
 
@@ -587,8 +604,13 @@ cudaError_t launch_forward(const AttentionArgs& args, DType dtype, AttentionTile
     return by_table ? launch_tile<Tile<T, 96, 2, 128, 2, true>>(args, dtype, processors, stream)
                     : launch_tile<Tile<T, 96, 2, 128, 2>>(args, dtype, processors, stream);
   }
-  if (tile == AttentionTile::kChosen)
-    tile = args.queries <= 256 && args.keys < 1024 ? AttentionTile::kRows128Keys144 : AttentionTile::kRows192Keys112;
+  if (tile == AttentionTile::kChosen) {
+    const bool narrow = !by_table && narrow_wins(args.queries, int64_t(args.batch) * args.heads, processors);
+    if (args.queries <= 256 && args.keys < 1024)
+      tile = narrow ? AttentionTile::kRows64Keys144 : AttentionTile::kRows128Keys144;
+    else
+      tile = narrow ? AttentionTile::kRows64Keys112 : AttentionTile::kRows192Keys112;
+  }
   switch (tile) {
     case AttentionTile::kRows192Keys112:
       return by_table ? launch_tile<Tile<T, 64, 3, 112, 4, true>>(args, dtype, processors, stream)
@@ -596,6 +618,12 @@ cudaError_t launch_forward(const AttentionArgs& args, DType dtype, AttentionTile
     case AttentionTile::kRows128Keys144:
       return by_table ? launch_tile<Tile<T, 64, 2, 144, 4, true>>(args, dtype, processors, stream)
                       : launch_tile<Tile<T, 64, 2, 144, 4>>(args, dtype, processors, stream);
+    case AttentionTile::kRows64Keys112:
+      return by_table ? cudaErrorNotSupported
+                      : launch_tile<Tile<T, 64, 1, 112, 3>>(args, dtype, processors, stream);
+    case AttentionTile::kRows64Keys144:
+      return by_table ? cudaErrorNotSupported
+                      : launch_tile<Tile<T, 64, 1, 144, 2>>(args, dtype, processors, stream);
     default:
       return cudaErrorNotSupported;
   }

@@ -130,15 +130,19 @@ __device__ __forceinline__ Range read_range(const int* table, int keys, int rang
   return {at[0], at[keys]};
 }
 
-// First token of the scale of this lane's number; of scales that are not there, a place that no token has.
+// Length of the scale of this lane's number, 0 of scales that are not there.
 template <typename Args>
-__device__ __forceinline__ int scale_begin(const Args& args) {
+__device__ __forceinline__ int scale_length(const Args& args) {
   const int lane = threadIdx.x % 32;
-  int length = 0;
-  if (lane < args.scales) {
-    length = args.wide_lengths ? int(static_cast<const int64_t*>(args.lengths)[lane])
-                               : static_cast<const int*>(args.lengths)[lane];
-  }
+  if (lane >= args.scales) return 0;
+  return args.wide_lengths ? int(static_cast<const int64_t*>(args.lengths)[lane])
+                           : static_cast<const int*>(args.lengths)[lane];
+}
+
+// First token of the scale of this lane's number, of `length`; of scales that are not there, a place that no token has.
+template <typename Args>
+__device__ __forceinline__ int scale_begin(const Args& args, int length) {
+  const int lane = threadIdx.x % 32;
   unsigned through = length;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -274,6 +278,12 @@ inline cudaError_t describe_tensor(CUtensorMap* map, const HeadsView& view, DTyp
              view.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Whether tiles of one warpgroup are taken, two blocks a multiprocessor, in place of those of two or three, which share
+// what they read and fill in for each other: where those are too few to keep all multiprocessors at work to the end.
+inline bool narrow_wins(int length, int64_t rows, int processors) {
+  return (length + kHeldRows - 1) / kHeldRows * rows <= int64_t(6) * processors;
 }
 
 // Multiprocessors of the device; cudaErrorNotSupported if it is not one of compute capability 9.0.

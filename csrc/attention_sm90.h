@@ -35,11 +35,19 @@ struct AttentionArgs {
   float softmax_scale;
 };
 
-// Tiles that the forward can be asked for; kChosen takes one by the sizes.
-enum class AttentionTile : int { kChosen = -1, kRows192Keys112 = 0, kRows128Keys144 = 1, kRows128Keys128 = 2 };
+// Tiles that the forward can be asked for; kChosen takes one by the sizes. Those of 64 rows are one warpgroup's of the
+// others, with the same bits.
+enum class AttentionTile : int {
+  kChosen = -1,
+  kRows192Keys112 = 0,
+  kRows128Keys144 = 1,
+  kRows128Keys128 = 2,
+  kRows64Keys112 = 3,
+  kRows64Keys144 = 4
+};
 
 // bfloat16 or float16, width a multiple of 8 up to 128, queries at most keys, both at least 1; on a device of another
-// compute capability than 9.0, with a width that a tile is not made for, or with sizes beyond 2^31 tiles:
+// compute capability than 9.0, with a width or a table that a tile is not made for, or with sizes beyond 2^31 tiles:
 // cudaErrorNotSupported.
 cudaError_t launch_attention_forward(const AttentionArgs& args, DType dtype, AttentionTile tile, cudaStream_t stream);
 
@@ -61,7 +69,11 @@ struct AttentionBackwardArgs {
   float softmax_scale;
 };
 
+// Rows of a tile: of two or three warpgroups, or of one (width up to 64, no table), with the same bits.
+enum class AttentionBackwardTile : int { kChosen = -1, kWide = 0, kNarrow = 1 };
+
 // Takes what the forward takes.
-cudaError_t launch_attention_backward(const AttentionBackwardArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_attention_backward(const AttentionBackwardArgs& args, DType dtype, AttentionBackwardTile tile,
+                                      cudaStream_t stream);
 
 }  // namespace unifiedar

@@ -251,7 +251,7 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
 // The gradients' launch: `args` has the mask, and what forward and backward have in common.
 void attend_backward(AttentionBackwardArgs& args, const Tensor& grad, const std::optional<Tensor>& grad_lse,
                      const Tensor& q, const Tensor& k, const Tensor& workspace, const Tensor& grad_q,
-                     const Tensor& grad_k, const Tensor& grad_v, int64_t query_group, int64_t key_group) {
+                     const Tensor& grad_k, const Tensor& grad_v, int64_t query_group, int64_t key_group, int64_t tile) {
   args.grad = heads_view(grad);
   args.grad_q = heads_view(grad_q);
   args.grad_k = heads_view(grad_k);
@@ -275,18 +275,18 @@ void attend_backward(AttentionBackwardArgs& args, const Tensor& grad, const std:
   STD_TORCH_CHECK(matches, "block_causal_attention_backward_cuda: sizes or dtypes do not match");
   args.workspace = static_cast<float*>(workspace.data_ptr());
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  STD_CUDA_CHECK(launch_attention_backward(args, dtype_of(q), current_stream(q)));
+  STD_CUDA_CHECK(launch_attention_backward(args, dtype_of(q), static_cast<AttentionBackwardTile>(tile), current_stream(q)));
 }
 
 void block_causal_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                                      const Tensor& lengths, Tensor workspace, Tensor grad_q, Tensor grad_k,
                                      Tensor grad_v, int64_t prefix, double softmax_scale, int64_t query_group,
-                                     int64_t key_group) {
+                                     int64_t key_group, int64_t tile) {
   AttentionBackwardArgs args{};
   attention_sizes(args, q, k, v, out, lse, softmax_scale);
   attention_schedule(args, lengths, prefix);
-  attend_backward(args, grad, grad_lse, q, k, workspace, grad_q, grad_k, grad_v, query_group, key_group);
+  attend_backward(args, grad, grad_lse, q, k, workspace, grad_q, grad_k, grad_v, query_group, key_group, tile);
 }
 
 void block_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q,
@@ -306,7 +306,8 @@ void block_attention_backward(const Tensor& grad, const std::optional<Tensor>& g
                       reinterpret_cast<uintptr_t>(plan.data_ptr()) % 16 == 0,
                   "block_attention_backward_cuda: needs a plan of ", 20 * entries, " int32");
   args.plan = static_cast<int4*>(plan.data_ptr());
-  attend_backward(args, grad, grad_lse, q, k, workspace, grad_q, grad_k, grad_v, query_group, key_group);
+  attend_backward(args, grad, grad_lse, q, k, workspace, grad_q, grad_k, grad_v, query_group, key_group,
+                  static_cast<int64_t>(AttentionBackwardTile::kChosen));
 }
 
 DepthSizes depth_sizes(int64_t rows, int64_t dim, int64_t layers, int64_t depth, int64_t num_codes, int64_t code_dim,

@@ -553,7 +553,9 @@ def check_cuda(room, values, lengths, prefix=0, **where):
 
 @pytest.mark.gpu
 @gpu_cuda
-@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 2), (128, 2), (40, 0), (32, 1), (72, 2), (104, 2)])
+@pytest.mark.parametrize(
+    ("width", "tile"), [(64, 0), (64, 1), (64, 3), (64, 4), (96, 2), (128, 2), (40, 0), (32, 1), (72, 2), (104, 2)]
+)
 def test_one_product_of_the_matrix_units(room, width, tile):
     """Every element of queries, keys and values has one place where it counts, so a wrong layout cannot hide.
 
@@ -576,7 +578,7 @@ def test_one_product_of_the_matrix_units(room, width, tile):
 
 @pytest.mark.gpu
 @gpu_cuda
-@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("tile", [0, 1, 3, 4])
 def test_every_tile(room, tile):
     """One row more or less than so many tiles, and groups of heads of every size."""
     for length in (1, 63, 64, 65, 111, 112, 113, 127, 129, 143, 144, 145, 191, 192, 193, 385, 680):
@@ -591,7 +593,7 @@ def test_every_tile(room, tile):
 
 @pytest.mark.gpu
 @gpu_cuda
-@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 2), (128, 2)])
+@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (64, 3), (64, 4), (96, 2), (128, 2)])
 def test_blocks_take_many_tiles(room, width, tile):
     """By a counter who has which tile differs from launch to launch, and nothing else does."""
     lengths = [5, 35, 60, 100]
@@ -605,8 +607,8 @@ def test_blocks_take_many_tiles(room, width, tile):
             assert torch.equal(one, other)
 
 
-def gradients_cuda(values, lengths, prefix=0, groups=(None, None)):
-    """Gradients of the CUDA version, heads in groups of that many, in guarded buffers, from its own out and lse.
+def gradients_cuda(values, lengths, prefix=0, groups=(None, None), tile=family.CHOSEN):
+    """Gradients of the CUDA version by a tile, heads in groups of that many, in guarded buffers, from its own out, lse.
 
     (Eager's lse is of scores rounded to half precision; weights that do not add up to one would come of it.)
     """
@@ -619,7 +621,7 @@ def gradients_cuda(values, lengths, prefix=0, groups=(None, None)):
     schedule = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     family._attention_backward_cuda(
         grad, grad_lse, q, k, v, out, lse, schedule, workspace[:needed], *[buffer for buffer, _ in filled],
-        prefix, width**-0.5, groups[0] or batch * heads, groups[1] or batch * k.shape[1],
+        prefix, width**-0.5, groups[0] or batch * heads, groups[1] or batch * k.shape[1], tile,
     )  # fmt: skip
     assert workspace[needed:].isnan().all(), "wrote behind the workspace"
     for _, ok in filled:
@@ -649,32 +651,68 @@ def check_gradients_cuda(room, values, lengths, prefix=0, **where):
 
 @pytest.mark.gpu
 @gpu_cuda
-@pytest.mark.parametrize("width", [64, 96, 128, 32, 72, 104])
-def test_gradients_of_every_tile(room, width):
+@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 0), (128, 0), (32, 0), (32, 1), (72, 0), (104, 0)])
+def test_gradients_of_every_tile(room, width, tile):
     """One row more or less than so many tiles of rows held (64, 128, 192) and passed by (64, 80, 96)."""
     for length in (1, 47, 63, 64, 65, 79, 80, 81, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 257, 385):
         lengths = [length // 3, length - length // 3]
-        check_gradients_cuda(room, tensors(room, length, 2, 2, 2, length, length, width), lengths)
+        check_gradients_cuda(room, tensors(room, length, 2, 2, 2, length, length, width), lengths, tile=tile)
     values = tensors(room, 33, 5, 4, 2, 300, 680, width)
-    want = gradients_cuda(values, VAR_256)
+    want = gradients_cuda(values, VAR_256, tile=tile)
     for groups in ((1, 1), (3, 2), (19, 9), (20, 3)):
-        for one, other in zip(gradients_cuda(values, VAR_256, groups=groups), want, strict=True):
+        for one, other in zip(gradients_cuda(values, VAR_256, groups=groups, tile=tile), want, strict=True):
             assert torch.equal(one, other)
 
 
 @pytest.mark.gpu
 @gpu_cuda
 @pytest.mark.parametrize("key_heads", [20, 40])
-@pytest.mark.parametrize("width", [64, 96, 128])
-def test_gradients_where_blocks_take_many_tiles(room, width, key_heads):
+@pytest.mark.parametrize(("width", "tile"), [(64, 0), (64, 1), (96, 0), (128, 0)])
+def test_gradients_where_blocks_take_many_tiles(room, width, tile, key_heads):
     """Blocks take tiles as they become free; who has which differs from launch to launch, and nothing else does."""
     lengths = [5, 35, 60, 100]
     values = tensors(room, 35, 8, 40, key_heads, 200, 200, width)
-    check_gradients_cuda(room, values, lengths)
-    want = gradients_cuda(values, lengths)
+    check_gradients_cuda(room, values, lengths, tile=tile)
+    want = gradients_cuda(values, lengths, tile=tile)
     for _ in range(50):
-        for one, other in zip(gradients_cuda(values, lengths), want, strict=True):
+        for one, other in zip(gradients_cuda(values, lengths, tile=tile), want, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("queries", [680, 256, 37])
+@pytest.mark.parametrize("width", [64, 40])
+def test_tiles_of_one_warpgroup_change_no_bit(room, width, queries):
+    """Few heads are cut in smaller tiles than many, and a picture comes out the same in any batch."""
+    values = tensors(room, 36, 12, 16, 8, queries, 680, width)
+    q, k, v = values[:3]
+    tile = 1 if queries <= 256 else 0
+    want = run_cuda(q, k, v, VAR_256, tile=tile)
+    gradients = gradients_cuda(values, VAR_256, tile=0)
+    for same in (tile + 3, family.CHOSEN):
+        for one, other in zip(run_cuda(q, k, v, VAR_256, tile=same), want, strict=True):
+            assert torch.equal(one, other)
+    for same in (1, family.CHOSEN):
+        for one, other in zip(gradients_cuda(values, VAR_256, tile=same), gradients, strict=True):
+            assert torch.equal(one, other)
+    for batch in (1, 2, 4, 5, 6):  # from one tile a block on to where the larger ones are chosen
+        part = [x[:batch] for x in values]
+        for one, other in zip(run_cuda(*part[:3], VAR_256), want, strict=True):
+            assert torch.equal(one, other[:batch])
+        for one, other in zip(gradients_cuda(part, VAR_256), gradients, strict=True):
+            assert torch.equal(one, other[:batch])
+
+
+@pytest.mark.gpu
+@gpu_cuda
+def test_tiles_that_there_are_not_are_refused(room):
+    q, k, v, grad, grad_lse = tensors(room, 37, 1, 2, 2, 70, 70, 128)
+    for tile in (0, 1, 3, 4, 9):
+        with pytest.raises(RuntimeError, match="not supported"):
+            run_cuda(q, k, v, [70], tile=tile)
+    with pytest.raises(RuntimeError, match="not supported"):
+        gradients_cuda((q, k, v, grad, grad_lse), [70], tile=1)
 
 
 @pytest.mark.gpu

@@ -195,11 +195,11 @@ _attention_cuda = _native.define(
 _attention_backward_cuda = _native.define(
     "block_causal_attention_backward_cuda(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor lengths, Tensor(a!) workspace, Tensor(b!) grad_q, Tensor(c!) grad_k, Tensor(d!) grad_v, "
-    "int prefix, float softmax_scale, int query_group, int key_group) -> ()"
+    "int prefix, float softmax_scale, int query_group, int key_group, int tile) -> ()"
 )
 L2_BYTES = 50 << 20  # of an H100
 NEAR_BYTES = 16 << 20  # of keys and values (or queries and gradients) in use at a time, a third of an H100's L2
-CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes
+CHOSEN = -1  # the tile of csrc/attention_sm90.h that is taken by the sizes, forward or backward
 
 
 def _attention_unfit_cuda(q, k, v, *_mask) -> str | None:
@@ -319,6 +319,7 @@ def _run_attention_backward_cuda(
         _in_boxes(q), _in_boxes(k), _in_boxes(v), _in_boxes(out), lse.contiguous(),
         _lengths_on(q.device, lengths, schedule), workspace, *gradients, prefix, softmax_scale,
         _group(batch * heads, keys, width), _key_group(batch * groups, heads // groups * queries, width),
+        CHOSEN,
     )  # fmt: skip
     return gradients
 
