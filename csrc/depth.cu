@@ -40,6 +40,8 @@ constexpr int kShareBytes = 288;            // what a block has of each matrix
 constexpr int kExtras = 2;                 // parts of the residual stream beside it
 constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
 constexpr int kOwnHeads = 24;               // heads that every block may attend for itself, where words are waited for
+constexpr int kDirectRows = 4;              // rows with which words are waited for instead of the grid
+constexpr int kNormPacks = 5;               // packs of four numbers that a lane then normalises
 constexpr int kNormSize = 6 << 10;        // numbers of the residual stream that every block may normalise for itself
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
@@ -143,6 +145,7 @@ struct Kernel {
   DepthLayout layout;
   Divisor rows, pairs;          // the latter: rows that share codes
   int free_bytes, slots;        // shared memory before the ring's barriers; stages of the ring
+  int norm_shift, norm_span;    // of normalise_posted
   int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
 
@@ -157,13 +160,13 @@ struct Decoder {
   const DepthLayout& layout;
   const Divisor &all_rows, &pairs;
   unsigned char* const memory;
-  const int &free_bytes, &slots;
+  const int &free_bytes, &slots, &norm_shift, &norm_span;
   const int* const extras;
   int rows, dim, warp, lane;
   unsigned char* workspace;
 
   static constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;  // added up together
-  static constexpr int kOwn = kTiles * kColumns * 16 / kThreads;             // of their outputs, a thread's
+  static constexpr int kOwn = kDirect ? kTiles * kDirectRows * 16 / kThreads : kTiles * kColumns * 16 / kThreads;  // a thread's
 
   // What is added to an output, as it was read: a warp that uses any of it waits for it.
   struct Addend {
@@ -186,7 +189,7 @@ struct Decoder {
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
         all_rows(kernel.rows), pairs(kernel.pairs),
         memory(reinterpret_cast<unsigned char*>(shared_memory())), free_bytes(kernel.free_bytes), slots(kernel.slots),
-        extras(kernel.extras) {
+        norm_shift(kernel.norm_shift), norm_span(kernel.norm_span), extras(kernel.extras) {
     look_again();
   }
 
@@ -354,13 +357,9 @@ struct Decoder {
   __device__ __forceinline__ bool wait(const T* vectors, Addend (&early)[kOwn], int d, int index) {
     if constexpr (kDirect) {
       const int steps = 4 * s.layers + 2;
-      const auto read = [&] {
-        if (index < steps) read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
-      };
       if (index == steps || (index == 0 && d > 0)) {
-        grid_wait(space<uint32_t>(at.barrier), [&] { return (2 * d + (index == steps)) * gridDim.x - 1; }, read);
+        grid_wait(space<uint32_t>(at.barrier), [&] { return (2 * d + (index == steps)) * gridDim.x - 1; }, [] {});
       } else {
-        read();
         copies_wait();
         block_wait();  // before sums are written again
       }
@@ -398,7 +397,13 @@ struct Decoder {
 
   __device__ __forceinline__ void stage_norm(int layer, Step step) const {
     const Extra extra = beside(layer, step);
-    normalise_rows<T, kDirect>(stream(layer, step == kUp), extra.from, extra.count, rows, dim, memory);
+    const float* from = stream(layer, step == kUp);
+    if constexpr (!kDirect)
+      normalise_rows<T>(from, extra.from, extra.count, rows, dim, memory);
+    else if (norm_span <= 64)
+      normalise_posted<T, 2>(from, extra.from, extra.count, rows, dim, norm_shift, norm_span, memory);
+    else
+      normalise_posted<T, kNormPacks>(from, extra.from, extra.count, rows, dim, norm_shift, norm_span, memory);
   }
 
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
@@ -636,29 +641,51 @@ struct Decoder {
     }
   }
 
-  // The same in words that others wait for. By all lanes of a warp: neighbours have the two halves of a word.
-  __device__ __forceinline__ void post_output(int d, int layer, Step step, const Share& share, const Output& own, int first,
-                                              float value) const {
+  // Where a thread's output of the tiles that are added up is posted, and what is added; found while inputs are waited for.
+  struct Target {
+    void* to;           // null: it has none
+    int red;            // of the sums
+    int m, row, zeros;  // zeros: parts of the residual stream that no block has, as many as are posted
+    Addend addend;
+  };
+  __device__ __forceinline__ Target target_of(const Share& share, int d, int layer, Step step, int first) const {
+    Target target{};
+    if (!any_has(share, step, first, 0)) return target;
+    const Output own = output_of(share, step, first, 0);
+    const int number = own.first ? 0 : share.number, place = own.row * dim + own.m;
+    target.red = (own.tile * kColumns + own.row) * kRedPitch + own.m % 16;
+    target.m = own.m;
+    target.row = own.row;
+    target.addend = read_addend(d, layer, step, own.m, own.row, own.there && own.first);
+    if (!own.there) return target;
+    if (step == kQkv) {
+      const int which = int(own.m >= dim) + int(own.m >= 2 * dim);
+      target.to = (which ? cache(layer, which - 1, d) : queries(layer)) + place - which * dim;
+    } else if (step == kUp) {
+      target.to = states(layer) + place + own.row * 3 * dim;
+    } else if (step == kProj || step == kDown) {
+      target.to = (number > 0 ? part(layer, step == kDown, number - 1) : stream(layer + (step == kDown), step == kProj)) + place;
+      // Who has the end of a tile posts zeros for the parts that it has less than others.
+      if (share.end >= (share.first_tile + first + own.tile + 1) * share.chunks) target.zeros = extras[step == kDown] - number;
+    } else {
+      target.to = stream(0, false) + place;  // of the head: anything
+    }
+    return target;
+  }
+
+  // By all lanes of a warp: neighbours have the two halves of a word.
+  __device__ __forceinline__ void post_output(const Target& target, int layer, Step step, float value) const {
+    uint32_t word = __float_as_uint(value);
     if (step == kQkv || step == kUp) {
       if (step == kUp) value = 0.5f * value * (1 + erff(value * 0.70710678118654752f));
-      const uint32_t word = pack_word(value, __shfl_xor_sync(~0u, value, 1), T{});
-      if (!own.there || own.m % 2 == 1) return;
-      T* to = states(layer) + own.row * 4 * dim + own.m;
-      if (step == kQkv) {
-        const int which = int(own.m >= dim) + int(own.m >= 2 * dim);
-        to = (which ? cache(layer, which - 1, d) : queries(layer)) + own.row * dim + own.m - which * dim;
-      }
-      post(to, word == kAbsent ? kAbsent >> 1 : word);
-    } else if (own.there) {
-      const int number = own.first ? 0 : share.number, place = own.row * dim + own.m;
-      const uint32_t word = __float_as_uint(value);
-      float* to = step == kInput ? stream(0, false) : number > 0 ? part(layer, step == kDown, number - 1)
-                                                                 : stream(layer + (step == kDown), step == kProj);
-      post(to + place, word == kAbsent ? kAbsent >> 1 : word);
-      // Who has the end of a tile posts zeros for the parts that it has less than others.
-      if (step == kInput || share.end < (share.first_tile + first + own.tile + 1) * share.chunks) return;
-      for (int e = number; e < extras[step == kDown]; ++e) post(part(layer, step == kDown, e) + place, 0);
+      word = pack_word(value, __shfl_xor_sync(~0u, value, 1), T{});
+      if (target.m % 2 == 1) return;
     }
+    if (target.to == nullptr) return;
+    post(target.to, word == kAbsent ? kAbsent >> 1 : word);
+    if (step == kProj || step == kDown)
+      for (int e = 0; e < target.zeros; ++e)
+        post(part(layer, step == kDown, extras[step == kDown] - 1 - e) + target.row * dim + target.m, 0);
   }
 
   // Logit m of a row, rounded as it is to be sampled from.
@@ -715,10 +742,7 @@ struct Decoder {
       for (int j = 0; j < kOwn; ++j) {
         if (!any_has(share, step, first, j)) break;
         const Output own = output_of(share, step, first, j);
-        if (!kDirect && !own.there) continue;
-        if constexpr (kDirect)  // it was there when the block's inputs were, or nearly
-          read_until([&] { return own.there && early[j].absent(); },
-                     [&] { early[j] = read_addend(d, layer, step, own.m, own.row, own.first); });
+        if (!own.there) continue;
         const float more = early[j].sum(step);
         const auto add = [&](int row) {
           const float* from = red + (own.tile * kColumns + row) * kRedPitch + own.m % 16;
@@ -727,11 +751,7 @@ struct Decoder {
           for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kColumns * kRedPitch];
           return sum + more;
         };
-        if (kDirect && step != kHead) {
-          post_output(d, layer, step, share, own, first, own.there ? add(own.row) : 0.f);
-        } else if (!own.there) {
-          continue;
-        } else if (step == kHead) {
+        if (step == kHead) {
           const float conditional = put_logit(d, own.m, own.row, add(own.row));
           const float other = s.guided ? put_logit(d, own.m, own.row + shown, add(own.row + shown)) : 0.f;
           put_key(d, own.m, own.row, conditional, other);
@@ -745,6 +765,55 @@ struct Decoder {
         read_addends(early, share, d, layer, step, first + kTiles);
         block_wait();
       }
+    }
+  }
+
+  // The same where words are waited for: sums of the first tiles go to `target`.
+  __device__ __forceinline__ void product_direct(Place& place, const Share& share, int inputs, int pitch, Target& target, int d,
+                                                 int layer, Step step) {
+    const int shown = step == kHead ? pairs.number : all_rows.number;
+    const unsigned char* from = memory + inputs + lane / 4 * pitch + lane % 4 * 16;
+    float* red = reinterpret_cast<float*>(memory);
+    float* own_red = red + (warp * kTiles * kColumns + lane % 4 * 2) * kRedPitch + lane / 4;
+#pragma unroll 1
+    for (int first = 0;;) {
+      const int count = min(kTiles, share.own_tiles - first);
+#pragma unroll 1
+      for (int t = 0; t < count; ++t) {
+        const int at = (share.first_tile + first + t) * share.chunks;
+        float sum[kAccumulators][4] = {};
+        tile<true>(place, max(share.begin - at, 0), min(share.end - at, share.chunks), sum, from, pitch);
+        float* to = own_red + t * kColumns * kRedPitch;
+        to[0] = sum[0][0];
+        to[kRedPitch] = sum[0][1];
+        to[8] = sum[0][2];
+        to[kRedPitch + 8] = sum[0][3];
+      }
+      block_wait();
+      if (any_has(share, step, first, 0)) {
+        if (step == kProj || step == kDown)  // it was there when the block's inputs were, or nearly
+          read_until([&] { return target.to != nullptr && target.addend.absent(); },
+                     [&] { target.addend = read_addend(d, layer, step, target.m, target.row, true); });
+        const float more = target.addend.sum(step);
+        const auto add = [&](int row) {
+          const float* from = red + target.red + row * kRedPitch;
+          float sum = 0;
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kColumns * kRedPitch];
+          return sum + more;
+        };
+        if (step != kHead) {
+          post_output(target, layer, step, add(0));
+        } else if (target.to != nullptr) {
+          const float conditional = put_logit(d, target.m, target.row, add(0));
+          const float other = s.guided ? put_logit(d, target.m, target.row + shown, add(shown)) : 0.f;
+          put_key(d, target.m, target.row, conditional, other);
+        }
+      }
+      first += kTiles;
+      if (first >= share.own_tiles) break;
+      target = target_of(share, d, layer, step, first);
+      block_wait();
     }
   }
 
@@ -851,38 +920,80 @@ struct Decoder {
     return packed(layout.vectors + (index - 1) / 4 * layout.block_vectors) + (index % 4 == 1 ? 0 : 6 * dim);
   }
 
-  // The gain and bias of the norm before step `index`, if it has one, to where stage_norm expects them; by the next wait.
+  // The gain and bias of the norm before step `index`, which has one, to where stage_norm expects them; by the next wait.
   __device__ __forceinline__ void copy_vectors(int index) const {
     const uint4* from = reinterpret_cast<const uint4*>(norm_before(index));
-    for (int i = threadIdx.x; from != nullptr && i < dim / 4; i += kThreads)
+#pragma unroll 1
+    for (int i = threadIdx.x; i < dim / 4; i += kThreads)
       copy_early(memory + kVectorsAt + i * 16, from + i);
   }
 
   // The matrix of step `index`, and what it is multiplied with.
   __device__ __forceinline__ void multiply_by(Place& place, Addend (&early)[kOwn], int d, int index, bool apart) {
-    const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
+    const int layer = (index - 1) / 4;
     const Step step = step_of(index);
     const Share now = *share(kind_of(d, index));
     const bool norm = step == kQkv || step == kUp || step == kHead;
     Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
-    const bool heads_apart = kDirect && step == kProj && dim > kOwnHeads * kHeadDim;
-    if (heads_apart) attend_apart(layer, d);
-    if (kDirect && now.begin >= now.end) {
-      // No share, nothing to be read.
-    } else if (norm && !apart) {
+    if (norm && !apart) {
       stage_norm(layer, step);
-    } else if (step == kProj && !apart && !heads_apart) {
+    } else if (step == kProj && !apart) {
       stage_attention(layer, d, now);
     } else {
       const T* from = norm || step == kProj ? attention(layer) : step == kDown ? states(layer) : space<T>(at.sums);
       if (index == 0 && d == 0) from = static_cast<const T*>(a.hidden);
-      inputs = stage_rows(from, now.chunks * kChunk, now, step != kInput);
+      inputs = stage_rows(from, now.chunks * kChunk, now, false);
     }
-    if (kDirect && index + 1 < steps) copy_vectors(index + 1);
     product(place, now, inputs, early, d, layer, step);
-    if (warp == kWarps - 1 && lane == 0) {
-      fetch_vectors(layer, step);
-      if (index == steps - 2) fetch_noise(d);
+    fetch_after(d, layer, step, index);
+  }
+
+  __device__ __forceinline__ void fetch_after(int d, int layer, Step step, int index) const {
+    if (warp != kWarps - 1 || lane != 0) return;
+    fetch_vectors(layer, step);
+    if (index == 4 * s.layers) fetch_noise(d);
+  }
+
+  // The same where words are waited for. What can be done before they are there is done first.
+  __device__ __forceinline__ void multiply_direct(Place& place, int d, int index, Step step) {
+    const int layer = (index - 1) / 4;
+    const bool norm = step == kQkv || step == kUp || step == kHead;
+    if (!norm) copy_vectors(index + 1);
+    const bool apart = step == kProj && dim > kOwnHeads * kHeadDim;
+    if (apart) attend_apart(layer, d);
+    const Share now = *share(step == kInput ? (d ? kCode : kHidden) : step == kHead ? kLast : kLayer + step - kQkv);
+    if (now.begin < now.end) {
+      Target target = target_of(now, d, layer, step, 0);
+      Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
+      if (norm) {
+        stage_norm(layer, step);
+      } else if (step == kProj && !apart) {
+        stage_attention(layer, d, now);
+      } else {
+        const T* from = step == kProj ? attention(layer) : step == kDown ? states(layer) : space<T>(at.sums);
+        if (step == kInput && d == 0) from = static_cast<const T*>(a.hidden);
+        inputs = stage_rows(from, now.chunks * kChunk, now, step != kInput);
+      }
+      product_direct(place, now, inputs.shared, inputs.pitch, target, d, layer, step);
+    }
+    fetch_after(d, layer, step, index);
+  }
+
+  // With a way of its own through the code for each kind of step: to choose on the way takes as long as to work.
+  __device__ __forceinline__ void multiply_step(Place& place, int d, int index) {
+    switch (step_of(index)) {
+      case kInput:
+        return multiply_direct(place, d, index, kInput);
+      case kQkv:
+        return multiply_direct(place, d, index, kQkv);
+      case kProj:
+        return multiply_direct(place, d, index, kProj);
+      case kUp:
+        return multiply_direct(place, d, index, kUp);
+      case kDown:
+        return multiply_direct(place, d, index, kDown);
+      default:
+        return multiply_direct(place, d, index, kHead);
     }
   }
 
@@ -893,7 +1004,7 @@ struct Decoder {
     Place place{0, 0};
     int d = 0, index = 0;
     Addend early[kOwn] = {};
-    if (s.hidden_dim) read_addends(early, *share(kHidden), 0, 0, kInput, 0);
+    if (!kDirect && s.hidden_dim) read_addends(early, *share(kHidden), 0, 0, kInput, 0);
     bool apart = false;  // the norm before this step, or the attention, is done in a phase of its own
     do {
       look_again();
@@ -914,7 +1025,10 @@ struct Decoder {
         attend_apart((index - 1) / 4, d);
         apart = true;
       } else {
-        multiply_by(place, early, d, index, apart);
+        if constexpr (kDirect)
+          multiply_step(place, d, index);
+        else
+          multiply_by(place, early, d, index, apart);
         apart = false;
         ++index;
       }
@@ -939,8 +1053,12 @@ Function function_of(DType dtype, int rows, bool direct) {
   return half ? depth_decode_kernel<__half, 4, false> : depth_decode_kernel<__nv_bfloat16, 4, false>;
 }
 
+// How normalise_posted shares rows among warps.
+int norm_shift_of(int rows) { return rows == 1 ? 3 : rows == 2 ? 2 : 1; }
+int norm_span_of(const DepthSizes& sizes) { return padded(sizes.dim / 4, 32 << norm_shift_of(sizes.rows)) >> norm_shift_of(sizes.rows); }
+
 // Whether the workspace has places for each step.
-bool has_places(const DepthSizes& sizes) { return sizes.rows <= 8 && sizes.rows * int64_t(sizes.dim) <= kNormSize; }
+bool has_places(const DepthSizes& sizes) { return sizes.rows <= kDirectRows && norm_span_of(sizes) <= 32 * kNormPacks; }
 
 struct Plan {
   int blocks, shared, free_bytes, slots;
@@ -1039,6 +1157,8 @@ cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t
                 Divisor(args.sizes.guided ? rows / 2 : rows),
                 found.free_bytes,
                 found.slots,
+                norm_shift_of(rows),
+                norm_span_of(args.sizes),
                 {extras_of(args.sizes, dim, found.blocks), extras_of(args.sizes, 4 * dim, found.blocks)}};
   // The counter of the barriers, and the parts beside the residual stream, which some tiles do not have; or all places of words
   // that are waited for.

@@ -64,7 +64,7 @@ __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int 
 // LayerNorm of rows of the residual stream, x and `extras` tensors beside it, each `apart` numbers after the one before, to
 // rows of `pitch` bytes. Gain and bias lie at kVectorsAt. Rows are cut into parts, one a warp, whose sums are added up in
 // order: 2^shift parts of `span` packs of four numbers. kHeld: packs that a lane has in flight; the first so many are kept.
-template <typename T, int kHeld, bool kPosted>
+template <typename T, int kHeld>
 __device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int64_t apart, int extras, int rows,
                                                 int dim, int shift, int span, unsigned char* memory, unsigned char* out,
                                                 int pitch) {
@@ -86,54 +86,22 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
     // some way through the phases is held through all of them.)
     float4 held[kHeld];
     const auto read = [&](float4 (&to)[kHeld], int first) {
-      if constexpr (kPosted) {
-        uint4 own[kHeld], other[kHeld];
-        const auto place = [&](const float* base, int i) {
-          return first + i * 32 < end ? reinterpret_cast<const uint4*>(base + begin) + first + i * 32 : nullptr;
-        };
-        read_posted(own, [&](int i) { return place(x, i); });
-        if (extras > 0) read_posted(other, [&](int i) { return place(beside, i); });
-        wait_posted(own, [&](int i) { return place(x, i); });
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) to[i] = floats_of(own[i]);
+      for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
 #pragma unroll 1
-        for (int e = 0; e < extras; ++e) {
-          const auto more = [&](int i) { return place(beside + e * apart, i); };
-          if (e > 0) read_posted(other, more);
-          wait_posted(other, more);
+      for (int e = 0; e < extras; ++e) {
+        const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
+        float4 other[kHeld];
 #pragma unroll
-          for (int i = 0; i < kHeld; ++i) {
-            const float4 add = floats_of(other[i]);
-            to[i] = {to[i].x + add.x, to[i].y + add.y, to[i].z + add.z, to[i].w + add.w};
-          }
-        }
-      } else {
+        for (int i = 0; i < kHeld; ++i)
+          other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
-#pragma unroll 1
-        for (int e = 0; e < extras; ++e) {
-          const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
-          float4 other[kHeld];
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i)
-            other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i)
-            to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
-        }
+        for (int i = 0; i < kHeld; ++i)
+          to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
       }
     };
     // Deviations from the row's first element: a mean far from 0 costs no digits.
-    float origin;
-    if constexpr (kPosted) {
-      uint32_t word = posted(reinterpret_cast<const uint32_t*>(from));
-      read(held, first);
-      read_until([&] { return word == kAbsent; }, [&] { word = posted(reinterpret_cast<const uint32_t*>(from)); });
-      origin = __uint_as_float(word);
-    } else {
-      origin = __ldcg(reinterpret_cast<const float*>(from));
-      read(held, first);
-    }
+    const float origin = __ldcg(reinterpret_cast<const float*>(from));
     float sum = 0, squares = 0;
     const auto count = [&](const float4 (&batch)[kHeld], int first) {
       float sums[4] = {}, more[4] = {};
@@ -150,6 +118,7 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
       sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
       squares += (more[0] + more[1]) + (more[2] + more[3]);
     };
+    read(held, first);
     count(held, first);
 #pragma unroll 1
     for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
@@ -206,7 +175,7 @@ __device__ __forceinline__ void normalise_packs(const float* x, const float* bes
 }
 
 // The same of all rows, to shared memory.
-template <typename T, bool kPosted>
+template <typename T>
 __device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
                                                unsigned char* memory) {
   int shift = 3;  // warps a row: 8, or fewer for more rows
@@ -214,8 +183,8 @@ __device__ __forceinline__ void normalise_rows(const float* x, const float* besi
   while (shift > 0 && rows << shift > kWarps) --shift;
   const int span = (dim / 4 + (32 << shift) - 1 >> (5 + shift)) * 32;
   const auto normalise = [&](auto held) {
-    normalise_packs<T, decltype(held)::value, kPosted>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
-                                                       staged_row(memory, 0, dim, dim), dim * 2 + kPad);
+    normalise_packs<T, decltype(held)::value>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
+                                              staged_row(memory, 0, dim, dim), dim * 2 + kPad);
   };
   // What a lane has none of costs instructions all the same.
   if (span <= 2 * 32)
@@ -229,7 +198,100 @@ template <typename T>
 __device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
                                               unsigned char* memory, T* out) {
   const int span = (dim / 4 + kThreads - 1) / kThreads * 32;
-  normalise_packs<T, 5, false>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
+  normalise_packs<T, 5>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
+}
+
+// The same of all rows where the residual stream is posted, one row for each 2^shift warps; `span` packs of four numbers are
+// a warp's, at most 32 kHeld.
+template <typename T, int kHeld>
+__device__ __forceinline__ void normalise_posted(const float* x, const float* beside, int extras, int rows, int dim, int shift,
+                                                 int span, unsigned char* memory) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int packs = dim / 4, part = warp & ((1 << shift) - 1), row = warp >> shift, first = part * span + lane;
+  const bool inside = row < rows;
+  const int left = inside ? min(packs, (part + 1) * span) - first : 0;  // a lane's are i * 32 below this
+  const int begin = (inside ? row : 0) * packs;
+  const uint4* from = reinterpret_cast<const uint4*>(x) + begin + first;
+  const uint4* more = reinterpret_cast<const uint4*>(beside) + begin + first;
+  const uint32_t* origin_at = reinterpret_cast<const uint32_t*>(x) + begin * 4;
+  uint4 own[kHeld], other[kHeld] = {};
+  const auto own_place = [&](int i) { return i * 32 < left ? from + i * 32 : nullptr; };
+  const auto place = [&](int i) { return i * 32 < left ? more + i * 32 : nullptr; };
+  read_posted(own, own_place);
+  if (extras > 0) read_posted(other, place);
+  uint32_t word = posted(origin_at);
+  uint32_t most = word;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) most = max(most, max(largest(own[i]), largest(other[i])));
+  if (most == kAbsent) {
+    wait_posted(own, own_place);
+    wait_posted(other, place);
+    read_until([&] { return word == kAbsent; }, [&] { word = posted(origin_at); });
+  }
+  float4 held[kHeld];
+  const auto add = [&] {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const float4 add = floats_of(other[i]);
+      held[i] = {held[i].x + add.x, held[i].y + add.y, held[i].z + add.z, held[i].w + add.w};
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = floats_of(own[i]);
+  add();
+#pragma unroll 1
+  for (int e = 1; e < extras; ++e) {
+    more += rows * packs;
+    read_posted(other, place);
+    wait_posted(other, place);
+    add();
+  }
+  // Deviations from the row's first element: a mean far from 0 costs no digits.
+  const float origin = __uint_as_float(word);
+  float sums[4] = {}, squared[4] = {};
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * 32 >= left) continue;
+    const float b[4] = {held[i].x - origin, held[i].y - origin, held[i].z - origin, held[i].w - origin};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      sums[e] += b[e];
+      squared[e] += b[e] * b[e];
+    }
+  }
+  float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), squares = (squared[0] + squared[1]) + (squared[2] + squared[3]);
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, distance);
+    squares += __shfl_xor_sync(~0u, squares, distance);
+  }
+  float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
+  if (lane == 0) stats[warp] = {sum, squares};
+  block_wait();
+  sum = squares = 0;
+  stats += row << shift;
+#pragma unroll
+  for (int p = 0; p < kWarps; ++p) {
+    if (p >> shift > 0) break;
+    sum += stats[p].x;
+    squares += stats[p].y;
+  }
+  const float each = 1.f / dim, deviation = sum * each, mean = origin + deviation;
+  const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
+  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt) + first;
+  const uint2* biases = gains + packs;
+  uint2* to = reinterpret_cast<uint2*>(staged_row(memory, row, dim, dim)) + first;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * 32 >= left) continue;
+    const float4& v = held[i];
+    const uint2 g = gains[i * 32], b = biases[i * 32];
+    const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+    const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+    to[i * 32] = {pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+                  pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
+  }
+  block_wait();
 }
 
 // Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
