@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "depth.h"
 #include "depth_draw.cuh"
@@ -61,147 +60,99 @@ __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int 
   return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
 }
 
-// LayerNorm of rows of the residual stream, x and `extras` tensors beside it, each `apart` numbers after the one before, to
-// rows of `pitch` bytes. Gain and bias lie at kVectorsAt. Rows are cut into parts, one a warp, whose sums are added up in
-// order: 2^shift parts of `span` packs of four numbers. kHeld: packs that a lane has in flight; the first so many are kept.
-template <typename T, int kHeld>
-__device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int64_t apart, int extras, int rows,
-                                                int dim, int shift, int span, unsigned char* memory, unsigned char* out,
-                                                int pitch) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
-  const uint2* biases = gains + dim / 4;
+// LayerNorm of a row of the residual stream by the whole block, to global memory, once it is posted: x and `extras` tensors
+// beside it, each `apart` numbers after the one before. Gain and bias lie at kVectorsAt. kHeld: packs of four numbers that a
+// thread keeps; of longer rows it reads the others twice.
+template <typename T, int kHeld, int kExtras>
+__device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
+                                              unsigned char* memory, T* out) {
+  const int packs = dim / 4;
+  const auto read = [&](float4 (&to)[kHeld], int first) {
+    uint4 words[(1 + kExtras) * kHeld];
+    const auto place = [&](int i) {
+      const int pack = first + i % kHeld * kThreads, extra = i / kHeld - 1;
+      const float* from = extra < 0 ? x : beside + extra * apart;
+      return pack < packs && extra < extras ? reinterpret_cast<const uint4*>(from) + pack : nullptr;
+    };
+    read_posted(words, place);
+    wait_posted(words, place);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      to[i] = floats_of(words[i]);
+#pragma unroll
+      for (int e = 1; e <= kExtras; ++e) {
+        const float4 add = floats_of(words[e * kHeld + i]);
+        to[i] = {to[i].x + add.x, to[i].y + add.y, to[i].z + add.z, to[i].w + add.w};
+      }
+    }
+  };
+  float4 held[kHeld];
+  uint32_t word = posted(reinterpret_cast<const uint32_t*>(x));
+  read(held, threadIdx.x);
+  read_until([&] { return word == kAbsent; }, [&] { word = posted(reinterpret_cast<const uint32_t*>(x)); });
+  // Deviations from the row's first element: a mean far from 0 costs no digits.
+  const float origin = __uint_as_float(word);
+  float sum = 0, squares = 0;
+  const auto count = [&](const float4 (&batch)[kHeld], int first) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kThreads >= packs) continue;
+      const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
+      sum += (b[0] + b[1]) + (b[2] + b[3]);
+      squares += (b[0] * b[0] + b[1] * b[1]) + (b[2] * b[2] + b[3] * b[3]);
+    }
+  };
+  count(held, threadIdx.x);
+#pragma unroll 1
+  for (int first = threadIdx.x + kHeld * kThreads; first < packs; first += kHeld * kThreads) {
+    float4 batch[kHeld];
+    read(batch, first);
+    count(batch, first);
+  }
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, distance);
+    squares += __shfl_xor_sync(~0u, squares, distance);
+  }
   float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
-  const float each = 1.f / dim;
-  // Of a row's packs a warp has a run, and its lanes every 32nd, at places that differ by constants.
-  const int packs = dim / 4, parts = 1 << shift, part = warp & (parts - 1);
-  const int first = part * span + lane, end = min(packs, (part + 1) * span);
-#pragma unroll 1
-  for (int base = 0; base < rows; base += kWarps >> shift) {
-    const int row = base + (warp >> shift);
-    const bool inside = row < rows;
-    const int64_t begin = int64_t(inside ? row : 0) * dim;
-    const float4* from = reinterpret_cast<const float4*>(x + begin);
-    // All of a batch is asked for before any of it is used. (Zeros where there is nothing: a register that is not written on
-    // some way through the phases is held through all of them.)
-    float4 held[kHeld];
-    const auto read = [&](float4 (&to)[kHeld], int first) {
+  if (threadIdx.x % 32 == 0) stats[threadIdx.x / 32] = {sum, squares};
+  copies_wait();  // of gain and bias
+  block_wait();
+  sum = squares = 0;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
-#pragma unroll 1
-      for (int e = 0; e < extras; ++e) {
-        const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
-        float4 other[kHeld];
+  for (int w = 0; w < kWarps; ++w) {
+    sum += stats[w].x;
+    squares += stats[w].y;
+  }
+  const float each = 1.f / dim, deviation = sum * each, mean = origin + deviation;
+  const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
+  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
+  const uint2* biases = gains + packs;
+  const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i)
-          other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i)
-          to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
-      }
-    };
-    // Deviations from the row's first element: a mean far from 0 costs no digits.
-    const float origin = __ldcg(reinterpret_cast<const float*>(from));
-    float sum = 0, squares = 0;
-    const auto count = [&](const float4 (&batch)[kHeld], int first) {
-      float sums[4] = {}, more[4] = {};
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (first + i * 32 >= end) continue;
-        const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums[e] += b[e];
-          more[e] += b[e] * b[e];
-        }
-      }
-      sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      squares += (more[0] + more[1]) + (more[2] + more[3]);
-    };
-    read(held, first);
-    count(held, first);
-#pragma unroll 1
-    for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
-      float4 batch[kHeld];
-      read(batch, i);
-      count(batch, i);
+    for (int i = 0; i < kHeld; ++i) {
+      const int place = first + i * kThreads;
+      if (place >= packs) continue;
+      const float4& v = batch[i];
+      const uint2 g = gains[place], b = biases[place];
+      const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+      const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+      reinterpret_cast<uint2*>(out)[place] = {
+          pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+          pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
     }
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, distance);
-      squares += __shfl_xor_sync(~0u, squares, distance);
-    }
-    if (parts > 1) {
-      if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
-      block_wait();
-      if (inside) {
-        sum = squares = 0;
-#pragma unroll
-        for (int p = 0; p < kWarps; ++p) {
-          const float2 one = p < parts ? stats[row * kWarps + p] : float2{};
-          sum += one.x;
-          squares += one.y;
-        }
-      }
-    }
-    if (inside) {
-      const float deviation = sum * each, mean = origin + deviation;
-      const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
-      unsigned char* to = out + row * pitch;
-      const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          const int place = first + i * 32;
-          if (place >= end) continue;
-          const float4& v = batch[i];
-          const uint2 g = gains[place], b = biases[place];
-          const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
-          const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
-          reinterpret_cast<uint2*>(to)[place] = {
-              pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
-              pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
-        }
-      };
-      put_all(held, first);
+  };
+  put_all(held, threadIdx.x);
 #pragma unroll 1
-      for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
-        float4 batch[kHeld];
-        read(batch, i);
-        put_all(batch, i);
-      }
-    }
+  for (int first = threadIdx.x + kHeld * kThreads; first < packs; first += kHeld * kThreads) {
+    float4 batch[kHeld];
+    read(batch, first);
+    put_all(batch, first);
   }
   block_wait();
 }
 
-// The same of all rows, to shared memory.
-template <typename T>
-__device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
-                                               unsigned char* memory) {
-  int shift = 3;  // warps a row: 8, or fewer for more rows
-  static_assert(kWarps == 8, "a power of two");
-  while (shift > 0 && rows << shift > kWarps) --shift;
-  const int span = (dim / 4 + (32 << shift) - 1 >> (5 + shift)) * 32;
-  const auto normalise = [&](auto held) {
-    normalise_packs<T, decltype(held)::value>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
-                                              staged_row(memory, 0, dim, dim), dim * 2 + kPad);
-  };
-  // What a lane has none of costs instructions all the same.
-  if (span <= 2 * 32)
-    normalise(std::integral_constant<int, 2>{});
-  else
-    normalise(std::integral_constant<int, 5>{});
-}
-
-// The same of one row, by the whole block, to global memory.
-template <typename T>
-__device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
-                                              unsigned char* memory, T* out) {
-  const int span = (dim / 4 + kThreads - 1) / kThreads * 32;
-  normalise_packs<T, 5>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
-}
-
-// The same of all rows where the residual stream is posted, one row for each 2^shift warps; `span` packs of four numbers are
+// The same of all rows, to shared memory, one row for each 2^shift warps; `span` packs of four numbers are
 // a warp's, at most 32 kHeld.
 template <typename T, int kHeld>
 __device__ __forceinline__ void normalise_posted(const float* x, const float* beside, int extras, int rows, int dim, int shift,
