@@ -479,9 +479,9 @@ struct Decoder {
 
   __device__ __forceinline__ void stage_attention(int layer, int d, const Share& share) {
     if (rows <= 2)
-      stage_heads<16, true>(attended(layer), d, share.span_first, share.span_last, memory);
+      stage_heads<16>(attended(layer), d, share.span_first, share.span_last, memory);
     else
-      stage_heads<4, true>(attended(layer), d, share.span_first, share.span_last, memory);
+      stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
   // The norm before step `index`, each row by one block: the last ones, which have the least to multiply.
@@ -513,9 +513,9 @@ struct Decoder {
       const int number = i / groups, group = i % groups;
       const Attended<T> from = attended(layer);
       const int64_t place = place_of<4>(from, number, group);
-      Head<4, true> head;
-      read_head<4, true>(head, from, d, place);
-      attend<4, true>(head, from, d, place);
+      Head<4> head;
+      read_head<4>(head, from, d, place);
+      attend<4>(head, from, d, place);
       if (group * 8 + lane / 4 < rows) put_head<kDirect>(head, attention(layer) + place);
     }
   }
@@ -642,7 +642,7 @@ struct Decoder {
   // Where a thread's output of the tiles that are added up is posted, and what is added; found while inputs are waited for.
   struct Target {
     void* to;           // null: it has none
-    int red;            // of the sums
+    int red;            // where its sums are
     int m, row, zeros;  // zeros: parts of the residual stream that no block has, as many as are posted
     Addend addend;
   };
@@ -651,11 +651,11 @@ struct Decoder {
     if (!any_has(share, step, first, j)) return target;
     const Output own = output_of(share, step, first, j);
     const int number = first + own.tile > 0 ? share.other_number : share.number, place = own.row * dim + own.m;
-    target.red = (own.tile * kColumns + own.row) * kRedPitch + own.m % 16;
     target.m = own.m;
-    target.row = own.row;
-    target.addend = read_addend(d, layer, step, own.m, own.row, own.there && own.first);
     if (!own.there) return target;
+    target.row = own.row;
+    target.red = (own.tile * kColumns + own.row) * kRedPitch + own.m % 16;
+    target.addend = read_addend(d, layer, step, own.m, own.row, own.first);
     if (step == kQkv) {
       const int which = int(own.m >= dim) + int(own.m >= 2 * dim);
       target.to = (which ? cache(layer, which - 1, d) : queries(layer)) + place - which * dim;

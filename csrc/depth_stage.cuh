@@ -247,10 +247,10 @@ __device__ __forceinline__ void normalise_posted(const float* x, const float* be
 
 // Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
 // a lane of four has 8 (lane % 4) .. + 7 of either half, as a matrix' operand has them, and one of sixteen four in a row.
-template <int kLanes, bool kPosted>
+template <int kLanes>
 struct Head {
   static constexpr int kWords = 32 / kLanes;
-  static constexpr int kBatch = kLanes == 16 ? 4 : kPosted ? 2 : 3;  // depths whose keys and values are in flight
+  static constexpr int kBatch = kLanes == 16 ? 4 : 2;  // depths whose keys and values are in flight
   uint32_t query[kWords], key[kBatch][kWords], value[kBatch][kWords];
 };
 
@@ -267,24 +267,15 @@ __device__ __forceinline__ int64_t place_of(const Attended<T>& from, int head, i
   return int64_t(row < rows ? row : 0) * dim + head * kHeadDim + lane % kLanes * (kLanes == 16 ? 4 : 8);
 }
 
-template <bool kPosted, int kWords, typename T>
+template <int kWords, typename T>
 __device__ __forceinline__ void read(uint32_t (&to)[kWords], const T* from, bool there) {
-  if constexpr (kPosted && kWords == 2) {
+  if constexpr (kWords == 2) {
     const uint2 raw = there ? posted(reinterpret_cast<const uint2*>(from)) : uint2{};
-    to[0] = raw.x, to[1] = raw.y;
-  } else if constexpr (kPosted) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 raw = there ? posted(reinterpret_cast<const uint4*>(from + half * 32)) : uint4{};
-      to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
-    }
-  } else if constexpr (kWords == 2) {
-    const uint2 raw = there ? __ldcg(reinterpret_cast<const uint2*>(from)) : uint2{};
     to[0] = raw.x, to[1] = raw.y;
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 raw = there ? load_shared_by_all(from + half * 32) : uint4{};
+      const uint4 raw = there ? posted(reinterpret_cast<const uint4*>(from + half * 32)) : uint4{};
       to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
     }
   }
@@ -298,21 +289,21 @@ __device__ __forceinline__ bool absent(const uint32_t (&words)[kWords]) {
   return most == kAbsent;
 }
 
-template <int kLanes, bool kPosted, typename T>
-__device__ __forceinline__ void read_depths(Head<kLanes, kPosted>& to, const Attended<T>& from, int d, int first, int64_t place) {
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_depths(Head<kLanes>& to, const Attended<T>& from, int d, int first, int64_t place) {
   const int64_t level = int64_t(from.rows) * from.dim;
 #pragma unroll
-  for (int j = 0; j < Head<kLanes, kPosted>::kBatch; ++j) {
+  for (int j = 0; j < Head<kLanes>::kBatch; ++j) {
     const bool there = first + j <= d;
-    read<kPosted>(to.key[j], from.keys + (first + j) * level + place, there);
-    read<kPosted>(to.value[j], from.values + (first + j) * level + place, there);
+    read(to.key[j], from.keys + (first + j) * level + place, there);
+    read(to.value[j], from.values + (first + j) * level + place, there);
   }
 }
 
 // Waits until the query and those depths, the first of them `first`, are there.
 template <int kLanes, typename T>
-__device__ __forceinline__ void wait_depths(Head<kLanes, true>& of, const Attended<T>& from, int first, int64_t place) {
-  constexpr int kBatch = Head<kLanes, true>::kBatch;
+__device__ __forceinline__ void wait_depths(Head<kLanes>& of, const Attended<T>& from, int first, int64_t place) {
+  constexpr int kBatch = Head<kLanes>::kBatch;
   const int64_t level = int64_t(from.rows) * from.dim;
   read_until(
       [&] {
@@ -322,31 +313,31 @@ __device__ __forceinline__ void wait_depths(Head<kLanes, true>& of, const Attend
         return some;
       },
       [&] {
-        if (absent(of.query)) read<true>(of.query, from.query + place, true);
+        if (absent(of.query)) read(of.query, from.query + place, true);
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-          if (absent(of.key[j])) read<true>(of.key[j], from.keys + (first + j) * level + place, true);
-          if (absent(of.value[j])) read<true>(of.value[j], from.values + (first + j) * level + place, true);
+          if (absent(of.key[j])) read(of.key[j], from.keys + (first + j) * level + place, true);
+          if (absent(of.value[j])) read(of.value[j], from.values + (first + j) * level + place, true);
         }
       });
 }
 
-template <int kLanes, bool kPosted, typename T>
-__device__ __forceinline__ void read_head(Head<kLanes, kPosted>& to, const Attended<T>& from, int d, int64_t place) {
-  read<kPosted>(to.query, from.query + place, true);
-  read_depths<kLanes, kPosted>(to, from, d, 0, place);
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_head(Head<kLanes>& to, const Attended<T>& from, int d, int64_t place) {
+  read(to.query, from.query + place, true);
+  read_depths<kLanes>(to, from, d, 0, place);
 }
 
 // From a head of which the first depths are read; leaves the result where the query was.
-template <int kLanes, bool kPosted, typename T>
-__device__ __forceinline__ void attend(Head<kLanes, kPosted>& head, const Attended<T>& from, int d, int64_t place) {
-  constexpr int kWords = Head<kLanes, kPosted>::kWords, kBatch = Head<kLanes, kPosted>::kBatch;
+template <int kLanes, typename T>
+__device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& from, int d, int64_t place) {
+  constexpr int kWords = Head<kLanes>::kWords, kBatch = Head<kLanes>::kBatch;
   float2 y[kWords] = {};
   float most = -INFINITY, total = 0;
 #pragma unroll 1
   for (int first = 0; first <= d; first += kBatch) {
-    if (first > 0) read_depths<kLanes, kPosted>(head, from, d, first, place);
-    if constexpr (kPosted) wait_depths(head, from, first, place);
+    if (first > 0) read_depths<kLanes>(head, from, d, first, place);
+    wait_depths(head, from, first, place);
     // Of depths beyond d keys and values are zeros, and their weights.
     float scores[kBatch];
 #pragma unroll
@@ -392,8 +383,8 @@ __device__ __forceinline__ void attend(Head<kLanes, kPosted>& head, const Attend
 }
 
 // kPost: where others wait for it.
-template <bool kPost, int kLanes, bool kPosted>
-__device__ __forceinline__ void put_head(const Head<kLanes, kPosted>& from, void* to) {
+template <bool kPost, int kLanes>
+__device__ __forceinline__ void put_head(const Head<kLanes>& from, void* to) {
   if constexpr (kPost) {
     static_assert(kLanes == 4, "not used otherwise");
 #pragma unroll
@@ -409,15 +400,15 @@ __device__ __forceinline__ void put_head(const Head<kLanes, kPosted>& from, void
 
 // Each warp the heads that it multiplies, for a chunk of the inputs is a head. With few rows the next head's numbers are on
 // their way while one is worked on.
-template <int kLanes, bool kPosted, typename T>
+template <int kLanes, typename T>
 __device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int begin, int end, unsigned char* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = from.rows, dim = from.dim;
   constexpr int kOwnRows = 32 / kLanes;
   const int groups = (rows + kOwnRows - 1) / kOwnRows;
   int head = begin + ((warp - begin) & (kWarps - 1)), group = 0;
   constexpr bool kAhead = kLanes == 16;
-  Head<kLanes, kPosted> now{}, next{};
-  if (kAhead && head < end) read_head<kLanes, kPosted>(next, from, d, place_of<kLanes>(from, head, group));
+  Head<kLanes> now{}, next{};
+  if (kAhead && head < end) read_head<kLanes>(next, from, d, place_of<kLanes>(from, head, group));
 #pragma unroll 1
   while (head < end) {
     const int own_head = head, own_group = group;
@@ -428,11 +419,11 @@ __device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int b
     }
     if constexpr (kAhead) {
       now = next;
-      if (head < end) read_head<kLanes, kPosted>(next, from, d, place_of<kLanes>(from, head, group));
+      if (head < end) read_head<kLanes>(next, from, d, place_of<kLanes>(from, head, group));
     } else {
-      read_head<kLanes, kPosted>(now, from, d, place);
+      read_head<kLanes>(now, from, d, place);
     }
-    attend<kLanes, kPosted>(now, from, d, place);
+    attend<kLanes>(now, from, d, place);
     const int row = own_group * kOwnRows + lane / kLanes;
     if (row < rows)
       put_head<false>(now, staged_row(memory, row, dim, dim) + own_head * kHeadDim * 2 + lane % kLanes * (kLanes == 16 ? 8 : 16));
