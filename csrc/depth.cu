@@ -1,6 +1,7 @@
 // Depth-transformer decoding in one launch: a block on every multiprocessor streams its share of the weights from the
-// first depth to the last, and all wait for each other between one matrix and the next. With few rows they wait for what they
-// read instead: each word tells by itself that it is there, and the whole grid waits only before and after a draw.
+// first depth to the last. With few rows blocks wait for what they read of each other: each word tells by itself that it is
+// there, and the whole grid waits only before and after a draw. With more rows only those wait for words who normalise a row
+// or attend a head; what they make of them is copied by all, after a wait of the grid.
 //
 // A matrix is cut into tiles of 16 outputs and those into chunks of 64 inputs, 2 KB each, which lie packed as the matrix
 // units take them (see DepthLayout). A block has a run of tiles, its 8 warps sharing the inputs by chunks, and adds their
@@ -9,8 +10,9 @@
 // blocks wait for each other or a code is drawn.
 //
 // Of the two matrices that are added to the residual stream a block's run may begin and end inside a tile, so that all have
-// as much. The first block of a tile adds what the stream held; the parts of up to two others lie beside it, and whoever
-// reads the stream adds them. No atomics on numbers: one result.
+// as much. Where no block has room for all of the MLP's states, a block has a quarter of the columns of its tiles of the
+// matrix that takes them. The first block of a tile adds what the stream held; the parts of up to three others lie beside
+// it, and whoever reads the stream adds them. No atomics on numbers: one result.
 //
 // The k-th input of a 64-wide chunk goes where its lane can read eight neighbours at once: piece j (0..3) of the chunk has
 // at column slot 2 t + e of the instruction the input 32 (j / 2) + 8 t + 4 (j % 2) + e, and at slot 2 t + 8 + e the one two
@@ -39,8 +41,8 @@ constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the wei
 constexpr int kShareBytes = 352;            // what a block has of each matrix
 constexpr int kMostExtras = 3;             // parts of the residual stream beside it
 constexpr int kColumnGroups = 4;           // of the MLP's inputs, where no block has room for all
-constexpr int kOwnHeads = 24;               // heads that every block may attend for itself, where words are waited for
-constexpr int kDirectRows = 4;              // rows with which words are waited for instead of the grid
+constexpr int kOwnHeads = 24;               // heads that every block may attend for itself, where rows are few
+constexpr int kDirectRows = 4;              // rows that every block may normalise for itself
 constexpr int kNormPacks = 5;               // packs of four numbers that a lane then normalises
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
@@ -298,7 +300,7 @@ struct Decoder {
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
     if (threadIdx.x == 0) waits() = 0;
-    if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kWarps);
+    if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kThreads);
     stage_barriers_done();
     __syncthreads();
   }
@@ -353,8 +355,8 @@ struct Decoder {
     return stage(place.slot);
   }
   __device__ __forceinline__ void release(Place& place) const {
-    __syncwarp();
-    if (lane == 0) stage_arrive(empty(place.slot));
+    // Every lane for itself: so tools that look for races see that its reads come before, and it costs nothing.
+    stage_arrive(empty(place.slot));
     place.next(slots);
   }
 
