@@ -1,6 +1,7 @@
 // Depth-transformer decoding in one launch: a block on every multiprocessor streams its share of the weights from the
-// first depth to the last, and all wait for each other between one matrix and the next. With few rows they wait for what they
-// read instead: each word tells by itself that it is there, and the whole grid waits only before and after a draw.
+// first depth to the last. With few rows blocks wait for what they read of each other: each word tells by itself that it is
+// there, and the whole grid waits only before and after a draw. With more rows only those wait for words who normalise a row
+// or attend a head; what they make of them is copied by all, after a wait of the grid.
 //
 // A matrix is cut into tiles of 16 outputs and those into chunks of 64 inputs, 2 KB each, which lie packed as the matrix
 // units take them (see DepthLayout). A block has a run of tiles, its 8 warps sharing the inputs by chunks, and adds their
@@ -9,8 +10,9 @@
 // blocks wait for each other or a code is drawn.
 //
 // Of the two matrices that are added to the residual stream a block's run may begin and end inside a tile, so that all have
-// as much. The first block of a tile adds what the stream held; the parts of up to two others lie beside it, and whoever
-// reads the stream adds them. No atomics on numbers: one result.
+// as much. Where no block has room for all of the MLP's states, a block has a quarter of the columns of its tiles of the
+// matrix that takes them. The first block of a tile adds what the stream held; the parts of up to three others lie beside
+// it, and whoever reads the stream adds them. No atomics on numbers: one result.
 //
 // The k-th input of a 64-wide chunk goes where its lane can read eight neighbours at once: piece j (0..3) of the chunk has
 // at column slot 2 t + e of the instruction the input 32 (j / 2) + 8 t + 4 (j % 2) + e, and at slot 2 t + 8 + e the one two
@@ -36,11 +38,12 @@ constexpr int kChunkBytes = kChunkLoads * 16, kStageBytes = kWarps * kChunkBytes
 constexpr int kBarrierBytes = 2 * kMostSlots * 8;
 constexpr int kAccumulators = 4;           // of a warp, each of 16 outputs and 8 rows
 constexpr int kAllThreads = kThreads + 32;  // with the warp that brings the weights
-constexpr int kShareBytes = 288;            // what a block has of each matrix
-constexpr int kExtras = 2;                 // parts of the residual stream beside it
-constexpr int kAttentionBytes = 160 << 10;  // queries, keys and values that every block may read for itself
-constexpr int kOwnHeads = 24;               // heads that every block may attend for itself, where words are waited for
-constexpr int kNormSize = 6 << 10;        // numbers of the residual stream that every block may normalise for itself
+constexpr int kShareBytes = 352;            // what a block has of each matrix
+constexpr int kMostExtras = 3;             // parts of the residual stream beside it
+constexpr int kColumnGroups = 4;           // of the MLP's inputs, where no block has room for all
+constexpr int kOwnHeads = 24;               // heads that every block may attend for itself, where rows are few
+constexpr int kDirectRows = 4;              // rows that every block may normalise for itself
+constexpr int kNormPacks = 5;               // packs of four numbers that a lane then normalises
 
 __host__ __device__ constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
 
@@ -80,14 +83,14 @@ struct DepthLayout {
 enum Step { kInput, kQkv, kProj, kUp, kDown, kHead };
 enum Kind { kHidden, kCode, kLayer, kLast = kLayer + 4, kKinds };  // of matrices: a layer's four follow kLayer
 
-// A matrix, and the block's share of it: chunks from `begin` on, which are of `own_tiles` tiles from `first_tile` on.
+// A matrix, and the block's share of it: of tiles from `first_tile` on the chunks from `low` to `high`, but of the first tile
+// only those from `column` on, and of the last those before `stop`.
 struct Share {
-  int tiles, chunks;
-  int begin, end;            // the same: the block has none
-  int first_tile, own_tiles;
-  int column;                // of chunk `begin` in its tile
-  int number;                // which block of the first tile this is; of the others it is the first
-  int span_first, span_last;  // chunks of the inputs that the block multiplies: all, unless its share is within one tile
+  int chunks;
+  int first_tile, own_tiles;  // the latter 0: the block has none
+  int low, high, column, stop;
+  int number, other_number;  // which block of the first tile this is, and of the others
+  int span_first, span_last;  // chunks of the inputs that the block multiplies
 };
 
 static_assert(sizeof(Share) * kKinds + 4 <= kShareBytes && kShareBytes % 16 == 0);
@@ -143,12 +146,16 @@ struct Kernel {
   DepthLayout layout;
   Divisor rows, pairs;          // the latter: rows that share codes
   int free_bytes, slots;        // shared memory before the ring's barriers; stages of the ring
+  int norm_shift, norm_span;    // of normalise_posted
+  int groups;                   // of the columns of the matrix down, each for a part of the blocks
   int extras[2];                // parts beside the residual stream after the attention, and after the MLP
 };
 
 // kDirect: what blocks tell each other within a depth are words that tell by themselves that they are there, and the grid waits
-// twice a depth, before and after the draw. Each step of each layer has places of its own, which are emptied while a code is
-// drawn: whoever read them has waited with the grid since, and nobody writes them before it waits again.
+// twice a depth, before and after the draw. Otherwise so are the residual stream, which a block for each row normalises, and
+// queries, keys and values, which a warp for each head attends; the grid waits for what they and the MLP make of them, which
+// all blocks copy. Each step of each layer has places for such words of its own, which are emptied while a code is drawn:
+// whoever read them has waited with the grid since, and nobody writes them before it waits again.
 template <typename T, int kGroups, bool kDirect>
 struct Decoder {
   const DepthArgs& a;
@@ -157,13 +164,14 @@ struct Decoder {
   const DepthLayout& layout;
   const Divisor &all_rows, &pairs;
   unsigned char* const memory;
-  const int &free_bytes, &slots;
+  const int &free_bytes, &slots, &norm_shift, &norm_span, &groups;
   const int* const extras;
   int rows, dim, warp, lane;
   unsigned char* workspace;
 
   static constexpr int kTiles = kRedTiles / kGroups, kColumns = 8 * kGroups;  // added up together
-  static constexpr int kOwn = kTiles * kColumns * 16 / kThreads;             // of their outputs, a thread's
+  static constexpr int kOwn = kDirect ? kTiles * kDirectRows * 16 / kThreads : kTiles * kColumns * 16 / kThreads;  // a thread's
+  static constexpr int kExtras = kDirect ? 2 : kMostExtras;
 
   // What is added to an output, as it was read: a warp that uses any of it waits for it.
   struct Addend {
@@ -177,16 +185,18 @@ struct Decoder {
       return unpack_word(bias, T{}).x + all;
     }
     __device__ __forceinline__ bool absent() const {
-      return max(max(__float_as_uint(held[0]), __float_as_uint(held[1])), __float_as_uint(held[2])) == kAbsent;
+      uint32_t most = 0;
+#pragma unroll
+      for (int e = 0; e <= kExtras; ++e) most = max(most, __float_as_uint(held[e]));
+      return most == kAbsent;
     }
   };
-  static_assert(kExtras == 2, "which absent() counts on");
 
   __device__ __forceinline__ explicit Decoder(const Kernel& kernel)
       : a(kernel.args), s(kernel.args.sizes), at(kernel.at), layout(kernel.layout),
         all_rows(kernel.rows), pairs(kernel.pairs),
         memory(reinterpret_cast<unsigned char*>(shared_memory())), free_bytes(kernel.free_bytes), slots(kernel.slots),
-        extras(kernel.extras) {
+        norm_shift(kernel.norm_shift), norm_span(kernel.norm_span), groups(kernel.groups), extras(kernel.extras) {
     look_again();
   }
 
@@ -207,10 +217,11 @@ struct Decoder {
   __device__ __forceinline__ const T* packed(int64_t offset) const { return static_cast<const T*>(a.packed) + offset; }
   // The residual stream as steps from qkv to proj of a layer read it (the head's is that of one more), or up and down.
   __device__ __forceinline__ float* stream(int layer, bool later) const {
-    return space<float>(at.x) + (kDirect ? (2 * layer + later) * int64_t(rows) * dim : 0);
+    return space<float>(at.x) + (2 * layer + later) * int64_t(rows) * dim;
   }
-  __device__ __forceinline__ T* queries(int layer) const { return space<T>(at.q) + (kDirect ? layer * int64_t(rows) * dim : 0); }
+  __device__ __forceinline__ T* queries(int layer) const { return space<T>(at.q) + layer * int64_t(rows) * dim; }
   __device__ __forceinline__ T* attention(int layer) const { return space<T>(at.y) + (kDirect ? layer * int64_t(rows) * dim : 0); }
+  __device__ __forceinline__ T* normed() const { return space<T>(at.y) + int64_t(rows) * dim; }  // behind the one attention
   __device__ __forceinline__ T* states(int layer) const { return space<T>(at.h) + (kDirect ? layer * int64_t(rows) * dim * 4 : 0); }
   __device__ __forceinline__ T* cache(int layer, int which, int d) const {
     return space<T>(at.cache) + ((int64_t(layer) * 2 + which) * s.depth + d) * rows * dim;
@@ -253,17 +264,27 @@ struct Decoder {
     const bool divided = step == 1 || step == 3;
     const int tiles = (outputs + 15) / 16, chunks = (inputs + kChunk - 1) / kChunk, all = tiles * chunks;
     const int size = share_of(tiles, chunks, divided, ((divided ? all : tiles) + int(gridDim.x) - 1) / int(gridDim.x));
-    Share own{tiles, chunks};
-    own.begin = min(int(blockIdx.x) * size, all);
-    own.end = min(own.begin + size, all);
-    if (own.begin < own.end) {
-      own.first_tile = own.begin / chunks;
-      own.own_tiles = (own.end + chunks - 1) / chunks - own.first_tile;
-      own.column = own.begin - own.first_tile * chunks;
-      own.number = own.column > 0 ? int(blockIdx.x) - own.first_tile * chunks / size : 0;
-      const bool within = own.column + own.end - own.begin <= chunks;
-      own.span_first = within ? own.column : 0;
-      own.span_last = within ? own.column + own.end - own.begin : chunks;
+    Share own{chunks};
+    if (step == 3 && groups > 1) {
+      const int runs = int(gridDim.x) / groups, run = int(blockIdx.x) / groups, group = int(blockIdx.x) % groups;
+      const int each = (tiles + runs - 1) / runs;
+      own.first_tile = run * each;
+      own.own_tiles = max(min(each, tiles - own.first_tile), 0);
+      own.low = own.column = own.span_first = group * (chunks / groups);
+      own.high = own.stop = own.span_last = own.low + chunks / groups;
+      own.number = own.other_number = group;
+    } else {
+      const int begin = min(int(blockIdx.x) * size, all), end = min(begin + size, all);
+      if (begin < end) {
+        own.first_tile = begin / chunks;
+        own.own_tiles = (end + chunks - 1) / chunks - own.first_tile;
+        own.high = chunks;
+        own.column = begin - own.first_tile * chunks;
+        own.stop = end - (own.first_tile + own.own_tiles - 1) * chunks;
+        own.number = own.column > 0 ? int(blockIdx.x) - own.first_tile * chunks / size : 0;
+        own.span_first = own.own_tiles == 1 ? own.column : 0;
+        own.span_last = own.own_tiles == 1 ? own.stop : chunks;
+      }
     }
     *share(kind) = own;
   }
@@ -279,9 +300,25 @@ struct Decoder {
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x < kKinds && (threadIdx.x != kHidden || s.hidden_dim)) find_share(threadIdx.x);
     if (threadIdx.x == 0) waits() = 0;
-    if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kWarps);
+    if (threadIdx.x < slots) stage_barriers(full(threadIdx.x), empty(threadIdx.x), kThreads);
     stage_barriers_done();
     __syncthreads();
+  }
+
+  // Calls use(tile, column, count) for the stages of a share: chunks of one tile from a column on, each at its warp's place.
+  template <typename Use>
+  __device__ __forceinline__ void for_stages(const Share& own, const Use& use) const {
+    int column = own.column;
+#pragma unroll 1
+    for (int t = 0; t < own.own_tiles; ++t, column = own.low) {
+      const int last = t + 1 == own.own_tiles ? own.stop : own.high;
+#pragma unroll 1
+      while (column < last) {
+        const int count = min(kWarps - column % kWarps, last - column);
+        use(own.first_tile + t, column, count);
+        column += count;
+      }
+    }
   }
 
   // The last warp, from the first depth to the last: fills the ring with what the others will multiply. What is on its way
@@ -296,10 +333,7 @@ struct Decoder {
         const int kind = kind_of(d, index);
         const Share own = *share(kind);
         const uint4* weights = weights_of(kind, index);
-        int column = own.column;
-#pragma unroll 1
-        for (int at = own.begin; at < own.end;) {
-          const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
+        for_stages(own, [&](int tile, int column, int count) {
           stage_wait(empty(place.slot), place.parity);
           if (ahead == (s.dim <= kNarrow ? 1 : 2)) {
             stage_wait(full(come.slot), come.parity);
@@ -307,13 +341,10 @@ struct Decoder {
           } else {
             ++ahead;
           }
-          stage_copy(stage(place.slot) + column % kWarps * kChunkBytes, weights + int64_t(at) * kChunkLoads,
-                     count * kChunkBytes, full(place.slot));
+          stage_copy(stage(place.slot) + column % kWarps * kChunkBytes,
+                     weights + (int64_t(tile) * own.chunks + column) * kChunkLoads, count * kChunkBytes, full(place.slot));
           place.next(slots);
-          at += count;
-          column += count;
-          if (column == own.chunks) column = 0;
-        }
+        });
       }
     }
   }
@@ -324,8 +355,8 @@ struct Decoder {
     return stage(place.slot);
   }
   __device__ __forceinline__ void release(Place& place) const {
-    __syncwarp();
-    if (lane == 0) stage_arrive(empty(place.slot));
+    // Every lane for itself: so tools that look for races see that its reads come before, and it costs nothing.
+    stage_arrive(empty(place.slot));
     place.next(slots);
   }
 
@@ -333,15 +364,10 @@ struct Decoder {
   __device__ __forceinline__ void drain(Place& place, int d, int index) const {
     for (; d < s.depth; ++d, index = 0) {
       for (; index < 4 * s.layers + 2; ++index) {
-        const Share own = *share(kind_of(d, index));
-        int column = own.column;
-        for (int at = own.begin; at < own.end;) {
-          const int count = min(min(kWarps - column % kWarps, own.chunks - column), own.end - at);
+        for_stages(*share(kind_of(d, index)), [&](int, int, int) {
           take(place);
           release(place);
-          at += count;
-          column = column + count == own.chunks ? 0 : column + count;
-        }
+        });
       }
     }
   }
@@ -349,31 +375,16 @@ struct Decoder {
   // How often the grid has waited; in shared memory, for a register is not to be had.
   __device__ __forceinline__ uint32_t& waits() const { return *reinterpret_cast<uint32_t*>(share(kKinds)); }
 
-  // While others are waited for, what the next step reads of them apart is read: what it adds, and unless null `vectors`, a
-  // norm's gain and bias, to where stage_norm expects them; the latter not by the warp that looks whether all are there.
-  __device__ __forceinline__ bool wait(const T* vectors, Addend (&early)[kOwn], int d, int index) {
-    if constexpr (kDirect) {
-      const int steps = 4 * s.layers + 2;
-      const auto read = [&] {
-        if (index < steps) read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
-      };
-      if (index == steps || (index == 0 && d > 0)) {
-        grid_wait(space<uint32_t>(at.barrier), [&] { return (2 * d + (index == steps)) * gridDim.x - 1; }, read);
-      } else {
-        read();
-        copies_wait();
-        block_wait();  // before sums are written again
-      }
-      return a.stop >= 0 && d * (steps + 1) + index >= a.stop;
+  // After step `index` - 1; returns whether the launch ends here.
+  __device__ __forceinline__ bool wait(int d, int index) {
+    const int steps = 4 * s.layers + 2;
+    if (!kDirect || index == steps || (index == 0 && d > 0)) {
+      grid_wait(space<uint32_t>(at.barrier), [&] { return ++waits() * gridDim.x - 1; }, [] {});
+    } else {
+      copies_wait();
+      block_wait();  // before sums are written again
     }
-    grid_wait(space<uint32_t>(at.barrier), [&] { return ++waits() * gridDim.x; }, [&] {
-      if (index < 4 * s.layers + 2)
-        read_addends(early, *share(kind_of(d, index)), d, (index - 1) / 4, step_of(index), 0);
-      if (vectors == nullptr) return;
-      for (int i = threadIdx.x - 32; i < dim / 4; i += kThreads - 32)
-        reinterpret_cast<uint4*>(memory + kVectorsAt)[i] = __ldg(reinterpret_cast<const uint4*>(vectors) + i);
-    });
-    return int(waits()) == a.stop;
+    return a.stop >= 0 && d * (steps + 1) + index >= a.stop;
   }
 
   // ---- the residual stream
@@ -384,7 +395,7 @@ struct Decoder {
     int count;
   };
   __device__ __forceinline__ float* part(int layer, int which, int number) const {
-    return space<float>(at.parts) + (((kDirect ? 2 * layer : 0) + which) * kExtras + number) * int64_t(rows) * dim;
+    return space<float>(at.parts) + ((2 * layer + which) * kExtras + number) * int64_t(rows) * dim;
   }
   __device__ __forceinline__ Extra beside(int layer, Step step) const {
     if (step == kUp || step == kDown) return {part(layer, 0, 0), extras[0]};
@@ -398,7 +409,11 @@ struct Decoder {
 
   __device__ __forceinline__ void stage_norm(int layer, Step step) const {
     const Extra extra = beside(layer, step);
-    normalise_rows<T, kDirect>(stream(layer, step == kUp), extra.from, extra.count, rows, dim, memory);
+    const float* from = stream(layer, step == kUp);
+    if (norm_span <= 64)
+      normalise_posted<T, 2>(from, extra.from, extra.count, rows, dim, norm_shift, norm_span, memory);
+    else
+      normalise_posted<T, kNormPacks>(from, extra.from, extra.count, rows, dim, norm_shift, norm_span, memory);
   }
 
   __device__ __forceinline__ int first_own(int chunk) const { return chunk + ((warp - chunk) & (kWarps - 1)); }
@@ -411,10 +426,25 @@ struct Decoder {
   };
 
   // Rows of so many numbers as they lie in memory, of them the chunks that the block multiplies; in shared memory if they fit.
-  // Each warp copies the chunks that it multiplies, many packs of 16 bytes at a time.
+  // Each warp copies the chunks that it multiplies, and has to wait for its copies.
+  __device__ __forceinline__ Inputs copy_rows(const T* rows_at, int width, const Share& share) const {
+    const int bytes = (share.span_last - share.span_first) * kChunk * 2, own_row = lane / 8;
+    if (!fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
+    const int begin = stage_at() - share.span_first * kChunk * 2, pitch = bytes + kPad;
+    unsigned char* to = memory + begin + own_row * pitch + lane % 8 * 16;
+    const T* from = rows_at + int64_t(own_row) * width + lane % 8 * 8;
+#pragma unroll 1
+    for (int chunk = first_own(share.span_first); chunk < share.span_last; chunk += kWarps) {
+#pragma unroll
+      for (int row = 0; row < kColumns; row += 4)
+        if (row + own_row < rows) copy_early(to + row * pitch + chunk * kChunk * 2, from + int64_t(row) * width + chunk * kChunk);
+    }
+    return {nullptr, begin, pitch};
+  }
+
+  // The same where they are posted, or nearly, and fit: many packs of 16 bytes at a time.
   __device__ __forceinline__ Inputs stage_rows(const T* rows_at, int width, const Share& share, bool are_posted) {
     const int bytes = (share.span_last - share.span_first) * kChunk * 2;
-    if (!kDirect && !fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
     constexpr int kBatch = 8;
     const int first = first_own(share.span_first), own_row = lane / 8;
     const int begin = stage_at() - share.span_first * kChunk * 2;
@@ -423,25 +453,20 @@ struct Decoder {
     int row = 0, chunk = first;  // the former of the warp's first lanes
     while (row < rows && first < share.span_last) {
       uint4 held[kBatch];
-      int places[kBatch], froms[kDirect ? kBatch : 1];
+      int places[kBatch], froms[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const bool there = row + own_row < rows;
         places[j] = there ? row * (bytes + kPad) + chunk * kChunk * 2 : -1;
-        if constexpr (kDirect) {
-          froms[j] = row * width + chunk * kChunk;
-          held[j] = there ? posted(reinterpret_cast<const uint4*>(from + froms[j])) : uint4{};
-        } else {
-          held[j] = there ? load_shared_by_all(from + int64_t(row) * width + chunk * kChunk) : uint4{};
-        }
+        froms[j] = row * width + chunk * kChunk;
+        held[j] = there ? posted(reinterpret_cast<const uint4*>(from + froms[j])) : uint4{};
         chunk += kWarps;
         if (chunk >= share.span_last) {
           chunk = first;
           row += 4;
         }
       }
-      if constexpr (kDirect)
-        if (are_posted) wait_posted(held, [&](int j) { return reinterpret_cast<const uint4*>(from + froms[j]); });
+      if (are_posted) wait_posted(held, [&](int j) { return reinterpret_cast<const uint4*>(from + froms[j]); });
 #pragma unroll
       for (int j = 0; j < kBatch; ++j)
         if (places[j] >= 0) *reinterpret_cast<uint4*>(to + places[j]) = held[j];
@@ -455,20 +480,34 @@ struct Decoder {
   }
 
   __device__ __forceinline__ void stage_attention(int layer, int d, const Share& share) {
-    if (kGroups == 1 && rows <= 2)
-      stage_heads<16, kDirect>(attended(layer), d, share.span_first, share.span_last, memory);
+    if (rows <= 2)
+      stage_heads<16>(attended(layer), d, share.span_first, share.span_last, memory);
     else
-      stage_heads<4, kDirect>(attended(layer), d, share.span_first, share.span_last, memory);
+      stage_heads<4>(attended(layer), d, share.span_first, share.span_last, memory);
   }
 
-  // A norm's rows for many rows, each by one block.
-  __device__ __forceinline__ void normalise_apart(const Extra& extra) const {
-    for (int row = blockIdx.x; row < rows; row += gridDim.x)
-      normalise_row<T>(space<float>(at.x) + int64_t(row) * dim, extra.from + int64_t(row) * dim, int64_t(rows) * dim,
-                       extra.count, dim, memory, space<T>(at.y) + int64_t(row) * dim);
+  // The norm before step `index`, each row by one block: the last ones, which have the least to multiply.
+  __device__ __forceinline__ int first_row() const { return int(gridDim.x) - 1 - int(blockIdx.x); }
+  __device__ __forceinline__ void normalise_apart(int index) const {
+    const int layer = (index - 1) / 4;
+    const Step step = step_of(index);
+    const Extra extra = beside(layer, step);
+    const float* from = stream(layer, step == kUp);
+    const auto normalise = [&](auto held, int row) {
+      normalise_row<T, decltype(held)::value, kExtras>(from + int64_t(row) * dim, extra.from + int64_t(row) * dim,
+                                                       int64_t(rows) * dim, extra.count, dim, memory,
+                                                       normed() + int64_t(row) * dim);
+    };
+#pragma unroll 1
+    for (int row = first_row(); row < rows; row += gridDim.x) {
+      if (dim <= 4 * kThreads)
+        normalise(std::integral_constant<int, 1>{}, row);
+      else
+        normalise(std::integral_constant<int, 3>{}, row);
+    }
   }
 
-  // Attention for large sizes, each head by one warp of the grid.
+  // Attention, each head by one warp of the grid.
   __device__ __forceinline__ void attend_apart(int layer, int d) {
     const int groups = (rows + 7) / 8;
 #pragma unroll 1
@@ -476,9 +515,9 @@ struct Decoder {
       const int number = i / groups, group = i % groups;
       const Attended<T> from = attended(layer);
       const int64_t place = place_of<4>(from, number, group);
-      Head<4, kDirect> head;
-      read_head<4, kDirect>(head, from, d, place);
-      attend<4, kDirect>(head, from, d, place);
+      Head<4> head;
+      read_head<4>(head, from, d, place);
+      attend<4>(head, from, d, place);
       if (group * 8 + lane / 4 < rows) put_head<kDirect>(head, attention(layer) + place);
     }
   }
@@ -567,8 +606,8 @@ struct Decoder {
     const Divisor sharing = step == kHead ? pairs : all_rows;
     const int i = threadIdx.x + j * kThreads, tile = sharing.quotient(i / 16);
     const int m = (share.first_tile + first + tile) * 16 + i % 16;
-    const bool there = tile < min(kTiles, share.own_tiles - first) && m < (step == kHead ? s.num_codes : share.tiles * 16);
-    return {tile, i / 16 - tile * int(sharing.number), m, there, first + tile > 0 || share.number == 0};
+    const bool there = tile < min(kTiles, share.own_tiles - first) && (step != kHead || m < s.num_codes);
+    return {tile, i / 16 - tile * int(sharing.number), m, there, (first + tile > 0 ? share.other_number : share.number) == 0};
   }
   // Whether any thread has a j-th one.
   __device__ __forceinline__ bool any_has(const Share& share, Step step, int first, int j) const {
@@ -578,17 +617,6 @@ struct Decoder {
   __device__ __forceinline__ Step step_of(int index) const {
     return index == 0 ? kInput : index == 4 * s.layers + 1 ? kHead : static_cast<Step>(kQkv + (index - 1) % 4);
   }
-  __device__ __forceinline__ void read_addends(Addend (&to)[kOwn], const Share& share, int d, int layer, Step step,
-                                               int first) const {
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      to[j] = {};
-      if (!any_has(share, step, first, j)) continue;
-      const Output own = output_of(share, step, first, j);
-      to[j] = read_addend(d, layer, step, own.m, own.row, own.there && own.first);
-    }
-  }
-
   // What is added to output m of a step, for one row, besides the product: biases, position, what x held.
   __device__ __forceinline__ Addend read_addend(int d, int layer, Step step, int m, int row, bool there) const {
     const unsigned short* vectors = static_cast<const unsigned short*>(a.packed) + m;
@@ -605,9 +633,7 @@ struct Decoder {
     Addend read{};
     if (there) read.bias = __ldg(vectors + bias);
     if (there && step == kInput) read.held[0] = __uint_as_float(__ldg(vectors + layout.position + int64_t(d) * dim));
-    const auto number = [](const float* from) {
-      return kDirect ? __uint_as_float(posted(reinterpret_cast<const uint32_t*>(from))) : __ldcg(from);
-    };
+    const auto number = [](const float* from) { return __uint_as_float(posted(reinterpret_cast<const uint32_t*>(from))); };
     if (adds) read.held[0] = number(stream(layer, step == kDown) + place);
 #pragma unroll
     for (int e = 0; e < kExtras; ++e)
@@ -615,50 +641,56 @@ struct Decoder {
     return read;
   }
 
-  __device__ __forceinline__ void post_or_put(float* to, float value) const {
-    const uint32_t word = __float_as_uint(value);
-    if (kDirect)
-      post(to, word == kAbsent ? kAbsent >> 1 : word);
-    else
-      *to = value;
-  }
-
-  // What becomes of output m of a step, for one row.
-  __device__ __forceinline__ void put(int d, int layer, Step step, int m, int row, float value) const {
+  // Where a thread's output of the tiles that are added up is posted, and what is added; found while inputs are waited for.
+  struct Target {
+    void* to;           // null: it has none
+    int red;            // where its sums are
+    int m, row, zeros;  // zeros: parts of the residual stream that no block has, as many as are posted
+    Addend addend;
+  };
+  __device__ __forceinline__ Target target_of(const Share& share, int d, int layer, Step step, int first, int j) const {
+    Target target{};
+    if (!any_has(share, step, first, j)) return target;
+    const Output own = output_of(share, step, first, j);
+    const int number = first + own.tile > 0 ? share.other_number : share.number, place = own.row * dim + own.m;
+    target.m = own.m;
+    if (!own.there) return target;
+    target.row = own.row;
+    target.red = (own.tile * kColumns + own.row) * kRedPitch + own.m % 16;
+    target.addend = read_addend(d, layer, step, own.m, own.row, own.first);
     if (step == kQkv) {
-      const int which = int(m >= dim) + int(m >= 2 * dim), channel = m - which * dim;
-      T* to = which ? cache(layer, which - 1, d) : space<T>(at.q);
-      to[int64_t(row) * dim + channel] = narrow<T>(value);
+      const int which = int(own.m >= dim) + int(own.m >= 2 * dim);
+      target.to = (which ? cache(layer, which - 1, d) : queries(layer)) + place - which * dim;
     } else if (step == kUp) {
-      space<T>(at.h)[int64_t(row) * 4 * dim + m] = narrow<T>(0.5f * value * (1 + erff(value * 0.70710678118654752f)));
+      target.to = states(layer) + place + own.row * 3 * dim;
+    } else if (step == kProj || step == kDown) {
+      target.to = (number > 0 ? part(layer, step == kDown, number - 1) : stream(layer + (step == kDown), step == kProj)) + place;
+      // Who has the end of a tile posts zeros for the parts that it has less than others.
+      const int last = first + own.tile + 1 == share.own_tiles ? share.stop : share.high;
+      if (last == share.chunks) target.zeros = extras[step == kDown] - number;
     } else {
-      stream(0, false)[int64_t(row) * dim + m] = value;
+      target.to = stream(0, false) + place;  // of the head: anything
     }
+    return target;
   }
 
-  // The same in words that others wait for. By all lanes of a warp: neighbours have the two halves of a word.
-  __device__ __forceinline__ void post_output(int d, int layer, Step step, const Share& share, const Output& own, int first,
-                                              float value) const {
+  // By all lanes of a warp: neighbours have the two halves of a word.
+  __device__ __forceinline__ void post_output(const Target& target, int layer, Step step, float value) const {
+    uint32_t word = __float_as_uint(value);
     if (step == kQkv || step == kUp) {
       if (step == kUp) value = 0.5f * value * (1 + erff(value * 0.70710678118654752f));
-      const uint32_t word = pack_word(value, __shfl_xor_sync(~0u, value, 1), T{});
-      if (!own.there || own.m % 2 == 1) return;
-      T* to = states(layer) + own.row * 4 * dim + own.m;
-      if (step == kQkv) {
-        const int which = int(own.m >= dim) + int(own.m >= 2 * dim);
-        to = (which ? cache(layer, which - 1, d) : queries(layer)) + own.row * dim + own.m - which * dim;
-      }
-      post(to, word == kAbsent ? kAbsent >> 1 : word);
-    } else if (own.there) {
-      const int number = own.first ? 0 : share.number, place = own.row * dim + own.m;
-      const uint32_t word = __float_as_uint(value);
-      float* to = step == kInput ? stream(0, false) : number > 0 ? part(layer, step == kDown, number - 1)
-                                                                 : stream(layer + (step == kDown), step == kProj);
-      post(to + place, word == kAbsent ? kAbsent >> 1 : word);
-      // Who has the end of a tile posts zeros for the parts that it has less than others.
-      if (step == kInput || share.end < (share.first_tile + first + own.tile + 1) * share.chunks) return;
-      for (int e = number; e < extras[step == kDown]; ++e) post(part(layer, step == kDown, e) + place, 0);
+      word = pack_word(value, __shfl_xor_sync(~0u, value, 1), T{});
+      if (target.m % 2 == 1) return;
     }
+    if (target.to == nullptr) return;
+    if (step == kUp && !kDirect) {
+      *static_cast<uint32_t*>(target.to) = word;
+      return;
+    }
+    post(target.to, word == kAbsent ? kAbsent >> 1 : word);
+    if (step == kProj || step == kDown)
+      for (int e = 0; e < target.zeros; ++e)
+        post(part(layer, step == kDown, extras[step == kDown] - 1 - e) + target.row * dim + target.m, 0);
   }
 
   // Logit m of a row, rounded as it is to be sampled from.
@@ -682,27 +714,28 @@ struct Decoder {
     space<int>(at.keys)[int64_t(row) * padded(s.num_codes, 4) + m] = ordered(score);
   }
 
-  // One matrix. `early`: what is added to the first tiles.
-  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, Addend (&early)[kOwn], int d,
-                                          int layer, Step step) {
-    const int chunks = share.chunks, begin = share.begin, end = share.end, tiles = share.own_tiles;
-    if (begin >= end) return;
+  // One matrix; sums of the first tiles go to `targets`.
+  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, Target (&targets)[kOwn],
+                                          int d, int layer, Step step) {
     const int shown = step == kHead ? pairs.number : all_rows.number;
     const int own_inputs = lane / 4 * inputs.pitch + lane % 4 * 16;
     float* red = reinterpret_cast<float*>(memory);
-    for (int first = 0; first < tiles; first += kTiles) {
-      const int count = min(kTiles, tiles - first);
+    float* own_red = red + (warp * kTiles * kColumns + lane % 4 * 2) * kRedPitch + lane / 4;
+#pragma unroll 1
+    for (int first = 0;;) {
+      const int count = min(kTiles, share.own_tiles - first);
+#pragma unroll 1
       for (int t = 0; t < count; ++t) {
-        const int at = (share.first_tile + first + t) * chunks;
-        const int own_first = max(begin - at, 0), own_last = min(end - at, chunks);
+        const int begin = first + t == 0 ? share.column : share.low;
+        const int end = first + t + 1 == share.own_tiles ? share.stop : share.high;
         float sum[kAccumulators][4] = {};
-        if (kDirect || inputs.global == nullptr)
-          tile<true>(place, own_first, own_last, sum, memory + inputs.shared + own_inputs, inputs.pitch);
+        if (!kDirect && step == kInput && inputs.global != nullptr)
+          tile<false>(place, begin, end, sum, inputs.global + own_inputs, inputs.pitch);
         else
-          tile<false>(place, own_first, own_last, sum, inputs.global + own_inputs, inputs.pitch);
+          tile<true>(place, begin, end, sum, memory + inputs.shared + own_inputs, inputs.pitch);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-          float* to = red + ((warp * kTiles + t) * kColumns + group * 8 + lane % 4 * 2) * kRedPitch + lane / 4;
+          float* to = own_red + (t * kColumns + group * 8) * kRedPitch;
           const float(&own)[4] = sum[group * (kAccumulators / kGroups)];
           to[0] = own[0];
           to[kRedPitch] = own[1];
@@ -714,37 +747,31 @@ struct Decoder {
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
         if (!any_has(share, step, first, j)) break;
-        const Output own = output_of(share, step, first, j);
-        if (!kDirect && !own.there) continue;
-        if constexpr (kDirect)  // it was there when the block's inputs were, or nearly
-          read_until([&] { return own.there && early[j].absent(); },
-                     [&] { early[j] = read_addend(d, layer, step, own.m, own.row, own.first); });
-        const float more = early[j].sum(step);
+        Target& target = targets[j];
+        if (kDirect && (step == kProj || step == kDown))  // it was there when the block's inputs were, or nearly
+          read_until([&] { return target.to != nullptr && target.addend.absent(); },
+                     [&] { target.addend = read_addend(d, layer, step, target.m, target.row, true); });
+        const float more = target.addend.sum(step);
         const auto add = [&](int row) {
-          const float* from = red + (own.tile * kColumns + row) * kRedPitch + own.m % 16;
+          const float* from = red + target.red + row * kRedPitch;
           float sum = 0;
 #pragma unroll
           for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kColumns * kRedPitch];
           return sum + more;
         };
-        if (kDirect && step != kHead) {
-          post_output(d, layer, step, share, own, first, own.there ? add(own.row) : 0.f);
-        } else if (!own.there) {
-          continue;
-        } else if (step == kHead) {
-          const float conditional = put_logit(d, own.m, own.row, add(own.row));
-          const float other = s.guided ? put_logit(d, own.m, own.row + shown, add(own.row + shown)) : 0.f;
-          put_key(d, own.m, own.row, conditional, other);
-        } else if (!own.first) {
-          part(layer, step == kProj ? 0 : 1, share.number - 1)[int64_t(own.row) * dim + own.m] = add(own.row);
-        } else {
-          put(d, layer, step, own.m, own.row, add(own.row));
+        if (step != kHead) {
+          post_output(target, layer, step, add(0));
+        } else if (target.to != nullptr) {
+          const float conditional = put_logit(d, target.m, target.row, add(0));
+          const float other = s.guided ? put_logit(d, target.m, target.row + shown, add(shown)) : 0.f;
+          put_key(d, target.m, target.row, conditional, other);
         }
       }
-      if (first + kTiles < tiles) {
-        read_addends(early, share, d, layer, step, first + kTiles);
-        block_wait();
-      }
+      first += kTiles;
+      if (first >= share.own_tiles) break;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) targets[j] = target_of(share, d, layer, step, first, j);
+      block_wait();
     }
   }
 
@@ -812,7 +839,7 @@ struct Decoder {
 
   // In the draw's phase: what was posted at this depth but keys and values is forgotten.
   __device__ __forceinline__ void empty_places() const {
-    const int count = s.guided ? rows / 2 : rows, packs = int((at.cache - at.parts) / 16);
+    const int count = s.guided ? rows / 2 : rows, packs = int(((kDirect ? at.cache : at.y) - at.parts) / 16);
     const int first = count < int(gridDim.x) ? count : 0;  // blocks that draw have enough to do
     if (int(blockIdx.x) < first) return;
     uint4* places = space<uint4>(at.parts);
@@ -851,38 +878,68 @@ struct Decoder {
     return packed(layout.vectors + (index - 1) / 4 * layout.block_vectors) + (index % 4 == 1 ? 0 : 6 * dim);
   }
 
-  // The gain and bias of the norm before step `index`, if it has one, to where stage_norm expects them; by the next wait.
+  // The gain and bias of the norm before step `index`, which has one, to where they are expected; by the next wait.
   __device__ __forceinline__ void copy_vectors(int index) const {
     const uint4* from = reinterpret_cast<const uint4*>(norm_before(index));
-    for (int i = threadIdx.x; from != nullptr && i < dim / 4; i += kThreads)
+#pragma unroll 1
+    for (int i = threadIdx.x; i < dim / 4; i += kThreads)
       copy_early(memory + kVectorsAt + i * 16, from + i);
   }
 
-  // The matrix of step `index`, and what it is multiplied with.
-  __device__ __forceinline__ void multiply_by(Place& place, Addend (&early)[kOwn], int d, int index, bool apart) {
-    const int steps = 4 * s.layers + 2, layer = (index - 1) / 4;
-    const Step step = step_of(index);
-    const Share now = *share(kind_of(d, index));
+  __device__ __forceinline__ void fetch_after(int d, int layer, Step step, int index) const {
+    if (warp != kWarps - 1 || lane != 0) return;
+    fetch_vectors(layer, step);
+    if (index == 4 * s.layers) fetch_noise(d);
+  }
+
+  // The matrix of step `index`, and what it is multiplied with. What can be done before that is there is done first.
+  __device__ __forceinline__ void multiply(Place& place, int d, int index, Step step) {
+    const int layer = (index - 1) / 4;
     const bool norm = step == kQkv || step == kUp || step == kHead;
-    Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
-    const bool heads_apart = kDirect && step == kProj && dim > kOwnHeads * kHeadDim;
-    if (heads_apart) attend_apart(layer, d);
-    if (kDirect && now.begin >= now.end) {
-      // No share, nothing to be read.
-    } else if (norm && !apart) {
-      stage_norm(layer, step);
-    } else if (step == kProj && !apart && !heads_apart) {
-      stage_attention(layer, d, now);
-    } else {
-      const T* from = norm || step == kProj ? attention(layer) : step == kDown ? states(layer) : space<T>(at.sums);
-      if (index == 0 && d == 0) from = static_cast<const T*>(a.hidden);
-      inputs = stage_rows(from, now.chunks * kChunk, now, step != kInput);
+    if (!norm && (kDirect || first_row() < rows)) copy_vectors(index + 1);
+    const bool apart = step == kProj && kDirect && dim > kOwnHeads * kHeadDim;
+    if (apart) attend_apart(layer, d);
+    const Share now = *share(step == kInput ? (d ? kCode : kHidden) : step == kHead ? kLast : kLayer + step - kQkv);
+    if (now.own_tiles > 0) {
+      const T* from = step == kProj ? attention(layer) : step == kDown ? states(layer) : step != kInput ? normed()
+                      : d == 0 ? static_cast<const T*>(a.hidden) : space<T>(at.sums);
+      Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
+      if constexpr (!kDirect) inputs = copy_rows(from, now.chunks * kChunk, now);
+      Target targets[kOwn];
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) targets[j] = target_of(now, d, layer, step, 0, j);
+      if constexpr (!kDirect) {
+        copies_wait();
+        __syncwarp();
+      } else if (norm) {
+        stage_norm(layer, step);
+      } else if (step == kProj && !apart) {
+        stage_attention(layer, d, now);
+      } else {
+        inputs = stage_rows(from, now.chunks * kChunk, now, step != kInput);
+      }
+      product(place, now, inputs, targets, d, layer, step);
     }
-    if (kDirect && index + 1 < steps) copy_vectors(index + 1);
-    product(place, now, inputs, early, d, layer, step);
-    if (warp == kWarps - 1 && lane == 0) {
-      fetch_vectors(layer, step);
-      if (index == steps - 2) fetch_noise(d);
+    fetch_after(d, layer, step, index);
+    if (!kDirect && step == kQkv) attend_apart(layer, d);
+    if (!kDirect && !norm) normalise_apart(index + 1);
+  }
+
+  // With a way of its own through the code for each kind of step: to choose on the way takes as long as to work.
+  __device__ __forceinline__ void multiply_step(Place& place, int d, int index) {
+    switch (step_of(index)) {
+      case kInput:
+        return multiply(place, d, index, kInput);
+      case kQkv:
+        return multiply(place, d, index, kQkv);
+      case kProj:
+        return multiply(place, d, index, kProj);
+      case kUp:
+        return multiply(place, d, index, kUp);
+      case kDown:
+        return multiply(place, d, index, kDown);
+      default:
+        return multiply(place, d, index, kHead);
     }
   }
 
@@ -892,33 +949,26 @@ struct Decoder {
     if (threadIdx.x >= kThreads) return bring();
     Place place{0, 0};
     int d = 0, index = 0;
-    Addend early[kOwn] = {};
-    if (s.hidden_dim) read_addends(early, *share(kHidden), 0, 0, kInput, 0);
-    bool apart = false;  // the norm before this step, or the attention, is done in a phase of its own
     do {
       look_again();
       if (index == steps) {
-        if constexpr (kDirect) empty_places();
+        empty_places();
         draw(d);
         if (++d == s.depth) return;
         index = 0;
       } else if (index == 0 && d == 0 && s.hidden_dim == 0) {
-        for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads)
-          post_or_put(stream(0, false) + i, wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]));
         index = 1;
-        if constexpr (kDirect) copy_vectors(index);
-      } else if (!kDirect && !apart && rows * dim > kNormSize && norm_before(index) != nullptr) {
-        normalise_apart(beside((index - 1) / 4, step_of(index)));
-        apart = true;
-      } else if (!kDirect && index < steps - 1 && index % 4 == 2 && !apart && rows * dim * (2 * d + 3) * 2 > kAttentionBytes) {
-        attend_apart((index - 1) / 4, d);
-        apart = true;
+        if (kDirect || first_row() < rows) copy_vectors(index);
+        for (int i = blockIdx.x * kThreads + threadIdx.x; i < rows * dim; i += gridDim.x * kThreads) {
+          const float sum = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
+          post(stream(0, false) + i, __float_as_uint(sum) == kAbsent ? kAbsent >> 1 : __float_as_uint(sum));
+        }
+        if constexpr (!kDirect) normalise_apart(index);
       } else {
-        multiply_by(place, early, d, index, apart);
-        apart = false;
+        multiply_step(place, d, index);
         ++index;
       }
-    } while (!wait(kDirect || index == steps || apart ? nullptr : norm_before(index), early, d, index));
+    } while (!wait(d, index));
     drain(place, d, index);
   }
 };
@@ -939,11 +989,15 @@ Function function_of(DType dtype, int rows, bool direct) {
   return half ? depth_decode_kernel<__half, 4, false> : depth_decode_kernel<__nv_bfloat16, 4, false>;
 }
 
+// How normalise_posted shares rows among warps.
+int norm_shift_of(int rows) { return rows == 1 ? 3 : rows == 2 ? 2 : 1; }
+int norm_span_of(const DepthSizes& sizes) { return padded(sizes.dim / 4, 32 << norm_shift_of(sizes.rows)) >> norm_shift_of(sizes.rows); }
+
 // Whether the workspace has places for each step.
-bool has_places(const DepthSizes& sizes) { return sizes.rows <= 8 && sizes.rows * int64_t(sizes.dim) <= kNormSize; }
+bool has_places(const DepthSizes& sizes) { return sizes.rows <= kDirectRows && norm_span_of(sizes) <= 32 * kNormPacks; }
 
 struct Plan {
-  int blocks, shared, free_bytes, slots;
+  int blocks, shared, free_bytes, slots, groups;  // groups: of the columns of the matrix down
   bool direct;
 };
 
@@ -968,6 +1022,7 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   const int free_bytes = shared - kBarrierBytes - kShareBytes - slots * kStageBytes;
   const bool direct = has_places(sizes) && staged(std::max({4 * int64_t(sizes.dim), int64_t(sizes.hidden_dim),
                                                             int64_t(padded(sizes.code_dim, kChunk))})) <= free_bytes;
+  const int groups = staged(4 * int64_t(sizes.dim)) <= free_bytes ? 1 : kColumnGroups;
   const Function function = function_of(dtype, sizes.rows, direct);
   if (const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -976,8 +1031,10 @@ cudaError_t plan(const DepthSizes& sizes, DType dtype, Plan* plan) {
   if (const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, function, kAllThreads, shared); e != cudaSuccess)
     return e;
   if (per < 1) return cudaSuccess;
-  *plan = {0, shared, free_bytes, slots, direct};
-  return cudaDeviceGetAttribute(&plan->blocks, cudaDevAttrMultiProcessorCount, device);
+  int blocks = 0;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  if (blocks >= groups) *plan = {blocks, shared, free_bytes, slots, groups, direct};
+  return cudaSuccess;
 }
 
 // Parts of a divided matrix' tiles beside the first.
@@ -999,13 +1056,13 @@ DepthWorkspace workspace_depth_decode(const DepthSizes& s) {
     at.bytes += (bytes + 255) / 256 * 256;
     return begin;
   };
-  const size_t rows = s.rows, dim = s.dim, layers = has_places(s) ? std::max(s.layers, 1) : 1;
+  const size_t rows = s.rows, dim = s.dim, layers = std::max(s.layers, 1), places = has_places(s) ? layers : 1;
   at.barrier = take(4);
-  at.parts = take(rows * dim * 4 * 2 * kExtras * layers);
+  at.parts = take(rows * dim * 4 * 2 * kMostExtras * layers);
   at.x = take(rows * dim * 4 * (2 * layers + 1));
   at.q = take(rows * dim * 2 * layers);
-  at.y = take(rows * dim * 2 * layers);
-  at.h = take(rows * dim * 8 * layers);
+  at.y = take(rows * dim * 2 * std::max<size_t>(places, 2));
+  at.h = take(rows * dim * 8 * places);
   at.cache = take(rows * dim * 2 * 2 * s.layers * s.depth);
   at.sums = take(rows * padded(s.code_dim, kChunk) * 2);
   at.keys = take((s.guided ? rows / 2 : rows) * padded(s.num_codes, 4) * 4);
@@ -1039,13 +1096,16 @@ cudaError_t launch_depth_decode(const DepthArgs& args, DType dtype, cudaStream_t
                 Divisor(args.sizes.guided ? rows / 2 : rows),
                 found.free_bytes,
                 found.slots,
-                {extras_of(args.sizes, dim, found.blocks), extras_of(args.sizes, 4 * dim, found.blocks)}};
-  // The counter of the barriers, and the parts beside the residual stream, which some tiles do not have; or all places of words
-  // that are waited for.
-  void* zeros = static_cast<unsigned char*>(args.workspace) + kernel.at.barrier;
-  const cudaError_t e = found.direct ? cudaMemsetAsync(zeros, 255, kernel.at.sums - kernel.at.barrier, stream)
-                                     : cudaMemsetAsync(zeros, 0, kernel.at.x - kernel.at.barrier, stream);
-  if (e != cudaSuccess) return e;
+                norm_shift_of(rows),
+                norm_span_of(args.sizes),
+                found.groups,
+                {extras_of(args.sizes, dim, found.blocks),
+                 found.groups > 1 ? found.groups - 1 : extras_of(args.sizes, 4 * dim, found.blocks)}};
+  // The counter of the barriers, and all places of words that are waited for.
+  if (const cudaError_t e = cudaMemsetAsync(static_cast<unsigned char*>(args.workspace) + kernel.at.barrier, 255,
+                                            kernel.at.sums - kernel.at.barrier, stream);
+      e != cudaSuccess)
+    return e;
   void* arguments[] = {&kernel};
   const Function function = function_of(dtype, rows, found.direct);
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function), dim3(found.blocks), dim3(kAllThreads), arguments,

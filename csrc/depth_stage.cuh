@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "depth.h"
 #include "depth_draw.cuh"
@@ -61,183 +60,197 @@ __device__ __forceinline__ unsigned char* staged_row(unsigned char* memory, int 
   return memory + kVectorsAt + dim * 4 + row * (width * 2 + kPad);
 }
 
-// LayerNorm of rows of the residual stream, x and `extras` tensors beside it, each `apart` numbers after the one before, to
-// rows of `pitch` bytes. Gain and bias lie at kVectorsAt. Rows are cut into parts, one a warp, whose sums are added up in
-// order: 2^shift parts of `span` packs of four numbers. kHeld: packs that a lane has in flight; the first so many are kept.
-template <typename T, int kHeld, bool kPosted>
-__device__ __forceinline__ void normalise_packs(const float* x, const float* beside, int64_t apart, int extras, int rows,
-                                                int dim, int shift, int span, unsigned char* memory, unsigned char* out,
-                                                int pitch) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
-  const uint2* biases = gains + dim / 4;
+// LayerNorm of a row of the residual stream by the whole block, to global memory, once it is posted: x and `extras` tensors
+// beside it, each `apart` numbers after the one before. Gain and bias lie at kVectorsAt. kHeld: packs of four numbers that a
+// thread keeps; of longer rows it reads the others twice.
+template <typename T, int kHeld, int kExtras>
+__device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
+                                              unsigned char* memory, T* out) {
+  const int packs = dim / 4;
+  const auto read = [&](float4 (&to)[kHeld], int first) {
+    uint4 words[(1 + kExtras) * kHeld];
+    const auto place = [&](int i) {
+      const int pack = first + i % kHeld * kThreads, extra = i / kHeld - 1;
+      const float* from = extra < 0 ? x : beside + extra * apart;
+      return pack < packs && extra < extras ? reinterpret_cast<const uint4*>(from) + pack : nullptr;
+    };
+    read_posted(words, place);
+    wait_posted(words, place);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      to[i] = floats_of(words[i]);
+#pragma unroll
+      for (int e = 1; e <= kExtras; ++e) {
+        const float4 add = floats_of(words[e * kHeld + i]);
+        to[i] = {to[i].x + add.x, to[i].y + add.y, to[i].z + add.z, to[i].w + add.w};
+      }
+    }
+  };
+  float4 held[kHeld];
+  uint32_t word = posted(reinterpret_cast<const uint32_t*>(x));
+  read(held, threadIdx.x);
+  read_until([&] { return word == kAbsent; }, [&] { word = posted(reinterpret_cast<const uint32_t*>(x)); });
+  // Deviations from the row's first element: a mean far from 0 costs no digits.
+  const float origin = __uint_as_float(word);
+  float sum = 0, squares = 0;
+  const auto count = [&](const float4 (&batch)[kHeld], int first) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kThreads >= packs) continue;
+      const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
+      sum += (b[0] + b[1]) + (b[2] + b[3]);
+      squares += (b[0] * b[0] + b[1] * b[1]) + (b[2] * b[2] + b[3] * b[3]);
+    }
+  };
+  count(held, threadIdx.x);
+#pragma unroll 1
+  for (int first = threadIdx.x + kHeld * kThreads; first < packs; first += kHeld * kThreads) {
+    float4 batch[kHeld];
+    read(batch, first);
+    count(batch, first);
+  }
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, distance);
+    squares += __shfl_xor_sync(~0u, squares, distance);
+  }
   float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
-  const float each = 1.f / dim;
-  // Of a row's packs a warp has a run, and its lanes every 32nd, at places that differ by constants.
-  const int packs = dim / 4, parts = 1 << shift, part = warp & (parts - 1);
-  const int first = part * span + lane, end = min(packs, (part + 1) * span);
-#pragma unroll 1
-  for (int base = 0; base < rows; base += kWarps >> shift) {
-    const int row = base + (warp >> shift);
-    const bool inside = row < rows;
-    const int64_t begin = int64_t(inside ? row : 0) * dim;
-    const float4* from = reinterpret_cast<const float4*>(x + begin);
-    // All of a batch is asked for before any of it is used. (Zeros where there is nothing: a register that is not written on
-    // some way through the phases is held through all of them.)
-    float4 held[kHeld];
-    const auto read = [&](float4 (&to)[kHeld], int first) {
-      if constexpr (kPosted) {
-        uint4 own[kHeld], other[kHeld];
-        const auto place = [&](const float* base, int i) {
-          return first + i * 32 < end ? reinterpret_cast<const uint4*>(base + begin) + first + i * 32 : nullptr;
-        };
-        read_posted(own, [&](int i) { return place(x, i); });
-        if (extras > 0) read_posted(other, [&](int i) { return place(beside, i); });
-        wait_posted(own, [&](int i) { return place(x, i); });
+  if (threadIdx.x % 32 == 0) stats[threadIdx.x / 32] = {sum, squares};
+  copies_wait();  // of gain and bias
+  block_wait();
+  sum = squares = 0;
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) to[i] = floats_of(own[i]);
-#pragma unroll 1
-        for (int e = 0; e < extras; ++e) {
-          const auto more = [&](int i) { return place(beside + e * apart, i); };
-          if (e > 0) read_posted(other, more);
-          wait_posted(other, more);
+  for (int w = 0; w < kWarps; ++w) {
+    sum += stats[w].x;
+    squares += stats[w].y;
+  }
+  const float each = 1.f / dim, deviation = sum * each, mean = origin + deviation;
+  const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
+  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt);
+  const uint2* biases = gains + packs;
+  const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
 #pragma unroll
-          for (int i = 0; i < kHeld; ++i) {
-            const float4 add = floats_of(other[i]);
-            to[i] = {to[i].x + add.x, to[i].y + add.y, to[i].z + add.z, to[i].w + add.w};
-          }
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) to[i] = first + i * 32 < end ? __ldcg(from + first + i * 32) : float4{};
-#pragma unroll 1
-        for (int e = 0; e < extras; ++e) {
-          const float4* more = reinterpret_cast<const float4*>(beside + e * apart + begin);
-          float4 other[kHeld];
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i)
-            other[i] = first + i * 32 < end ? __ldcg(more + first + i * 32) : float4{};
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i)
-            to[i] = {to[i].x + other[i].x, to[i].y + other[i].y, to[i].z + other[i].z, to[i].w + other[i].w};
-        }
-      }
-    };
-    // Deviations from the row's first element: a mean far from 0 costs no digits.
-    float origin;
-    if constexpr (kPosted) {
-      uint32_t word = posted(reinterpret_cast<const uint32_t*>(from));
-      read(held, first);
-      read_until([&] { return word == kAbsent; }, [&] { word = posted(reinterpret_cast<const uint32_t*>(from)); });
-      origin = __uint_as_float(word);
-    } else {
-      origin = __ldcg(reinterpret_cast<const float*>(from));
-      read(held, first);
+    for (int i = 0; i < kHeld; ++i) {
+      const int place = first + i * kThreads;
+      if (place >= packs) continue;
+      const float4& v = batch[i];
+      const uint2 g = gains[place], b = biases[place];
+      const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+      const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+      reinterpret_cast<uint2*>(out)[place] = {
+          pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+          pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
     }
-    float sum = 0, squares = 0;
-    const auto count = [&](const float4 (&batch)[kHeld], int first) {
-      float sums[4] = {}, more[4] = {};
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (first + i * 32 >= end) continue;
-        const float b[4] = {batch[i].x - origin, batch[i].y - origin, batch[i].z - origin, batch[i].w - origin};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums[e] += b[e];
-          more[e] += b[e] * b[e];
-        }
-      }
-      sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      squares += (more[0] + more[1]) + (more[2] + more[3]);
-    };
-    count(held, first);
+  };
+  put_all(held, threadIdx.x);
 #pragma unroll 1
-    for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
-      float4 batch[kHeld];
-      read(batch, i);
-      count(batch, i);
-    }
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, distance);
-      squares += __shfl_xor_sync(~0u, squares, distance);
-    }
-    if (parts > 1) {
-      if (inside && lane == 0) stats[row * kWarps + part] = {sum, squares};
-      block_wait();
-      if (inside) {
-        sum = squares = 0;
-#pragma unroll
-        for (int p = 0; p < kWarps; ++p) {
-          const float2 one = p < parts ? stats[row * kWarps + p] : float2{};
-          sum += one.x;
-          squares += one.y;
-        }
-      }
-    }
-    if (inside) {
-      const float deviation = sum * each, mean = origin + deviation;
-      const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
-      unsigned char* to = out + row * pitch;
-      const auto put_all = [&](const float4 (&batch)[kHeld], int first) {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          const int place = first + i * 32;
-          if (place >= end) continue;
-          const float4& v = batch[i];
-          const uint2 g = gains[place], b = biases[place];
-          const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
-          const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
-          reinterpret_cast<uint2*>(to)[place] = {
-              pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
-              pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
-        }
-      };
-      put_all(held, first);
-#pragma unroll 1
-      for (int i = first + kHeld * 32; i < end; i += kHeld * 32) {
-        float4 batch[kHeld];
-        read(batch, i);
-        put_all(batch, i);
-      }
-    }
+  for (int first = threadIdx.x + kHeld * kThreads; first < packs; first += kHeld * kThreads) {
+    float4 batch[kHeld];
+    read(batch, first);
+    put_all(batch, first);
   }
   block_wait();
 }
 
-// The same of all rows, to shared memory.
-template <typename T, bool kPosted>
-__device__ __forceinline__ void normalise_rows(const float* x, const float* beside, int extras, int rows, int dim,
-                                               unsigned char* memory) {
-  int shift = 3;  // warps a row: 8, or fewer for more rows
-  static_assert(kWarps == 8, "a power of two");
-  while (shift > 0 && rows << shift > kWarps) --shift;
-  const int span = (dim / 4 + (32 << shift) - 1 >> (5 + shift)) * 32;
-  const auto normalise = [&](auto held) {
-    normalise_packs<T, decltype(held)::value, kPosted>(x, beside, int64_t(rows) * dim, extras, rows, dim, shift, span, memory,
-                                                       staged_row(memory, 0, dim, dim), dim * 2 + kPad);
+// The same of all rows, to shared memory, one row for each 2^shift warps; `span` packs of four numbers are
+// a warp's, at most 32 kHeld.
+template <typename T, int kHeld>
+__device__ __forceinline__ void normalise_posted(const float* x, const float* beside, int extras, int rows, int dim, int shift,
+                                                 int span, unsigned char* memory) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int packs = dim / 4, part = warp & ((1 << shift) - 1), row = warp >> shift, first = part * span + lane;
+  const bool inside = row < rows;
+  const int left = inside ? min(packs, (part + 1) * span) - first : 0;  // a lane's are i * 32 below this
+  const int begin = (inside ? row : 0) * packs;
+  const uint4* from = reinterpret_cast<const uint4*>(x) + begin + first;
+  const uint4* more = reinterpret_cast<const uint4*>(beside) + begin + first;
+  const uint32_t* origin_at = reinterpret_cast<const uint32_t*>(x) + begin * 4;
+  uint4 own[kHeld], other[kHeld] = {};
+  const auto own_place = [&](int i) { return i * 32 < left ? from + i * 32 : nullptr; };
+  const auto place = [&](int i) { return i * 32 < left ? more + i * 32 : nullptr; };
+  read_posted(own, own_place);
+  if (extras > 0) read_posted(other, place);
+  uint32_t word = posted(origin_at);
+  uint32_t most = word;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) most = max(most, max(largest(own[i]), largest(other[i])));
+  if (most == kAbsent) {
+    wait_posted(own, own_place);
+    wait_posted(other, place);
+    read_until([&] { return word == kAbsent; }, [&] { word = posted(origin_at); });
+  }
+  float4 held[kHeld];
+  const auto add = [&] {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const float4 add = floats_of(other[i]);
+      held[i] = {held[i].x + add.x, held[i].y + add.y, held[i].z + add.z, held[i].w + add.w};
+    }
   };
-  // What a lane has none of costs instructions all the same.
-  if (span <= 2 * 32)
-    normalise(std::integral_constant<int, 2>{});
-  else
-    normalise(std::integral_constant<int, 5>{});
-}
-
-// The same of one row, by the whole block, to global memory.
-template <typename T>
-__device__ __forceinline__ void normalise_row(const float* x, const float* beside, int64_t apart, int extras, int dim,
-                                              unsigned char* memory, T* out) {
-  const int span = (dim / 4 + kThreads - 1) / kThreads * 32;
-  normalise_packs<T, 5, false>(x, beside, apart, extras, 1, dim, 3, span, memory, reinterpret_cast<unsigned char*>(out), 0);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = floats_of(own[i]);
+  add();
+#pragma unroll 1
+  for (int e = 1; e < extras; ++e) {
+    more += rows * packs;
+    read_posted(other, place);
+    wait_posted(other, place);
+    add();
+  }
+  // Deviations from the row's first element: a mean far from 0 costs no digits.
+  const float origin = __uint_as_float(word);
+  float sums[4] = {}, squared[4] = {};
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * 32 >= left) continue;
+    const float b[4] = {held[i].x - origin, held[i].y - origin, held[i].z - origin, held[i].w - origin};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      sums[e] += b[e];
+      squared[e] += b[e] * b[e];
+    }
+  }
+  float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), squares = (squared[0] + squared[1]) + (squared[2] + squared[3]);
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, distance);
+    squares += __shfl_xor_sync(~0u, squares, distance);
+  }
+  float2* stats = reinterpret_cast<float2*>(memory + kRedBytes);
+  if (lane == 0) stats[warp] = {sum, squares};
+  block_wait();
+  sum = squares = 0;
+  stats += row << shift;
+#pragma unroll
+  for (int p = 0; p < kWarps; ++p) {
+    if (p >> shift > 0) break;
+    sum += stats[p].x;
+    squares += stats[p].y;
+  }
+  const float each = 1.f / dim, deviation = sum * each, mean = origin + deviation;
+  const float scale = rsqrtf(max(squares * each - deviation * deviation, 0.f) + 1e-5f);
+  const uint2* gains = reinterpret_cast<const uint2*>(memory + kVectorsAt) + first;
+  const uint2* biases = gains + packs;
+  uint2* to = reinterpret_cast<uint2*>(staged_row(memory, row, dim, dim)) + first;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * 32 >= left) continue;
+    const float4& v = held[i];
+    const uint2 g = gains[i * 32], b = biases[i * 32];
+    const float2 g0 = unpack_word(g.x, T{}), g1 = unpack_word(g.y, T{});
+    const float2 b0 = unpack_word(b.x, T{}), b1 = unpack_word(b.y, T{});
+    to[i * 32] = {pack_word((v.x - mean) * scale * g0.x + b0.x, (v.y - mean) * scale * g0.y + b0.y, T{}),
+                  pack_word((v.z - mean) * scale * g1.x + b1.x, (v.w - mean) * scale * g1.y + b1.y, T{})};
+  }
+  block_wait();
 }
 
 // Attention of one head at depth d for the rows from 32 / kLanes times `group` on, kLanes lanes a row. Of its 64 numbers
 // a lane of four has 8 (lane % 4) .. + 7 of either half, as a matrix' operand has them, and one of sixteen four in a row.
-template <int kLanes, bool kPosted>
+template <int kLanes>
 struct Head {
   static constexpr int kWords = 32 / kLanes;
-  static constexpr int kBatch = kLanes == 16 ? 4 : kPosted ? 2 : 3;  // depths whose keys and values are in flight
+  static constexpr int kBatch = kLanes == 16 ? 4 : 2;  // depths whose keys and values are in flight
   uint32_t query[kWords], key[kBatch][kWords], value[kBatch][kWords];
 };
 
@@ -254,24 +267,15 @@ __device__ __forceinline__ int64_t place_of(const Attended<T>& from, int head, i
   return int64_t(row < rows ? row : 0) * dim + head * kHeadDim + lane % kLanes * (kLanes == 16 ? 4 : 8);
 }
 
-template <bool kPosted, int kWords, typename T>
+template <int kWords, typename T>
 __device__ __forceinline__ void read(uint32_t (&to)[kWords], const T* from, bool there) {
-  if constexpr (kPosted && kWords == 2) {
+  if constexpr (kWords == 2) {
     const uint2 raw = there ? posted(reinterpret_cast<const uint2*>(from)) : uint2{};
-    to[0] = raw.x, to[1] = raw.y;
-  } else if constexpr (kPosted) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 raw = there ? posted(reinterpret_cast<const uint4*>(from + half * 32)) : uint4{};
-      to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
-    }
-  } else if constexpr (kWords == 2) {
-    const uint2 raw = there ? __ldcg(reinterpret_cast<const uint2*>(from)) : uint2{};
     to[0] = raw.x, to[1] = raw.y;
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 raw = there ? load_shared_by_all(from + half * 32) : uint4{};
+      const uint4 raw = there ? posted(reinterpret_cast<const uint4*>(from + half * 32)) : uint4{};
       to[4 * half] = raw.x, to[4 * half + 1] = raw.y, to[4 * half + 2] = raw.z, to[4 * half + 3] = raw.w;
     }
   }
@@ -285,21 +289,21 @@ __device__ __forceinline__ bool absent(const uint32_t (&words)[kWords]) {
   return most == kAbsent;
 }
 
-template <int kLanes, bool kPosted, typename T>
-__device__ __forceinline__ void read_depths(Head<kLanes, kPosted>& to, const Attended<T>& from, int d, int first, int64_t place) {
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_depths(Head<kLanes>& to, const Attended<T>& from, int d, int first, int64_t place) {
   const int64_t level = int64_t(from.rows) * from.dim;
 #pragma unroll
-  for (int j = 0; j < Head<kLanes, kPosted>::kBatch; ++j) {
+  for (int j = 0; j < Head<kLanes>::kBatch; ++j) {
     const bool there = first + j <= d;
-    read<kPosted>(to.key[j], from.keys + (first + j) * level + place, there);
-    read<kPosted>(to.value[j], from.values + (first + j) * level + place, there);
+    read(to.key[j], from.keys + (first + j) * level + place, there);
+    read(to.value[j], from.values + (first + j) * level + place, there);
   }
 }
 
 // Waits until the query and those depths, the first of them `first`, are there.
 template <int kLanes, typename T>
-__device__ __forceinline__ void wait_depths(Head<kLanes, true>& of, const Attended<T>& from, int first, int64_t place) {
-  constexpr int kBatch = Head<kLanes, true>::kBatch;
+__device__ __forceinline__ void wait_depths(Head<kLanes>& of, const Attended<T>& from, int first, int64_t place) {
+  constexpr int kBatch = Head<kLanes>::kBatch;
   const int64_t level = int64_t(from.rows) * from.dim;
   read_until(
       [&] {
@@ -309,31 +313,31 @@ __device__ __forceinline__ void wait_depths(Head<kLanes, true>& of, const Attend
         return some;
       },
       [&] {
-        if (absent(of.query)) read<true>(of.query, from.query + place, true);
+        if (absent(of.query)) read(of.query, from.query + place, true);
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-          if (absent(of.key[j])) read<true>(of.key[j], from.keys + (first + j) * level + place, true);
-          if (absent(of.value[j])) read<true>(of.value[j], from.values + (first + j) * level + place, true);
+          if (absent(of.key[j])) read(of.key[j], from.keys + (first + j) * level + place, true);
+          if (absent(of.value[j])) read(of.value[j], from.values + (first + j) * level + place, true);
         }
       });
 }
 
-template <int kLanes, bool kPosted, typename T>
-__device__ __forceinline__ void read_head(Head<kLanes, kPosted>& to, const Attended<T>& from, int d, int64_t place) {
-  read<kPosted>(to.query, from.query + place, true);
-  read_depths<kLanes, kPosted>(to, from, d, 0, place);
+template <int kLanes, typename T>
+__device__ __forceinline__ void read_head(Head<kLanes>& to, const Attended<T>& from, int d, int64_t place) {
+  read(to.query, from.query + place, true);
+  read_depths<kLanes>(to, from, d, 0, place);
 }
 
 // From a head of which the first depths are read; leaves the result where the query was.
-template <int kLanes, bool kPosted, typename T>
-__device__ __forceinline__ void attend(Head<kLanes, kPosted>& head, const Attended<T>& from, int d, int64_t place) {
-  constexpr int kWords = Head<kLanes, kPosted>::kWords, kBatch = Head<kLanes, kPosted>::kBatch;
+template <int kLanes, typename T>
+__device__ __forceinline__ void attend(Head<kLanes>& head, const Attended<T>& from, int d, int64_t place) {
+  constexpr int kWords = Head<kLanes>::kWords, kBatch = Head<kLanes>::kBatch;
   float2 y[kWords] = {};
   float most = -INFINITY, total = 0;
 #pragma unroll 1
   for (int first = 0; first <= d; first += kBatch) {
-    if (first > 0) read_depths<kLanes, kPosted>(head, from, d, first, place);
-    if constexpr (kPosted) wait_depths(head, from, first, place);
+    if (first > 0) read_depths<kLanes>(head, from, d, first, place);
+    wait_depths(head, from, first, place);
     // Of depths beyond d keys and values are zeros, and their weights.
     float scores[kBatch];
 #pragma unroll
@@ -379,8 +383,8 @@ __device__ __forceinline__ void attend(Head<kLanes, kPosted>& head, const Attend
 }
 
 // kPost: where others wait for it.
-template <bool kPost, int kLanes, bool kPosted>
-__device__ __forceinline__ void put_head(const Head<kLanes, kPosted>& from, void* to) {
+template <bool kPost, int kLanes>
+__device__ __forceinline__ void put_head(const Head<kLanes>& from, void* to) {
   if constexpr (kPost) {
     static_assert(kLanes == 4, "not used otherwise");
 #pragma unroll
@@ -396,15 +400,15 @@ __device__ __forceinline__ void put_head(const Head<kLanes, kPosted>& from, void
 
 // Each warp the heads that it multiplies, for a chunk of the inputs is a head. With few rows the next head's numbers are on
 // their way while one is worked on.
-template <int kLanes, bool kPosted, typename T>
+template <int kLanes, typename T>
 __device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int begin, int end, unsigned char* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = from.rows, dim = from.dim;
   constexpr int kOwnRows = 32 / kLanes;
   const int groups = (rows + kOwnRows - 1) / kOwnRows;
   int head = begin + ((warp - begin) & (kWarps - 1)), group = 0;
   constexpr bool kAhead = kLanes == 16;
-  Head<kLanes, kPosted> now{}, next{};
-  if (kAhead && head < end) read_head<kLanes, kPosted>(next, from, d, place_of<kLanes>(from, head, group));
+  Head<kLanes> now{}, next{};
+  if (kAhead && head < end) read_head<kLanes>(next, from, d, place_of<kLanes>(from, head, group));
 #pragma unroll 1
   while (head < end) {
     const int own_head = head, own_group = group;
@@ -415,11 +419,11 @@ __device__ __forceinline__ void stage_heads(const Attended<T> from, int d, int b
     }
     if constexpr (kAhead) {
       now = next;
-      if (head < end) read_head<kLanes, kPosted>(next, from, d, place_of<kLanes>(from, head, group));
+      if (head < end) read_head<kLanes>(next, from, d, place_of<kLanes>(from, head, group));
     } else {
-      read_head<kLanes, kPosted>(now, from, d, place);
+      read_head<kLanes>(now, from, d, place);
     }
-    attend<kLanes, kPosted>(now, from, d, place);
+    attend<kLanes>(now, from, d, place);
     const int row = own_group * kOwnRows + lane / kLanes;
     if (row < rows)
       put_head<false>(now, staged_row(memory, row, dim, dim) + own_head * kHeadDim * 2 + lane % kLanes * (kLanes == 16 ? 8 : 16));
