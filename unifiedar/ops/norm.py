@@ -523,7 +523,7 @@ def _run_tokens_backward_triton(grad, grad_new, x, branch, gate, scale, eps, bia
     kernels = _native.kernels("norm")
     vectors = [grad_scale, grad_shift] if branch is None else [grad_scale, grad_shift, grad_gate]
     of_bias = [] if bias is None else [torch.empty_like(grad_scale)]  # before the gate, one a batch
-    programs = kernels.token_shares(*x.shape[:2])[0]
+    programs = kernels.token_shares(*x.shape)[0]
     parts = grad_scale.new_empty((len(vectors + of_bias), len(x), programs, x.shape[2]))
     gate, scale = (one if one is None or one.stride(1) == 1 else one.contiguous() for one in (gate, scale))
     with torch.cuda.device_of(x):
