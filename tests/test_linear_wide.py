@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_as_good_as_eager
 
-from unifiedar.ops import wide_linear
+from unifiedar.nn import wide_linear
 
 ROOMS = [
     pytest.param((device, x, weight), marks=[pytest.mark.gpu] if device == "cuda" else [], id=f"{device}-{x}-{weight}")

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unifiedar.nn.linear import Linear8bit
-from unifiedar.ops import bias_gelu, few_linear, linear_parts, wide_linear
+from unifiedar.nn.linear_wide import wide_linear
+from unifiedar.ops import bias_gelu, few_linear, linear_parts
 from unifiedar.ops.linear_few import few_rows
 
 __all__ = ["gelu_of", "in_parts", "of_few"]

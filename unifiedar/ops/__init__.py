@@ -33,7 +33,6 @@ from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights,
 from unifiedar.ops.linear import linear_8bit
 from unifiedar.ops.linear_few import few_linear, linear_parts, parts_norm
 from unifiedar.ops.linear_gelu import bias_gelu
-from unifiedar.ops.linear_wide import wide_linear
 from unifiedar.ops.norm import modulated_norm, packed_norm_rope, qk_norm_rope
 from unifiedar.ops.norm_group import add_group_norm, add_maps, group_norm, phase_weights
 from unifiedar.ops.sample import cut_logits, sample_codes
@@ -83,5 +82,4 @@ __all__ = [
     "residual_lookup",
     "residual_quantize",
     "sample_codes",
-    "wide_linear",
 ]
