@@ -337,6 +337,15 @@ def modulated_norm_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _sums(a, b, c):
+    """Of three vectors, with one wait."""
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, c)), 0))
+    a, b = tl.split(first)
+    c, _ = tl.split(second)
+    return a, b, c
+
+
 @triton.jit(do_not_specialize=["length", "share", "parts_row", "eps"])
 def modulated_norm_backward_kernel(
     grad,  # [batch, length, width]: of what came out
@@ -357,47 +366,68 @@ def modulated_norm_backward_kernel(
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Grid: (programs that share a batch's tokens, batch)."""
+    """Grid: (programs that share a batch's tokens, batch). With AHEAD the next token is on its way while sums of this
+    one wait for each other."""
     first = tl.program_id(0) * share
     batch = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < WIDTH
-    stretch = 1.0 + tl.load(scale + batch * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
     of_scale = tl.zeros((BLOCK,), tl.float32)
     of_shift = tl.zeros((BLOCK,), tl.float32)
     if branch is not None:
-        factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
         of_gate = tl.zeros((BLOCK,), tl.float32)
     if bias is not None:
         of_bias = tl.zeros((BLOCK,), tl.float32)
-        added = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    for token in range(first, tl.minimum(first + share, length)):
-        at = (batch * length + token) * WIDTH + channel
-        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    end = tl.minimum(first + share, length)
+    at = (batch * length + first) * WIDTH + channel
+    if AHEAD:
+        there = inside & (first < end)
+        next_y = tl.load(x + at, mask=there, other=0.0)
+        next_given = tl.load(grad + at, mask=there, other=0.0)
         if branch is not None:
-            through = tl.load(grad_new + at, mask=inside, other=0.0).to(tl.float32)
-            joined = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-            if bias is not None:
-                joined += added
+            next_through = tl.load(grad_new + at, mask=there, other=0.0)
+            next_joined = tl.load(branch + at, mask=there, other=0.0)
+    for token in range(first, end):
+        if AHEAD:
+            y, given = next_y, next_given
+            there = inside & (token + 1 < end)
+            next_y = tl.load(x + at + WIDTH, mask=there, other=0.0)
+            next_given = tl.load(grad + at + WIDTH, mask=there, other=0.0)
+            if branch is not None:
+                through, joined = next_through, next_joined
+                next_through = tl.load(grad_new + at + WIDTH, mask=there, other=0.0)
+                next_joined = tl.load(branch + at + WIDTH, mask=there, other=0.0)
+        else:
+            y = tl.load(x + at, mask=inside, other=0.0)
+            given = tl.load(grad + at, mask=inside, other=0.0)
+            if branch is not None:
+                through = tl.load(grad_new + at, mask=inside, other=0.0)
+                joined = tl.load(branch + at, mask=inside, other=0.0)
+        y, given = y.to(tl.float32), given.to(tl.float32)
+        if branch is not None:
+            through, joined = through.to(tl.float32), joined.to(tl.float32)
+        of_shift += given
+        # Vectors are read again for every token, which costs less than the registers to keep them in.
+        stretch = 1.0 + tl.load(scale + batch * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
+        stretched = given * stretch
         centred = tl.where(inside, y - tl.div_rn(tl.sum(y, 0), WIDTH * 1.0), 0.0)
-        variance = tl.div_rn(tl.sum(centred * centred, 0), WIDTH * 1.0)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+        square, along, mean = _sums(centred * centred, stretched * centred, stretched)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, WIDTH * 1.0) + eps))
         y = centred * inverse
         of_scale += given * y
-        of_shift += given
-        given *= stretch
-        mean = tl.div_rn(tl.sum(given, 0), WIDTH * 1.0)
-        along = tl.div_rn(tl.sum(given * y, 0), WIDTH * 1.0)
-        found = (given - mean - y * along) * inverse
+        found = (stretched - tl.div_rn(mean, WIDTH * 1.0) - y * (tl.div_rn(along, WIDTH * 1.0) * inverse)) * inverse
         if branch is not None:
             found += through
-            of_gate += found * joined
             if bias is not None:
+                joined += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
                 of_bias += found
+            of_gate += found * joined
+            factor = tl.load(gate + batch * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
             tl.store(grad_branch + at, (found * factor).to(grad_branch.dtype.element_ty), mask=inside)
         tl.store(grad_x + at, found.to(grad_x.dtype.element_ty), mask=inside)
+        at += WIDTH
     place = parts + (batch * tl.num_programs(0) + tl.program_id(0)) * WIDTH + channel
     tl.store(place, of_scale, mask=inside)
     tl.store(place + parts_row, of_shift, mask=inside)
@@ -545,10 +575,17 @@ def modulated_norm(
     )  # fmt: skip
 
 
-def token_shares(batch: int, length: int) -> tuple[int, int]:
-    """Programs that share a batch's tokens in the gradient, and tokens of each: of eight programs for every
-    multiprocessor of a large GPU four run at a time, and the vectors' sums are short."""
-    programs = max(1, min(length, triton.cdiv(1056, batch)))
+def _gradient_tile(width: int) -> tuple[int, int, bool]:
+    """Channels and warps of a program of the gradient, four channels a thread up to 2048, and whether it has registers
+    for the next token."""
+    block = _token_tile(width)[0]
+    return block, min(16, block // 128), block <= 2048
+
+
+def token_shares(batch: int, length: int, width: int) -> tuple[int, int]:
+    """Programs that share a batch's tokens in the gradient, and tokens of each: as many programs as a large GPU, of 132
+    multiprocessors, runs at a time."""
+    programs = max(1, min(length, 132 * max(1, 24 // _gradient_tile(width)[1]) // batch))
     share = triton.cdiv(length, programs)
     return triton.cdiv(length, share), share
 
@@ -575,16 +612,17 @@ def modulated_norm_backward(
         gate, scale: (B, C), last dimension contiguous; gate is None without a branch.
         eps: of the norm.
         grad_x, grad_branch: like x and branch.
-        parts: (2, with a branch 3, with a bias 4, B, `token_shares`(B, L)[0], C) float32 contiguous, to be filled: what
-            the sum over dimension 2 makes the gradients of scale, shift, gate and, times the gate, bias.
+        parts: (2, with a branch 3, with a bias 4, B, `token_shares`(B, L, C)[0], C) float32 contiguous, to be filled:
+            what the sum over dimension 2 makes the gradients of scale, shift, gate and, times the gate, bias.
         bias: (C,) contiguous, added to the branch, or None.
     """
     batch, length, width = x.shape
-    programs, share = token_shares(batch, length)
-    block, warps = _token_tile(width)
+    programs, share = token_shares(batch, length, width)
+    block, warps, ahead = _gradient_tile(width)
     modulated_norm_backward_kernel[(programs, batch)](
         grad, grad_new, x, branch, gate, scale, grad_x, grad_branch, bias, parts, length, share, parts.stride(0),
-        0 if gate is None else gate.stride(0), scale.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps,
+        0 if gate is None else gate.stride(0), scale.stride(0), eps, WIDTH=width, BLOCK=block, AHEAD=ahead,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -594,10 +632,10 @@ def _gradient_cases() -> list[tuple]:
     for width, feature, gated, biased in ((1024, "bf16", True, True), (1024, "bf16", False, False),
                                           (1920, "fp16", True, True), (2304, "bf16", True, False),
                                           (1280, "fp32", True, True)):  # fmt: skip
-        block, warps = _token_tile(width)
+        block, warps, ahead = _gradient_tile(width)
         types = {**dict.fromkeys(("grad", "branch", "gate", "scale", "grad_branch"), f"*{feature}"), "eps": "fp32"}
         types |= dict.fromkeys(("x", "grad_new", "grad_x", "parts", "bias"), "*fp32")
-        constants: dict = {"WIDTH": width, "BLOCK": block}
+        constants: dict = {"WIDTH": width, "BLOCK": block, "AHEAD": ahead}
         constants |= {} if gated else dict.fromkeys(("grad_new", "branch", "gate", "grad_branch"))
         constants |= {} if biased else {"bias": None}
         kernel = modulated_norm_backward_kernel

@@ -481,19 +481,20 @@ class VAR(nn.Module):
         dtype = self._dtype(tokens)
         branch = gate = None
         for i, block in enumerate(self._each()):
-            gates, scales, shifts = modulations[i].unflatten(1, (3, 2)).unbind(1)
+            # One by one, not in pairs: the gradient puts them together once.
+            *gates, scale, next_scale, shift, next_shift = modulations[i].unbind(1)
             if branch is None or gate is None:
-                x = self.norm(tokens, scales[:, 0], shifts[:, 0], dtype=dtype)
+                x = self.norm(tokens, scale, shift, dtype=dtype)
             else:
-                x, tokens = self.norm.add(tokens, branch, gate, scales[:, 0], shifts[:, 0], dtype=dtype)
+                x, tokens = self.norm.add(tokens, branch, gate, scale, shift, dtype=dtype)
             branch = (
                 block.attn(x, lengths, to_norm=True)
                 if memory is None
                 else block.attn.before_norm(x, memory[i][0], begin, memory[i][1])
             )
-            gate = self._gate(gates[:, 0], i, memory is None)
-            x, tokens = self.norm.add(tokens, branch, gate, scales[:, 1], shifts[:, 1], dtype=dtype)
-            branch, gate = block.ffn(x), self._gate(gates[:, 1], i, memory is None)
+            gate = self._gate(gates[0], i, memory is None)
+            x, tokens = self.norm.add(tokens, branch, gate, next_scale, next_shift, dtype=dtype)
+            branch, gate = block.ffn(x), self._gate(gates[1], i, memory is None)
         assert branch is not None  # depth is at least 1
         assert gate is not None
         scale, shift = modulations[-1].unbind(1)

@@ -7,6 +7,7 @@ from unifiedar.nn.codes_multiscale import MultiScaleQuantized, MultiScaleQuantiz
 from unifiedar.nn.depth import DepthStyle, DepthTransformer
 from unifiedar.nn.linear import Linear8bit
 from unifiedar.nn.linear_few import gelu_of, in_parts, of_few
+from unifiedar.nn.linear_wide import wide_linear
 from unifiedar.nn.norm import ModulatedNorm
 from unifiedar.nn.norm_group import GroupNorm, Summands, UpsampledConv2d
 from unifiedar.nn.sample import CodeSampler
@@ -35,4 +36,5 @@ __all__ = [
     "in_parts",
     "of_few",
     "rope_table",
+    "wide_linear",
 ]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unifiedar.nn.linear import Linear8bit
+from unifiedar.nn.linear_wide import wide_linear
 from unifiedar.ops import bias_gelu, few_linear, linear_parts
 from unifiedar.ops.linear_few import few_rows
 
@@ -24,6 +25,8 @@ def of_few(layer: nn.Linear | Linear8bit, x: Tensor, bias: Tensor | None = None)
     """
     if isinstance(layer, Linear8bit):
         return layer(x, bias)  # whose product is the same kernel
+    if learns(layer, x):
+        return wide_linear(x, layer.weight, layer.bias if bias is None else bias)
     if bias is None:
         # Called, the layer gathers its weights where every rank holds a share of them.
         return few_linear(x, layer.weight, layer.bias) if takes_few(layer, x) else layer(x)
@@ -48,8 +51,8 @@ def gelu_of(layer: nn.Linear | Linear8bit, x: Tensor) -> Tensor:
         # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.mT, use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
-    if learns(layer, x) and layer.bias is not None:
-        return bias_gelu(F.linear(x, layer.weight), layer.bias)
+    if layer.bias is not None and learns(layer, x):
+        return bias_gelu(wide_linear(x, layer.weight), layer.bias)
     return F.gelu(layer(x), approximate="tanh")
 
 
@@ -69,15 +72,15 @@ def in_parts(layer: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor | Non
         return linear_parts(x, layer.weight, scale=scale), layer.bias
     if isinstance(layer, nn.Linear) and layer.bias is not None and learns(layer, x):
         # A copy: who shares weights out to ranks lets go of them when the module that holds the layer is done.
-        return F.linear(x, layer.weight), layer.bias.clone()
+        return wide_linear(x, layer.weight), layer.bias.clone()
     return layer(x)
 
 
 def learns(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is a plain one with a bias that is trained on a GPU. A compiler fuses sums on its own."""
-    if type(layer) is not nn.Linear or layer.bias is None or torch.compiler.is_compiling():
+    """Whether a layer is a plain one that is trained on a GPU. What is compiled is left to the compiler."""
+    if type(layer) is not nn.Linear or torch.compiler.is_compiling():
         return False
-    return x.is_cuda and torch.is_grad_enabled() and layer.bias.requires_grad
+    return x.is_cuda and torch.is_grad_enabled() and layer.weight.requires_grad
 
 
 def takes_few(layer: nn.Linear | Linear8bit, x: Tensor) -> bool:

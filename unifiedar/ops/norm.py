@@ -196,8 +196,8 @@ def _gated_eager(
     return _modulated_eager(new, scale, shift, eps, dtype), new
 
 
-def _modulated_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scale and shift, not rounded yet."""
+def _modulated_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, (2, B, C), of scale and shift, not rounded yet."""
     wide = _widest(grad, x, scale)
     tokens, grad, size = x.to(wide), grad.to(wide), x.shape[-1:]
     with torch.autocast(x.device.type, enabled=False):
@@ -206,7 +206,7 @@ def _modulated_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
         found = torch.ops.aten.native_layer_norm_backward(
             inner.contiguous(), tokens, size, mean, rstd, None, None, [True, False, False]
         )[0]
-    return found, (grad * y).sum(1), grad.sum(1)
+    return found, torch.stack(((grad * y).sum(1), grad.sum(1)))
 
 
 def _tokens_backward_eager(
@@ -218,18 +218,19 @@ def _tokens_backward_eager(
     scale: Tensor,
     eps: float,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and branch in their dtypes, and of gate, scale, shift and bias not rounded; empty for what is
-    None."""
-    found, grad_scale, grad_shift = _modulated_backward(grad, x, scale, eps)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and branch in their dtypes; not rounded of scale, shift and, with a branch, gate, (2 or 3, B, C),
+    and of bias; empty for what is None."""
+    found, vectors = _modulated_backward(grad, x, scale, eps)
     none = found.new_empty(0)
     if branch is None or gate is None or grad_new is None:
-        return found.to(x.dtype), x.new_empty(0), none, grad_scale, grad_shift, none.clone()
+        return found.to(x.dtype), x.new_empty(0), vectors, none
     found = found + grad_new.to(found.dtype)
     grad_branch = found * gate.to(found.dtype)[:, None]
     joined = branch.to(found.dtype) if bias is None else branch.to(found.dtype) + bias.to(found.dtype)
+    vectors = torch.cat((vectors, (found * joined).sum(1)[None]))
     grad_bias = none if bias is None else grad_branch.sum((0, 1))
-    return found.to(x.dtype), grad_branch.to(branch.dtype), (found * joined).sum(1), grad_scale, grad_shift, grad_bias
+    return found.to(x.dtype), grad_branch.to(branch.dtype), vectors, grad_bias
 
 
 # ---- shapes of the outputs, gradients --------------------------------------------------------------------------------
@@ -324,8 +325,15 @@ def _modulated_setup(ctx, inputs, output):
 
 def _modulated_gradient(ctx, grad):
     x, scale, shift = ctx.saved_tensors
-    grad_x, _, _, grad_scale, grad_shift, _ = _tokens_backward(grad, None, x, None, None, scale, ctx.eps, None, "auto")
-    return grad_x, grad_scale.to(scale.dtype), grad_shift.to(shift.dtype), None, None
+    grad_x, _, vectors, _ = _tokens_backward(grad, None, x, None, None, scale, ctx.eps, None, "auto")
+    return grad_x, *_rounded(vectors, scale, shift), None, None
+
+
+def _rounded(vectors: Tensor, *like: Tensor) -> list[Tensor]:
+    """Each in the dtype of its like, in one launch where that is the same for all."""
+    if len({one.dtype for one in like}) == 1:
+        vectors = vectors.to(like[0].dtype)
+    return [one.to(other.dtype) for one, other in zip(vectors, like, strict=True)]
 
 
 def _gated_setup(ctx, inputs, output):
@@ -335,19 +343,23 @@ def _gated_setup(ctx, inputs, output):
 
 def _gated_gradient(ctx, grad, grad_new):
     new, branch, gate, scale, shift, bias = ctx.saved_tensors
-    found = _tokens_backward(grad, grad_new, new, branch, gate, scale, ctx.eps, bias, "auto")
-    like = (new, branch, gate, scale, shift)
-    *vectors, of_bias = found
-    given = [one.to(tensor.dtype) for one, tensor in zip(vectors, like, strict=True)]
-    return *given, None, None, None if bias is None else of_bias.to(bias.dtype)
+    grad_x, grad_branch, vectors, grad_bias = _tokens_backward(
+        grad, grad_new, new, branch, gate, scale, ctx.eps, bias, "auto"
+    )
+    grad_scale, grad_shift, grad_gate = _rounded(vectors, scale, shift, gate)
+    of_bias = None if bias is None else grad_bias.to(bias.dtype)
+    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift, None, None, of_bias
 
 
 def _tokens_backward_fake(grad, grad_new, x, branch, gate, scale, eps, bias):
     wide = _widest(grad, x, scale)
-    none = x.new_empty(0, dtype=wide) if gate is None else x.new_empty(scale.shape, dtype=wide)
-    vectors = [x.new_empty(scale.shape, dtype=wide) for _ in range(2)]
-    of_bias = x.new_empty(0 if bias is None else bias.shape, dtype=wide)
-    return x.new_empty(x.shape), _none_like(branch, x), none, *vectors, of_bias
+    vectors = x.new_empty((2 if branch is None else 3, *scale.shape), dtype=wide)
+    return (
+        x.new_empty(x.shape),
+        _none_like(branch, x),
+        vectors,
+        x.new_empty(0 if bias is None else bias.shape, dtype=wide),
+    )
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -515,27 +527,22 @@ def _tokens_backward_unfit_triton(grad, grad_new, x, branch, gate, scale, eps, b
 
 
 def _run_tokens_backward_triton(grad, grad_new, x, branch, gate, scale, eps, bias):
-    grad_x, grad_branch, grad_gate, grad_scale, grad_shift, grad_bias = _tokens_backward_fake(
-        grad, grad_new, x, branch, gate, scale, eps, bias
-    )
+    grad_x, grad_branch, vectors, grad_bias = _tokens_backward_fake(grad, grad_new, x, branch, gate, scale, eps, bias)
     if not x.numel():
-        return grad_x, grad_branch, *(one.zero_() for one in (grad_gate, grad_scale, grad_shift, grad_bias))
+        return grad_x, grad_branch, vectors.zero_(), grad_bias.zero_()
     kernels = _native.kernels("norm")
-    vectors = [grad_scale, grad_shift] if branch is None else [grad_scale, grad_shift, grad_gate]
-    of_bias = [] if bias is None else [torch.empty_like(grad_scale)]  # before the gate, one a batch
-    programs = kernels.token_shares(*x.shape[:2])[0]
-    parts = grad_scale.new_empty((len(vectors + of_bias), len(x), programs, x.shape[2]))
+    programs = kernels.token_shares(*x.shape)[0]
+    parts = vectors.new_empty((len(vectors) + (bias is not None), len(x), programs, x.shape[2]))
     gate, scale = (one if one is None or one.stride(1) == 1 else one.contiguous() for one in (gate, scale))
     with torch.cuda.device_of(x):
         kernels.modulated_norm_backward(
             grad.contiguous(), _flat(grad_new), x.contiguous(), _flat(branch), gate, scale, eps,
             grad_x, None if branch is None else grad_branch, parts, _flat(bias),
         )  # fmt: skip
-    for vector, part in zip(vectors + of_bias, parts, strict=True):
-        torch.sum(part, 1, out=vector)
-    for one in of_bias:
-        torch.sum(one.mul_(gate), 0, out=grad_bias)
-    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift, grad_bias
+    torch.sum(parts[: len(vectors)], 2, out=vectors)
+    if bias is not None:  # what was summed up for it has not met the gate yet
+        torch.sum(parts[-1].sum(1).mul_(gate), 0, out=grad_bias)
+    return grad_x, grad_branch, vectors, grad_bias
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -580,7 +587,7 @@ _MODULATION = "Tensor scale, Tensor shift, float eps, ScalarType dtype"
 
 _tokens_backward = Op(
     "modulated_norm_backward(Tensor grad, Tensor? grad_new, Tensor x, Tensor? branch, Tensor? gate, Tensor scale, "
-    "float eps, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float eps, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     eager=_tokens_backward_eager,
     fake=_tokens_backward_fake,
     backends=(Backend("triton", _run_tokens_backward_triton, _tokens_backward_unfit_triton),),
