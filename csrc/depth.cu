@@ -423,23 +423,30 @@ struct Decoder {
   struct Inputs {
     const unsigned char* global;
     int shared, pitch;
+    int copies;  // on their way to shared memory, a chunk each
   };
 
   // Rows of so many numbers as they lie in memory, of them the chunks that the block multiplies; in shared memory if they fit.
-  // Each warp copies the chunks that it multiplies, and has to wait for its copies.
+  // Each warp copies the chunks that it multiplies, in the order in which it does, and waits for each when it comes to it.
   __device__ __forceinline__ Inputs copy_rows(const T* rows_at, int width, const Share& share) const {
     const int bytes = (share.span_last - share.span_first) * kChunk * 2, own_row = lane / 8;
-    if (!fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2};
+    if (!fits(bytes)) return {reinterpret_cast<const unsigned char*>(rows_at), 0, width * 2, 0};
     const int begin = stage_at() - share.span_first * kChunk * 2, pitch = bytes + kPad;
     unsigned char* to = memory + begin + own_row * pitch + lane % 8 * 16;
     const T* from = rows_at + int64_t(own_row) * width + lane % 8 * 8;
+    int copies = 0;
+    const auto copy = [&](int first, int last) {
 #pragma unroll 1
-    for (int chunk = first_own(share.span_first); chunk < share.span_last; chunk += kWarps) {
+      for (int chunk = first_own(first); chunk < last; chunk += kWarps, ++copies) {
 #pragma unroll
-      for (int row = 0; row < kColumns; row += 4)
-        if (row + own_row < rows) copy_early(to + row * pitch + chunk * kChunk * 2, from + int64_t(row) * width + chunk * kChunk);
-    }
-    return {nullptr, begin, pitch};
+        for (int row = 0; row < kColumns; row += 4)
+          if (row + own_row < rows) copy_early(to + row * pitch + chunk * kChunk * 2, from + int64_t(row) * width + chunk * kChunk);
+        copies_begun();
+      }
+    };
+    copy(share.column, share.span_last);
+    copy(share.span_first, share.column);
+    return {nullptr, begin, pitch, copies};
   }
 
   // The same where they are posted, or nearly, and fit: many packs of 16 bytes at a time.
@@ -472,7 +479,7 @@ struct Decoder {
         if (places[j] >= 0) *reinterpret_cast<uint4*>(to + places[j]) = held[j];
     }
     __syncwarp();
-    return {nullptr, begin, bytes + kPad};
+    return {nullptr, begin, bytes + kPad, 0};
   }
 
   __device__ __forceinline__ Attended<T> attended(int layer) const {
@@ -543,7 +550,7 @@ struct Decoder {
   // are read kAhead stages ahead, to registers in turn.
   template <bool kShared>
   __device__ __forceinline__ void tile(Place& place, int first, int last, float (&sum)[kAccumulators][4],
-                                       const unsigned char* from, int pitch) {
+                                       const unsigned char* from, int pitch, int& copies) {
     constexpr int kSets = kAccumulators / kGroups;  // of accumulators: no product waits for the one before
     constexpr int kAhead = kShared || kGroups == 4 ? 1 : 2;
     uint4 inputs[kAhead][kGroups][2] = {};
@@ -563,6 +570,10 @@ struct Decoder {
         const uint4* weights_at = reinterpret_cast<const uint4*>(take(place) + warp * kChunkBytes) + lane;
         uint4 weights[kPieces];
         if (own) {
+          if (!kDirect && kShared && copies > 0) {
+            copies_wait(--copies);
+            __syncwarp();
+          }
           if (kShared) read_inputs<kShared>(inputs[turn], at(chunk), pitch);
 #pragma unroll
           for (int i = 0; i < kPieces; ++i) weights[i] = weights_at[i * 32];
@@ -715,7 +726,7 @@ struct Decoder {
   }
 
   // One matrix; sums of the first tiles go to `targets`.
-  __device__ __forceinline__ void product(Place& place, const Share& share, const Inputs& inputs, Target (&targets)[kOwn],
+  __device__ __forceinline__ void product(Place& place, const Share& share, Inputs& inputs, Target (&targets)[kOwn],
                                           int d, int layer, Step step) {
     const int shown = step == kHead ? pairs.number : all_rows.number;
     const int own_inputs = lane / 4 * inputs.pitch + lane % 4 * 16;
@@ -730,9 +741,9 @@ struct Decoder {
         const int end = first + t + 1 == share.own_tiles ? share.stop : share.high;
         float sum[kAccumulators][4] = {};
         if (!kDirect && step == kInput && inputs.global != nullptr)
-          tile<false>(place, begin, end, sum, inputs.global + own_inputs, inputs.pitch);
+          tile<false>(place, begin, end, sum, inputs.global + own_inputs, inputs.pitch, inputs.copies);
         else
-          tile<true>(place, begin, end, sum, memory + inputs.shared + own_inputs, inputs.pitch);
+          tile<true>(place, begin, end, sum, memory + inputs.shared + own_inputs, inputs.pitch, inputs.copies);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           float* to = own_red + (t * kColumns + group * 8) * kRedPitch;
@@ -903,26 +914,22 @@ struct Decoder {
     if (now.own_tiles > 0) {
       const T* from = step == kProj ? attention(layer) : step == kDown ? states(layer) : step != kInput ? normed()
                       : d == 0 ? static_cast<const T*>(a.hidden) : space<T>(at.sums);
-      Inputs inputs{nullptr, stage_at(), dim * 2 + kPad};
+      Inputs inputs{nullptr, stage_at(), dim * 2 + kPad, 0};
       if constexpr (!kDirect) inputs = copy_rows(from, now.chunks * kChunk, now);
       Target targets[kOwn];
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) targets[j] = target_of(now, d, layer, step, 0, j);
-      if constexpr (!kDirect) {
-        copies_wait();
-        __syncwarp();
-      } else if (norm) {
+      if (kDirect && norm)
         stage_norm(layer, step);
-      } else if (step == kProj && !apart) {
+      else if (kDirect && step == kProj && !apart)
         stage_attention(layer, d, now);
-      } else {
+      else if (kDirect)
         inputs = stage_rows(from, now.chunks * kChunk, now, step != kInput);
-      }
       product(place, now, inputs, targets, d, layer, step);
+      if (!kDirect) copies_wait();  // of what is not multiplied: a share may end before it comes round
     }
     fetch_after(d, layer, step, index);
     if (!kDirect && step == kQkv) attend_apart(layer, d);
-    if (!kDirect && !norm) normalise_apart(index + 1);
   }
 
   // With a way of its own through the code for each kind of step: to choose on the way takes as long as to work.
@@ -963,11 +970,11 @@ struct Decoder {
           const float sum = wide(static_cast<const T*>(a.hidden)[i]) + wide(packed(layout.position)[i % dim]);
           post(stream(0, false) + i, __float_as_uint(sum) == kAbsent ? kAbsent >> 1 : __float_as_uint(sum));
         }
-        if constexpr (!kDirect) normalise_apart(index);
       } else {
         multiply_step(place, d, index);
         ++index;
       }
+      if (!kDirect && norm_before(index) != nullptr) normalise_apart(index);
     } while (!wait(d, index));
     drain(place, d, index);
   }

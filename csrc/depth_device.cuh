@@ -9,7 +9,6 @@
 #include <type_traits>
 
 #include "device/barrier.cuh"
-#include "device/tma.cuh"
 
 namespace unifiedar {
 
@@ -57,7 +56,14 @@ __device__ __forceinline__ void stage_copy(void* to, const void* from, int bytes
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x % 32 == 0) {
     barrier_expect(shared_address(full), bytes);
-    load_bytes(shared_address(to), from, bytes, shared_address(full));
+    // Weights leave the second cache first, as they are more than it holds; what is read again, instructions among it, stays.
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(to)),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(full)), "l"(policy)
+        : "memory");
   }
 #else
   for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512)
@@ -95,6 +101,20 @@ __device__ __forceinline__ void copy_early(void* to, const void* from) {
                : "memory");
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Those since the one before are one; waits until so many of them are left, or fewer.
+__device__ __forceinline__ void copies_begun() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_wait(int left) {
+  if (left == 0)
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  else if (left == 1)
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else if (left == 2)
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  else if (left == 3)
+    asm volatile("cp.async.wait_group 3;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group 4;" ::: "memory");
+}
 
 // Waits for the block's threads but those of the warp that brings the weights.
 __device__ __forceinline__ void block_wait() {

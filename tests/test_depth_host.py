@@ -17,6 +17,7 @@ DEVICE = """
 #include "device/cluster.cuh"
 #include <cstdio>
 #include <map>
+#include <vector>
 #define __grid_constant__
 #define __host__
 namespace unifiedar {
@@ -75,11 +76,29 @@ inline void stage_wait(void* barrier, uint32_t parity) {
   Barrier& own = counted.at(barrier).barrier;
   if (own.phase % 2 == parity) cluster->wait(own);
 }
+// Copies come when they are waited for, and until then their place holds NaN.
+struct Copy { void* to; const void* from; };
+inline std::map<unsigned, std::vector<std::vector<Copy>>> copies;  // of a thread, as they were begun
+inline std::vector<std::vector<Copy>>& own_copies() {
+  auto& own = copies[cluster_rank() * 1024 + threadIdx.x];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
 inline void copy_early(void* to, const void* from) {
   check_aligned(static_cast<uint4*>(to));
-  std::memcpy(to, from, 16);
+  std::memset(to, 255, 16);
+  own_copies().back().push_back({to, from});
 }
-inline void copies_wait() {}
+inline void copies_begun() { own_copies().emplace_back(); }
+inline void copies_wait(int left) {
+  auto& own = own_copies();
+  for (; int(own.size()) > left + 1; own.erase(own.begin()))
+    for (const Copy& copy : own.front()) std::memcpy(copy.to, copy.from, 16);
+}
+inline void copies_wait() {
+  copies_begun();
+  copies_wait(0);
+}
 template <class Value> Value again(Value value) { return value; }
 inline void fetch_ahead(const void* from) { volatile char all[2048]; std::memcpy((void*)all, from, 2048); }
 // Words that others wait for: whoever found one missing looks again after the next one was posted.
