@@ -66,6 +66,12 @@ def test_under_autocast(device):
             y = function(x, weight, bias)
         assert y.dtype == torch.bfloat16
         found.append((y, *torch.autograd.grad(y, [x, weight, bias], grad.bfloat16())))
+    (x, weight, bias), grad = arguments((device, torch.float32, torch.float32), 4, 5, 16)
+    y = wide_linear(x, weight, bias)
+    with torch.autocast(device, torch.bfloat16):  # that the way back is in it changes nothing
+        late = torch.autograd.grad(y, [x, weight, bias], grad, retain_graph=True)
+    for one, other in zip(late, torch.autograd.grad(y, [x, weight, bias], grad), strict=True):
+        assert torch.equal(one, other)
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
         assert (one - other).float().norm() <= 0.01 * other.float().norm()

@@ -27,31 +27,34 @@ def _sums(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _WideLinear(torch.autograd.Function):
-    """With what was rounded kept for the way back."""
+    """With what was rounded kept for the way back. x is in autocast's dtype if that is on, which then casts nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         narrow = weight.to(x.dtype)
         ctx.save_for_backward(x, narrow)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, narrow, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, narrow, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow = ctx.saved_tensors
-        dtype, of_bias = ctx.dtypes
-        rows = grad.reshape(-1, grad.shape[-1])
-        found: list[Tensor | None] = [None] * 3
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                found[0] = (rows @ narrow).view(x.shape)
-            if ctx.needs_input_grad[1]:
-                found[1] = _sums(rows, x.reshape(-1, x.shape[-1]), dtype)
-            if ctx.needs_input_grad[2]:
-                found[2] = rows.sum(0, dtype=of_bias)
-        return tuple(found)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return _gradients(ctx, grad, x, narrow)
+        return _gradients(ctx, grad, x, narrow)
+
+
+def _gradients(ctx: Any, grad: Tensor, x: Tensor, narrow: Tensor) -> tuple[Tensor | None, ...]:
+    dtype, of_bias = ctx.dtypes
+    rows = grad.reshape(-1, grad.shape[-1])
+    of_x, of_weight, of_sum = ctx.needs_input_grad
+    return (
+        (rows @ narrow).view(x.shape) if of_x else None,
+        _sums(rows, x.reshape(-1, x.shape[-1]), dtype) if of_weight else None,
+        rows.sum(0, dtype=of_bias) if of_sum else None,
+    )
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
