@@ -1000,7 +1000,7 @@ Function function_of(DType dtype, int rows, bool direct) {
 int norm_shift_of(int rows) { return rows == 1 ? 3 : rows == 2 ? 2 : 1; }
 int norm_span_of(const DepthSizes& sizes) { return padded(sizes.dim / 4, 32 << norm_shift_of(sizes.rows)) >> norm_shift_of(sizes.rows); }
 
-// Whether the workspace has places for each step.
+// Whether rows are so few that every block may normalise them, and the workspace has places for each step.
 bool has_places(const DepthSizes& sizes) { return sizes.rows <= kDirectRows && norm_span_of(sizes) <= 32 * kNormPacks; }
 
 struct Plan {

@@ -46,11 +46,11 @@ struct DepthArgs {
   double top_p[kMaxDepth];               // 0: off
 };
 
-// Where the workspace has what, in bytes. Where few rows let words be waited for, parts, q, y and h are there once a layer, and x
-// twice and once more.
+// Where the workspace has what, in bytes. Parts and q are there once a layer, x twice and once more; y and h once a layer where
+// rows are few, else h once and y twice: the attention's output, then the residual stream normalised.
 struct DepthWorkspace {
   size_t barrier;  // uint32
-  size_t parts;    // float [2, 2, rows, dim]: what lies beside the residual stream, after the attention and after the MLP
+  size_t parts;    // float [2, 3, rows, dim]: what lies beside the residual stream, after the attention and after the MLP
   size_t x;        // float [rows, dim]: the residual stream
   size_t q, y;     // [rows, dim]: queries, and the attention's output
   size_t h;        // [rows, 4 dim]: inside the MLP

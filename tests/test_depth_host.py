@@ -243,14 +243,15 @@ def on_host(library, case, device=0, forced=None):
         pytest.param({"rows": 3, "projected": False, "device": 1}, id="three rows, not projected"),
         pytest.param({"rows": 18, "guidance": "rows", "dim": 64, "layers": 1, "shared": False}, id="eighteen rows"),
         pytest.param(
-            {"rows": 32, "guidance": 2.0, "dim": 512, "layers": 1, "device": 2}, id="states too large to be staged"
+            {"rows": 32, "guidance": 2.0, "dim": 512, "layers": 1, "device": 2},
+            id="a quarter of the states a block, thirty-two rows",
         ),
         pytest.param(
-            {"rows": 18, "guidance": 2.0, "dim": 384, "layers": 1, "depth": 2}, id="norms in phases of their own"
+            {"rows": 18, "guidance": 2.0, "dim": 384, "layers": 1, "depth": 2}, id="rows normalised by a block each"
         ),
         pytest.param(
             {"rows": 16, "guidance": 3.0, "dim": 448, "layers": 1, "depth": 2, "num_codes": 401, "device": 2},
-            id="states of sixteen rows too large",
+            id="a quarter of the states a block, sixteen rows",
         ),
         pytest.param({"layers": 0, "greedy": True}, id="greedy, no layer"),
         pytest.param(
