@@ -242,9 +242,7 @@ def _check_frame(inputs: Inputs) -> Check:
         differ = int((codes != want).sum())
         if differ > codes.numel() / 5 + 1:
             raise ValueError(f"wrong result: {differ} of {codes.numel()} codes differ")
-        # Sums of 15 numbers below 16 in bfloat16, in another order.
-        if (total.float() - residual_lookup(codes, codebook).float()).abs().max() > 0.5:
-            raise ValueError("wrong result: total is not the sum of the codes' embeddings")
+        _check_total(total, residual_lookup(codes, codebook), module.depth)
 
     return check
 
@@ -281,12 +279,17 @@ def _check(inputs: Inputs) -> Check:
             logits = module(hidden, _each_row(inputs, sums))
         want = torch.stack([sample_codes(logits[:, d], noise=noise[:, d], **cuts) for d in range(codes.shape[1])], 1)
         differ = int((codes != want).sum())
-        if differ > codes.numel() / 10 + 1:
+        if differ > codes.numel() / 5 + 1:
             raise ValueError(f"wrong result: {differ} of {codes.numel()} codes differ")
-        if (total.float() - sums[:, -1].float()).abs().max() > 0.1:
-            raise ValueError("wrong result: total is not the sum of the codes' embeddings")
+        _check_total(total, sums[:, -1], codes.shape[1])
 
     return check
+
+
+def _check_total(total: Tensor, want: Tensor, depth: int) -> None:
+    """Sums of `depth` normal numbers in bfloat16, in another order: each rounds what is below 16 by up to .03."""
+    if (total.float() - want.float()).abs().max() > 0.031 * depth:
+        raise ValueError("wrong result: total is not the sum of the codes' embeddings")
 
 
 def _each_row(inputs: Inputs, positions: Tensor) -> Tensor:
