@@ -316,6 +316,14 @@ def test_kernel(options, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_codes", [16384, 32768])
+def test_kernel_draws_from_few_of_many(num_codes):
+    """What is kept makes a list, of keys in shared memory or, where there are too many, in global memory."""
+    case = small_case(rows=4, guidance=3.0, dim=64, layers=1, num_codes=num_codes)
+    check_kernel(replace(case, settings=([1.0] * 3, [900, 1, 2000], [0.96, 0.0, 0.5])))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("options", "times"),
     [
