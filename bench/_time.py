@@ -260,11 +260,13 @@ def _evict_buffer(device: torch.device) -> torch.Tensor:
 
 
 def input_sets(set_bytes: int, device: torch.device | str, *, most: int = 32) -> int:
-    """Number of input sets of `set_bytes` bytes that outgrow the device's cache three times over: 2 to `most`."""
+    """Number of input sets of `set_bytes` bytes that outgrow the device's cache three times over: 2 to `most`, and 2
+    where even so many would stay in the cache."""
     if set_bytes <= 0:
         raise ValueError(f"input_sets: set_bytes must be positive, got {set_bytes}")
     device = torch.device(device)
-    return max(2, min(most if device.type == "cuda" else 4, math.ceil(3 * _cache_bytes(device) / set_bytes)))
+    most, cache = (most if device.type == "cuda" else 4), _cache_bytes(device)
+    return 2 if most * set_bytes <= cache else max(2, min(most, math.ceil(3 * cache / set_bytes)))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from bench._case import OURS, Case, Check, Variant
 from bench.published import published
@@ -26,7 +26,7 @@ __all__ = ["step"]
 
 LOOKED_AT = ("word_embed.weight", "blocks.0.attn.mat_qkv.weight", "blocks.1.ffn.fc2.weight", "head.weight")
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 """labels (B,), what is read before each scale but the first (B, L - 1, C), targets (B, L)."""
 
 
@@ -72,6 +72,7 @@ def step(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, small
             "labels": torch.randint(config.num_classes, (batch,), **options),
             "inputs": torch.randn(batch, total - lengths[0], config.code_dim, **options),
             "targets": torch.randint(config.num_codes, (batch, total), **options),
+            "weights": list(_ours(config, tokenizer, device).parameters()),  # of every set: no cache holds them
         }
 
     def variant(name: str, role: str, way: str) -> Variant:

@@ -129,7 +129,9 @@ def test_percentile():
 def test_input_sets_outgrow_the_cache():
     assert _time.input_sets(3 * _time.CPU_CACHE_BYTES, CPU) == 2
     assert _time.input_sets(_time.CPU_CACHE_BYTES, CPU) == 3
-    assert _time.input_sets(1, CPU) == 4
+    assert _time.input_sets(_time.CPU_CACHE_BYTES // 2, CPU) == 4
+    assert _time.input_sets(_time.CPU_CACHE_BYTES // 4, CPU) == 2  # four of them fit
+    assert _time.input_sets(1, CPU) == 2
     with pytest.raises(ValueError, match="set_bytes must be positive, got 0"):
         _time.input_sets(0, CPU)
 
