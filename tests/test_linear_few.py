@@ -320,6 +320,29 @@ def test_in_parts(monkeypatch):
         assert isinstance(in_parts(layer, x), Tensor)
 
 
+def test_what_is_added_to_a_layer_is_not_passed_by(monkeypatch):
+    if reason := interpreter_skip():
+        pytest.skip(reason)
+    monkeypatch.setenv("UNIFIEDAR_BACKEND", "triton")
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    x = torch.randn(1, 3, 64).half()
+    plain, adapted = (kind(64, 32).half().requires_grad_(False) for kind in (nn.Linear, Adapted))
+    adapted.load_state_dict(plain.state_dict())
+    assert isinstance(in_parts(plain, x), tuple)
+    assert torch.equal(in_parts(adapted, x), plain(x) + 1)
+    assert torch.equal(of_few(adapted, x), plain(x) + 1)
+    assert torch.equal(gelu_of(adapted, x), F.gelu(plain(x) + 1, approximate="tanh"))
+    seen: list[object] = []
+    plain.register_forward_hook(lambda *what: seen.append(what))
+    for call in (of_few, gelu_of, in_parts):
+        call(plain, x)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_layers_of_8_bits(monkeypatch, form):
     """Which stand in for `nn.Linear` wherever few rows are looked for; where "eager" was asked for it is kept."""

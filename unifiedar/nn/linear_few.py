@@ -47,7 +47,12 @@ def gelu_of(layer: nn.Linear | Linear8bit, x: Tensor) -> Tensor:
         scale = layer.scale if isinstance(layer, Linear8bit) else None
         return few_linear(x, layer.weight, layer.bias, scale=scale, activation="gelu")
     half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == layer.weight.dtype
-    if half and layer.bias is not None and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
+    if (
+        half
+        and _plain(layer)
+        and layer.bias is not None
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+    ):
         # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.mT, use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
@@ -78,13 +83,20 @@ def in_parts(layer: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor | Non
 
 def learns(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer is a plain one that is trained on a GPU. What is compiled is left to the compiler."""
-    if type(layer) is not nn.Linear or torch.compiler.is_compiling():
+    if type(layer) is not nn.Linear or not _plain(layer) or torch.compiler.is_compiling():
         return False
     return x.is_cuda and torch.is_grad_enabled() and layer.weight.requires_grad
 
 
 def takes_few(layer: nn.Linear | Linear8bit, x: Tensor) -> bool:
     """Whether a layer's product with x is one of few rows."""
-    if isinstance(layer, Linear8bit) and layer.backend not in ("auto", "triton"):
+    if not _plain(layer) or (isinstance(layer, Linear8bit) and layer.backend not in ("auto", "triton")):
         return False
     return few_rows(x, layer.weight, layer.bias)
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer may be passed by: not one of a class that adds something to it, and none with hooks."""
+    if type(layer) not in (nn.Linear, Linear8bit):
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
