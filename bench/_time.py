@@ -309,7 +309,12 @@ def _repeats(seconds: float, sets: int) -> int:
 
 
 def sampler(
-    calls: Sequence[Call], device: torch.device | str, *, repeated: bool | None = None, pool: _Pool | None = None
+    calls: Sequence[Call],
+    device: torch.device | str,
+    *,
+    repeated: bool | None = None,
+    pool: _Pool | None = None,
+    seconds: float | None = None,
 ) -> Sampler:
     """The sampler that fits one variant.
 
@@ -318,12 +323,14 @@ def sampler(
         device: where they run.
         repeated: take many calls per sample; None decides by the rule above.
         pool: where a graph has its memory; None gives it its own.
+        seconds: a call, roughly; None finds out.
 
     Returns:
         A Sampler; on a GPU with `repeated`, a CUDA graph if the calls can be captured.
     """
     device = torch.device(device)
-    seconds = _estimate_gpu(calls, device) if device.type == "cuda" else _estimate(calls, device)
+    if seconds is None:
+        seconds = _estimate_gpu(calls, device) if device.type == "cuda" else _estimate(calls, device)
     if repeated is None:
         repeated = seconds < _below(device)
     repeats = _repeats(seconds, len(calls)) if repeated else 1
@@ -409,9 +416,9 @@ def measure(
             _synchronize(device)
             differ[name] = None if check is None else check(name, output)
             del output
-            for call in calls:
-                call()
             memory[name] = extra_memory(calls[0], device)
+            for call in calls[1:]:
+                call()
         except Exception as error:  # a peer may fail in any way, and its row says how
             errors[name] = describe_error(error)
     alive = {name: calls for name, calls in variants.items() if name not in errors}
@@ -429,18 +436,21 @@ def measure(
             return None
 
     estimate = _estimate_gpu if device.type == "cuda" else _estimate
-    estimates = [tried(name, functools.partial(estimate, calls, device)) for name, calls in list(alive.items())]
+    estimates = {name: tried(name, functools.partial(estimate, calls, device)) for name, calls in list(alive.items())}
     if alive:
-        repeated = min(one for one in estimates if one is not None) < _below(device)
+        estimates = {name: estimates[name] for name in alive}
+        repeated = min(estimates.values()) < _below(device)
         pool = _Pool(device) if repeated and device.type == "cuda" else None
         for name, calls in list(alive.items()):
-            make = functools.partial(sampler, calls, device, repeated=repeated, pool=pool)
+            make = functools.partial(sampler, calls, device, repeated=repeated, pool=pool, seconds=estimates[name])
             found = tried(name, make)
             if found is not None:
                 samplers[name] = found
     if samplers:
         names = list(samplers)
-        one_round = _warm_up(functools.partial(tried, name, one.sample) for name, one in samplers.items())
+        one_round = sum(estimates.values())
+        if repeated or one_round < len(estimates) * SLOW_S:  # else the estimates were warm-up enough
+            one_round = _warm_up(functools.partial(tried, name, one.sample) for name, one in samplers.items())
         count = max(rounds[0], min(rounds[1], int(budget_s / max(one_round, 1e-6))))
         for turn in range(count):
             for i in range(len(names)):
