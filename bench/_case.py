@@ -5,6 +5,7 @@ A family's file (`bench/cases_<family>.py`) defines `cases(device) -> list[Case]
 
 from __future__ import annotations
 
+import gc
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ from bench._time import (
     measure,
 )
 
-__all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "run_family"]
+__all__ = ["Case", "Check", "Variant", "against", "families", "family_cases", "prepare", "release", "run_family"]
 
 OURS = "unifiedar"
 
@@ -77,6 +78,9 @@ class Case:
             None if there is nothing of the kind.
         rate: what a time in milliseconds means, for the report's lines; None where the time says it all.
         rounds: least and most samples of a variant; few where one takes seconds.
+        apart: whether variants, which side by side would not fit into memory, are timed one after another.
+        release: lets go of what variants keep beside their calls (models, caches, graphs); called when the case is done
+            and, where variants are timed apart, after each of them.
     """
 
     name: str
@@ -92,6 +96,8 @@ class Case:
     other: Callable[[], Case] | None = None
     rate: Callable[[float], str] | None = None
     rounds: tuple[int, int] = (20, 200)
+    apart: bool = False
+    release: Callable[[], object] | None = None
 
 
 def tensors(inputs: object) -> Iterable[torch.Tensor]:
@@ -169,6 +175,33 @@ def _late(variant: Variant, inputs: Any) -> Call:
         return bound[0]()
 
     return call
+
+
+def _timed(
+    prepared: Prepared, device: torch.device, budget_s: float, count: Callable[[Call], Launches] | None
+) -> tuple[dict[str, Timing], dict[str, Launches]]:
+    """What was measured of a case's variants, and what those that could be timed launch; their calls are used up."""
+    case, timings, watched = prepared.case, {}, {}
+    groups = [[name] for name in prepared.calls] if case.apart else [list(prepared.calls)]
+    for names in groups:
+        calls = {name: prepared.calls.pop(name) for name in names}
+        share = budget_s / len(groups)
+        found = measure(calls, device, check=prepared.check, budget_s=share, rounds=case.rounds)
+        timings.update(found)
+        if count is not None:
+            watched.update({name: count(calls[name][0]) for name, timing in found.items() if not timing.error})
+        calls.clear()
+        release(case, device)
+    return timings, watched
+
+
+def release(case: Case, device: torch.device) -> None:
+    """Let go of what a case's variants keep, so that what comes next has the memory."""
+    if case.release is not None:
+        case.release()
+    if device.type == "cuda":
+        gc.collect()  # graphs and what compiled code keeps lie in circles
+        torch.cuda.empty_cache()  # what comes next finds whole blocks
 
 
 def _said(cost: Start) -> str:
@@ -252,7 +285,7 @@ def run_family(
     for case in cases:
         try:
             prepared = prepare(case, device)
-            timings = measure(prepared.calls, device, check=prepared.check, budget_s=budget_s, rounds=case.rounds)
+            timings, watched = _timed(prepared, device, budget_s, count)
         except KeyboardInterrupt:
             if not rows:
                 raise
@@ -262,6 +295,8 @@ def run_family(
             prepared = Prepared(case, [], {}, lambda name, output: None)
             ours = next(one.name for one in case.variants if one.role == "ours")
             timings = {ours: Timing(None, None, None, None, 0, "not timed", describe_error(error))}
+            watched = {}
+            release(case, device)
         roles = {one.name: one.role for one in case.variants}
         for name, timing in timings.items():
             figure = f"{timing.median_ms:.4f} ms" if timing.median_ms is not None else timing.error
@@ -288,13 +323,10 @@ def run_family(
             },
         )
         if count is not None:
-            watched = {name: count(prepared.calls[name][0]) for name, timing in timings.items() if not timing.error}
             row = replace(row, launches=watched)
             for name, one in watched.items():
                 report(f"{case.name:32} {name:28} {_told(one)}")
         del prepared
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the next case finds whole blocks
         if start is not None:
             begun = _begin(start, case, starts_at_once)
             row = replace(row, starts=begun)

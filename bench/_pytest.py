@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench._case import family_cases, prepare
+from bench._case import family_cases, prepare, release
 from bench._time import extra_memory, sampler
 
 __all__ = ["CLOCK", "family", "run"]
@@ -57,6 +57,7 @@ def run(case: Any, variant: str, benchmark: Any) -> None:
 
     A peer that fails is skipped with its error; ours failing fails the test.
     """
+    release(case, _device())  # what the variant before has kept
     prepared = prepare(case, _device(), only=variant)
     role = next(one.role for one in case.variants if one.name == variant)
     calls = prepared.calls[variant]

@@ -9,7 +9,9 @@ Every variant of a comparison comes as a list of zero-argument calls, one per in
   that cannot be captured is timed as a loop between two events, and its `method` says so. The graphs of a comparison
   share their memory, which none of them leaves anything in.
 - Interleaved: one sample of each variant per round, the order turning with the round, so that clocks and
-  temperature drift alike for all.
+  temperature drift alike for all. Where variants would not fit into memory side by side (`Case.apart`: calls of tens
+  of milliseconds and more, whose models, caches and graphs take gigabytes) they are timed one after another instead,
+  each with its own warm-up, and what one holds is released before the next is bound.
 - Nothing is timed before it was checked: the caller's `check` sees the output of each variant first. A variant that
   raises, then or later, is kept as a row with its error; it never stops the others.
 """

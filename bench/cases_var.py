@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,9 @@ def cases(device: torch.device) -> list[Case]:
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
+_made: weakref.WeakSet[VAR] = weakref.WeakSet()
+
+
 @functools.lru_cache(maxsize=1)
 def _models(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dtype: torch.dtype) -> tuple[VAR, VAR]:
     """In float32 as published, and the same with products and decoder in `dtype`."""
@@ -82,6 +86,7 @@ def _models(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dty
         one.eval().requires_grad_(False)
     if dtype != torch.float32:
         fast.vae.fast_decoder(dtype)
+    _made.update((plain, fast))
     return plain, fast.cast_products(dtype)
 
 
@@ -89,7 +94,8 @@ def _models(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dty
 def _eight_bits(config: VARConfig, tokenizer: VQVAEConfig, device: torch.device, dtype: torch.dtype, form: str) -> VAR:
     """The float32 model with its weights in 8 bits, and products in `dtype`."""
     plain, fast = _models(config, tokenizer, device, dtype)
-    model = VAR(config, fast.vae).eval().requires_grad_(False).to(device)
+    with torch.device(device):
+        model = VAR(config, fast.vae).eval().requires_grad_(False)
     model.load_state_dict(plain.state_dict())
     return model.quantize_weights(form).cast_products(dtype)
 
@@ -100,6 +106,14 @@ def _reference(
 ) -> Published:
     """The published model on the float32 one's weights: as it is, with compiled blocks, or with ours swapped in."""
     return published(_models(config, tokenizer, device, dtype)[0], way)
+
+
+def _forget() -> None:
+    """Let go of caches, graphs and further copies of weights; the two models stay, which all ways of a case share."""
+    _eight_bits.cache_clear()
+    _reference.cache_clear()
+    for model in _made:
+        model.forget_captures()
 
 
 def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, small: bool) -> Case:
@@ -192,6 +206,8 @@ def _generate(name: str, config: VARConfig, tokenizer: VQVAEConfig, batch: int, 
         backend=lambda one: "eager" if small else "triton",  # of attention, the one operator with a single choice
         on_matrix_units=True,
         rounds=(10 if batch == 1 else 5, 200),  # published, many pictures take a second
+        apart=batch > 1,  # every way has a cache, .1 GB a row at d30 and .4 at d36, beside what its decoder needs
+        release=_forget,
     )
 
 

@@ -67,6 +67,42 @@ def test_slow_cases_take_few_samples_and_say_what_a_time_means():
     assert re.search(r"\d ms, [3-9]\d apples  \(wall\)", line)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_variants_keep_is_released(apart):
+    """After each of them, one that fails too, where they are timed apart; else when the case is done."""
+    kept, seen = [], []
+
+    def bind(name):
+        def call(inputs):
+            seen.append((name, [one for one in kept if one != name]))
+            if name == "c":
+                raise torch.OutOfMemoryError("too large")
+            return inputs[0] + 1
+
+        return lambda inputs: (kept.append(name), lambda: call(inputs))[1]
+
+    variants = [Variant(name, "peer" if name != "a" else "ours", bind(name)) for name in "abcd"]
+    case = toy_case(variants=variants, apart=apart, release=kept.clear, rounds=(2, 2))
+    lines = []
+    counted = Launches(1, 1, 0.1)
+    run = run_family("toy", [case], CPU, budget_s=0.01, commit="c", count=lambda call: (call(), counted)[1],
+                     report=lines.append)  # fmt: skip
+    (row,) = run.cases
+    assert not kept
+    assert {name for name, others in seen if others} == (set() if apart else set("abcd"))
+    assert [row.ours.error, row.peers["b"].error, row.peers["d"].error] == [None] * 3
+    assert row.peers["c"].error == "OutOfMemoryError: too large"
+    assert list(row.launches) == ["a", "b", "d"]
+
+    def unfit(inputs):
+        kept.append("check")
+        raise ValueError("no oracle")
+
+    run = run_family("toy", [dataclasses.replace(case, check=unfit)], CPU, budget_s=0.01, commit="c")
+    assert run.cases[0].ours.error == "ValueError: no oracle"
+    assert not kept
+
+
 def test_a_slow_round_warms_up_enough(monkeypatch):
     monkeypatch.setattr(_time, "SLOW_S", 0.02)
     monkeypatch.setattr(_time, "WARM_UP_S", 0.01)

@@ -27,7 +27,7 @@ from vilau_small import fingerprint
 from unifiedar import engine
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.engine import Pool, Steps
-from unifiedar.models import VAR, VQVAE, VARConfig
+from unifiedar.models import VAR, VQVAE, VARConfig, _var_drawing
 from unifiedar.models._autoencoder import to_bytes
 from unifiedar.models._var_drawing import Edit
 from unifiedar.models.var import _MLP
@@ -614,11 +614,19 @@ def replayed(monkeypatch):
         book, paint = model.vae.quantize.book(), model.vae.fhat_to_img
         with torch.no_grad():
             session = model._session(len(labels), cfg > 0, smooth, edit is not None, True, book, paint, len(labels))
-            return session.draw(torch.tensor(labels), cfg, top_k, top_p, generator, edit)
+            return session.draw(torch.tensor(labels, dtype=torch.int32), cfg, top_k, top_p, generator, edit)
 
     return draw
 
 
+@pytest.fixture(params=[True, False], ids=["noise ahead", "noise by scale"])
+def noise_places(request, monkeypatch):
+    """Noise of all scales has places of its own, or one place is used again and again."""
+    if not request.param:
+        monkeypatch.setattr(_var_drawing, "AHEAD", 0)
+
+
+@pytest.mark.usefixtures("noise_places")
 @pytest.mark.parametrize("smooth", [False, True])
 def test_sessions_last_and_are_rounded_up(replayed, smooth):
     model = var()
@@ -673,7 +681,7 @@ def test_sessions_of_edits_and_of_other_weights(replayed):
     assert len(model.captures) == 4
 
 
-@pytest.mark.usefixtures("replayed")
+@pytest.mark.usefixtures("replayed", "noise_places")
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_session_begins_before_the_weights_were_looked_at(smooth):
     """With other weights it is given up for another, which draws on with the same noise."""
@@ -768,6 +776,20 @@ def test_settings_never_capture_anew(on_gpu):
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(drawn))
     on_gpu.generate([1, 2, 3], seed=0, graphs=True)
     assert len(on_gpu.captures) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_labels_on_a_gpu_are_looked_at_while_it_draws(on_gpu, dtype):
+    labels = torch.tensor([10, 3, 1, 2], device="cuda", dtype=dtype)[1:]
+    expected = on_gpu.generate([3, 1, 2], seed=0)
+    for wrong in (-1, 2**31 - 1):
+        bad = labels.clone()
+        bad[1] = wrong
+        for some in ({}, {"images_per_call": 1}):
+            with pytest.raises(ValueError, match="labels must be classes from 0 to 9, or 10 for none, got"):
+                on_gpu.generate(bad, seed=0, **some)
+        assert torch.equal(on_gpu.generate(labels, seed=0), expected)
 
 
 @pytest.mark.gpu

@@ -73,8 +73,9 @@ class Session:
         self.top_p = torch.zeros(batch, dtype=torch.float64, device=device)
         self._settings: tuple[float, int, float] | None = None  # that these three hold
         noise = batch * sum(self.lengths) * config.num_codes * (2 if smooth else 1) * model.wide.itemsize
-        self._aside = torch.cuda.Stream(device) if graphs and device.type == "cuda" and noise <= AHEAD else None
-        draws = batch * config.num_codes * (max(self.lengths) if self._aside is None else sum(self.lengths))
+        self._ahead = graphs and noise <= AHEAD
+        self._aside = torch.cuda.Stream(device) if self._ahead and device.type == "cuda" else None
+        draws = batch * config.num_codes * (sum(self.lengths) if self._ahead else max(self.lengths))
         self._noise = torch.ones(draws, dtype=model.wide, device=device)
         self._gumbel = torch.ones(draws, dtype=model.wide, device=device) if smooth else self._noise
         self.given = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in self.lengths if edits]
@@ -90,7 +91,8 @@ class Session:
         self.caches = [self.cache[:, :, :, begin : begin + before + last] for begin in begins]
         self.codes: list[Tensor] = [torch.empty(0)] * len(self.lengths)
         # Not one graph of it all: it begins when the host has put all launches down, half a millisecond for the 1,650
-        # of a picture, which for all graphs but the first passes while the GPU is at the one before.
+        # of a picture, which for all graphs but the first passes while the GPU is at the one before. From one to the
+        # next takes that two microseconds.
         steps: list[Callable[[], None]] = [self._begin, *(self._step(i) for i in range(len(self.lengths)))]
         self.paints = paint is not None
         if paint is not None:
@@ -115,11 +117,14 @@ class Session:
 
         Args:
             still: whether this session is right for the model as it is now. It is asked when a GPU has work already,
-                and if not, None comes back.
-            after: the session that this has just happened to, whose first noise is used.
+                all of it where there is noise for that, and if not, None comes back.
+            after: the session that this has just happened to, whose noise is used as far as it was drawn.
         """
         count = len(labels)
-        self.labels[:count].copy_(labels, non_blocking=True)  # what is not pinned is read before this returns
+        if labels.device == self.labels.device:  # by now nobody may have looked at them
+            torch.clamp(labels.long(), 0, self.model.config.num_classes, out=self.labels[:count])
+        else:
+            self.labels[:count].copy_(labels, non_blocking=True)  # what is not pinned is read before this returns
         if (cfg, top_k, top_p) != self._settings:  # every launch before the first graph is waited for
             self._settings = None
             self.cfg.fill_(cfg)
@@ -134,30 +139,40 @@ class Session:
         if self._aside is not None:
             self._aside.wait_stream(torch.cuda.current_stream())
         for step in range(len(self.lengths)):
-            if step == 0 and after is not None:
-                for gumbel in (False, self.smooth):
-                    self.noise(0, count, gumbel=gumbel).copy_(after.noise(0, count, gumbel=gumbel))
-            elif step == 0 or self._aside is None:
-                self._draw_noise(step, count, generator)
+            if step == 0 or not self._ahead:
+                self._fill_noise(step, count, generator, after if step == 0 else None)
             self.steps.run(1 + step)
-            if step == 0 and still is not None and not still():
-                self.held = None
-                return None
-            if step == 0 and self._aside is not None:
-                with torch.cuda.stream(self._aside):  # beside the first scale that of all others
+            if step == 0 and self._ahead:
+                with torch.cuda.stream(self._aside):  # beside the first scale the noise of all others
                     for later in range(1, len(self.lengths)):
-                        self._draw_noise(later, count, generator)
-                torch.cuda.current_stream().wait_stream(self._aside)
+                        self._fill_noise(later, count, generator, after)
+                if self._aside is not None:
+                    torch.cuda.current_stream().wait_stream(self._aside)
+            if step == 0 and not self._ahead and self._gone(still):
+                return None
         if self.paints:
             self.steps.run(len(self.steps) - 1)
+        if self._ahead and self._gone(still):
+            return None
         result = self.pictures if self.paints else self.total
         # The next call writes to the same memory.
         return self.drawn[:count].clone(), result[:count].clone()
 
-    def _draw_noise(self, step: int, count: int, generator: torch.Generator | None) -> None:
-        self.noise(step, count).exponential_(generator=generator)
-        if self.smooth:
-            self.noise(step, count, gumbel=True).exponential_(generator=generator)
+    def _gone(self, still: Callable[[], bool] | None) -> bool:
+        """Whether the model has other weights by now, so that nobody holds these any more."""
+        if still is None or still():
+            return False
+        self.held = None
+        return True
+
+    def _fill_noise(self, step: int, count: int, generator: torch.Generator | None, after: Session | None) -> None:
+        """With new samples, or with those of another session."""
+        for gumbel in (False, True) if self.smooth else (False,):
+            noise = self.noise(step, count, gumbel=gumbel)
+            if after is None:
+                noise.exponential_(generator=generator)
+            else:
+                noise.copy_(after.noise(step, count, gumbel=gumbel))
 
     def noise(self, step: int, count: int, *, gumbel: bool = False) -> Tensor:
         """Where samples for the first `count` pictures belong, (count, l, K), contiguous: rows as the published code
@@ -166,7 +181,7 @@ class Session:
 
     def _samples(self, step: int, memory: Tensor) -> Tensor:
         shape = (self.batch, self.lengths[step], self.model.config.num_codes)
-        begin = 0 if self._aside is None else self.batch * sum(self.lengths[:step]) * shape[2]
+        begin = self.batch * sum(self.lengths[:step]) * shape[2] if self._ahead else 0
         return memory[begin : begin + math.prod(shape)].view(shape)
 
     def _begin(self) -> None:

@@ -616,14 +616,18 @@ class VAR(nn.Module):
         if labels.ndim != 1 or not len(labels):
             raise ValueError(f"{function}: {argument} must name one picture or more, (N,), got {tuple(labels.shape)}")
         if values:
-            # Of a tensor in one step, lest a GPU is waited for twice.
-            low, high = torch.stack(labels.aminmax()).tolist() if given is None else (min(given), max(given))
-            if low < 0 or high > self.config.num_classes:
-                raise ValueError(
-                    f"{function}: {argument} must be classes from 0 to {self.config.num_classes - 1}, or "
-                    f"{self.config.num_classes} for none, got {low} to {high}"
-                )
+            self._look_at(function, argument, labels if given is None else given)
         return labels if stay else labels.to(self.device, torch.int64)
+
+    def _look_at(self, function: str, argument: str, labels: Tensor | Sequence[int]) -> None:
+        # At a tensor in one step, lest a GPU is waited for twice.
+        found = torch.stack(labels.aminmax()).tolist() if isinstance(labels, Tensor) else (min(labels), max(labels))
+        low, high = found
+        if low < 0 or high > self.config.num_classes:
+            raise ValueError(
+                f"{function}: {argument} must be classes from 0 to {self.config.num_classes - 1}, or "
+                f"{self.config.num_classes} for none, got {low} to {high}"
+            )
 
     # ---- drawing
 
@@ -821,7 +825,9 @@ class VAR(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Codes (N, h w) of every scale, and pictures (N, 3, H, W) uint8 or, unless it paints, the sums of all scales
         (N, code_dim, h, w). `book` stands in for that of the model's own tokenizer."""
-        labels = self._labels(function, "labels", labels, stay=True)
+        # Labels that are where the graphs run are looked at when these have begun, and do no harm until then.
+        later = graphs and isinstance(labels, Tensor) and labels.is_cuda and labels.device == self.device
+        labels = self._labels(function, "labels", labels, values=not later, stay=True)
         _check_settings(function, cfg, top_k, top_p, images_per_call, self.config.num_codes)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.Generator))):
             raise TypeError(f"{function}: seed must be an integer or None, got {type(seed).__name__}")
@@ -847,11 +853,17 @@ class VAR(nn.Module):
         ):
             try:
                 how = (at_once, cfg > 0, more_smooth, edit is not None, graphs and self.device.type == "cuda")
-                parts = []
+                parts: list[tuple[Tensor, Tensor]] = []
+                aside = torch.cuda.Stream() if later else None
+                if aside is not None:
+                    aside.wait_stream(torch.cuda.current_stream())
                 for begin in range(0, len(labels), at_once):
                     given = None if edit is None else edit.rows(begin, begin + at_once)
                     some = labels[begin : begin + at_once]
                     parts.append(self._part(how, book, paint, some, float(cfg), top_k, float(top_p), generator, given))
+                    if aside is not None and len(parts) == 1:
+                        with torch.cuda.stream(aside):  # which waits for none of the graphs
+                            self._look_at(function, "labels", labels)
             except torch.OutOfMemoryError as error:
                 self.forget_captures()
                 raise torch.OutOfMemoryError(
@@ -869,8 +881,8 @@ class VAR(nn.Module):
         labels: Tensor,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As `Session.draw`. To look at all weights takes a host longer than the first scales take a GPU, so that these
-        are drawn meanwhile, as the weights were before."""
+        """As `Session.draw`. To look at all weights takes a host longer than the first scales take a GPU, so that it
+        does when the GPU is at work, on the weights as they were before."""
 
         def right() -> Session:
             return self._session(*how, book, paint, len(labels))
