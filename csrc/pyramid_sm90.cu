@@ -17,9 +17,10 @@
 // bfloat16, so off by 2^-18 |v| each, and the product of the two low parts, 2^-18 |z| |e| at most, is left out: 3.02 x
 // 2^-18 |z| |e|. Matrix units cut addends off at 2^-23 of the group's largest at worst; 97 addends make 1.13 x 97 such
 // cuts. Both, and the float32 roundings of what it starts from, are below w_k = slope (|z| |e_k| + h_k). As in
-// `kernels/codes_multiscale.py` what is kept is score - w_k, of the four codes that a lane has in two tiles the least; of
-// a row's winning four the nearest is found in float64. If another four may have a nearer one, all codes of the block
-// are compared in float64. Blocks compare float64 distances, of equal ones the lowest code.
+// `kernels/codes_multiscale.py` what is kept is score - w_k, of the four codes that a lane has in two tiles the least. A
+// row's winning four are scored again in float32, off by fine (|z| |e_k| + h_k) at most. Each block says between which
+// ends its best score lies, and what all its others are above. Where not all are above the best one's upper end, all
+// codes are compared in float64; of equal distances the lowest code is taken.
 namespace unifiedar {
 namespace {
 
@@ -32,6 +33,8 @@ constexpr int kRun = 8;            // neighbouring pixels whose convolution a th
 constexpr int kUnits = kThreads / 8;  // eight threads work on all channels of a pixel, four each
 constexpr uint32_t kWarp = ~0u;    // all lanes
 constexpr float kSlope = 3.1f / (1 << 18) + 116.0f / (1 << 23);
+constexpr float kFine = (kChannels + 16) * 0x1p-24f;  // with both sums, and roundings of the bounds themselves
+constexpr float kLeast = 0x1p-99f;  // what products lose that are smaller than the least numbers
 
 template <typename T>
 __device__ __forceinline__ T across(T value, int step) {
@@ -83,7 +86,7 @@ struct Nearest {
 };
 
 // A code by its distance; of equal ones the lowest. What is not a number is far.
-struct Exact {
+struct alignas(16) Exact {
   double distance = INFINITY;
   int code = INT32_MAX;
 
@@ -102,6 +105,12 @@ struct Exact {
 struct Launch {
   EncodeArgs args;
   EncodePlan plan;
+};
+
+// What a block has found for a row: ends between which its best score is, what its others are above, the code.
+struct alignas(16) Found {
+  float low, high, others;
+  int code;
 };
 
 struct Block {
@@ -124,7 +133,10 @@ struct Block {
   __device__ __forceinline__ float4& four(int at, int index) const {
     return reinterpret_cast<float4*>(memory + at)[index];
   }
-  __device__ __forceinline__ double* distances() const { return reinterpret_cast<double*>(memory + plan.distances); }
+  // Whether squares of a code are beyond what float32 has, and its scores unknown.
+  __device__ __forceinline__ int* beyond() const { return ints(plan.open) + 1 + kPyramidPixels / 4; }
+  __device__ __forceinline__ uint16_t* chosen() const { return reinterpret_cast<uint16_t*>(memory + plan.chosen); }
+  __device__ __forceinline__ Found* found() const { return reinterpret_cast<Found*>(memory + plan.found); }
   __device__ __forceinline__ const float4* lines_of(int other) const {
     return reinterpret_cast<const float4*>(shared_of(memory + plan.rest, other));
   }
@@ -140,6 +152,8 @@ __device__ __forceinline__ void load_codes(const Block& block) {
   uint4* const book = reinterpret_cast<uint4*>(block.memory);
   const T* const table = static_cast<const T*>(block.args.codebook) + int64_t(block.first_code()) * block.args.entry;
   const int known = block.codes();
+  if (block.thread == 0) *block.beyond() = 0;
+  __syncthreads();
 #pragma unroll 2
   for (int at = block.thread; at < block.plan.own * 4; at += kThreads) {
     const int code = at / 4, j = at % 4, lane = code % kTile * 4 + j;
@@ -166,6 +180,7 @@ __device__ __forceinline__ void load_codes(const Block& block) {
       float* const norm = block.floats(block.plan.norms) + 2 * code;
       norm[0] = code < known ? float(0.5 * square) * (1 - kSlope) : INFINITY;
       norm[1] = sqrtf(float(square));
+      if (!(square < 1e37)) *block.beyond() = 1;
     }
   }
 }
@@ -209,11 +224,25 @@ __device__ __forceinline__ void average(const Block& block, int h, int w) {
     const int top = i * args.height / h, bottom = ((i + 1) * args.height + h - 1) / h;
     const int left = j * args.width / w, right = ((j + 1) * args.width + w - 1) / w;
     float4 sum = {};
-    for (int y = top + at % parts; y < bottom; y += parts) {
-      const int owner = y / block.plan.lines;
-      const float4* const line = block.lines_of(owner) + (y - owner * block.plan.lines) * args.width * 8 + q;
-#pragma unroll 4
-      for (int x = left; x < right; ++x) sum = add(sum, line[x * 8]);
+    for (int y = top + at % parts; y < bottom; y += 2 * parts) {
+      const float4* line[2];  // none of the second where it is beyond
+      bool present[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        present[n] = y + n * parts < bottom;
+        const int own = present[n] ? y + n * parts : y, owner = own / block.plan.lines;
+        line[n] = block.lines_of(owner) + (own - owner * block.plan.lines) * args.width * 8 + q;
+      }
+      for (int x = left; x < right; x += 4) {
+        float4 value[2][4];  // all on their way before the first is used
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          value[n / 4][n % 4] = {};
+          if (present[n / 4] && x + n % 4 < right) value[n / 4][n % 4] = line[n / 4][(x + n % 4) * 8];
+        }
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum = add(sum, value[n / 4][n % 4]);
+      }
     }
     if (parts == 1) {
       const float down = float(bottom - top), wide_ = float(right - left);
@@ -244,11 +273,49 @@ __device__ __forceinline__ Nearest* found_at(const Block& block, int blocks, int
          (warp + rows) * kRows;
 }
 
+// The block's codes from tile `tile` to `end`, two tiles at a time, for kHalves times 16 rows.
+template <int kHalves>
+__device__ __forceinline__ void search_tiles(const Block& block, int tile, int end, const uint32_t (&high)[2][2][4],
+                                             const uint32_t (&low)[2][2][4], const float (&radius)[4],
+                                             Nearest (&nearest)[4]) {
+  const uint4* const book = reinterpret_cast<const uint4*>(block.memory);
+  for (; tile < end; tile += 2) {
+    float score[2][kHalves][4];
+    uint4 upper[2], lower[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const float4 norm = block.four(block.plan.norms, (tile + t) * 4 + block.lane % 4);
+#pragma unroll
+      for (int i = 0; i < 2 * kHalves; ++i) {
+        score[t][i / 2][i % 2 * 2] = norm.x - radius[i] * norm.y;
+        score[t][i / 2][i % 2 * 2 + 1] = norm.z - radius[i] * norm.w;
+      }
+      upper[t] = book[(tile + t) * 64 + block.lane];
+      lower[t] = book[(tile + t) * 64 + 32 + block.lane];
+    }
+#pragma unroll
+    for (int product = 0; product < 6; ++product) {
+#pragma unroll
+      for (int n = 0; n < 2 * kHalves; ++n) {
+        const int t = n / kHalves, i = n % kHalves, k = product % 2;
+        const uint4 book_part = product / 2 == 1 ? lower[t] : upper[t];
+        multiply_add(score[t][i], product / 2 == 0 ? low[i][k] : high[i][k], k ? book_part.z : book_part.x,
+                     k ? book_part.w : book_part.y);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2 * kHalves; ++r) {
+      const float(&one)[4] = score[0][r / 2], (&two)[4] = score[1][r / 2];
+      const int at = r % 2 * 2;
+      nearest[r].add(fminf(fminf(one[at], one[at + 1]), fminf(two[at], two[at + 1])), tile);
+    }
+  }
+}
+
 // Each warp goes through its share of the products of all rows and the block's codes.
 __device__ __forceinline__ void search(const Block& block, int count) {
   const int blocks = (count + kRows - 1) / kRows, chunks = block.plan.own / kChunk, items = blocks * chunks;
   const int row = block.lane / 4, j = block.lane % 4;
-  const uint4* const book = reinterpret_cast<const uint4*>(block.memory);
   const int last = (block.warp + 1) * items / kWarps;
   for (int item = block.warp * items / kWarps; item < last;) {
     const int rows = item / chunks, stop = min(last, (rows + 1) * chunks);
@@ -272,37 +339,11 @@ __device__ __forceinline__ void search(const Block& block, int count) {
       }
     }
     Nearest nearest[4];
-    const int end = (stop - rows * chunks) * (kChunk / kTile);
-    for (int tile = (item - rows * chunks) * (kChunk / kTile); tile < end; tile += 2) {
-      float score[2][2][4];
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const float4 norm = block.four(block.plan.norms, (tile + t) * 4 + j);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          score[t][i / 2][i % 2 * 2] = norm.x - radius[i] * norm.y;
-          score[t][i / 2][i % 2 * 2 + 1] = norm.z - radius[i] * norm.w;
-        }
-        const uint4 upper = book[(tile + t) * 64 + block.lane], lower = book[(tile + t) * 64 + 32 + block.lane];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_add(score[t][i], low[i][0], upper.x, upper.y);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_add(score[t][i], low[i][1], upper.z, upper.w);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_add(score[t][i], high[i][0], lower.x, lower.y);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_add(score[t][i], high[i][1], lower.z, lower.w);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_add(score[t][i], high[i][0], upper.x, upper.y);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_add(score[t][i], high[i][1], upper.z, upper.w);
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float(&one)[4] = score[0][r / 2], (&two)[4] = score[1][r / 2];
-        const int at = r % 2 * 2;
-        nearest[r].add(fminf(fminf(one[at], one[at + 1]), fminf(two[at], two[at + 1])), tile);
-      }
+    const int first = (item - rows * chunks) * (kChunk / kTile), end = (stop - rows * chunks) * (kChunk / kTile);
+    if (count - rows * kRows > 16) {
+      search_tiles<2>(block, first, end, high, low, radius, nearest);
+    } else {
+      search_tiles<1>(block, first, end, high, low, radius, nearest);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -336,16 +377,14 @@ __device__ __forceinline__ double distance_of(const Block& block, int row, int c
   return distance < INFINITY ? distance : INFINITY;
 }
 
-// The block's nearest of every row, exactly: distances and picks.
+// The block's nearest of every row: found.
 template <typename T>
 __device__ __forceinline__ void decide(const Block& block, int count) {
   const int blocks = (count + kRows - 1) / kRows, chunks = block.plan.own / kChunk, items = blocks * chunks;
   const int j = block.lane % 4, known = block.codes(), first = block.first_code();
-  int* const open = block.ints(block.plan.open);
-  if (block.thread == 0) open[0] = 0;
-  __syncthreads();
-  for (int begin = 0; begin < count; begin += kThreads / 4) {
-    const int row = begin + block.thread / 4, at = min(row, count - 1), rows = at / kRows;
+  if (block.thread == 0) *block.ints(block.plan.open) = 0;
+  for (int begin = block.warp * 8; begin < count; begin += kThreads / 4) {
+    const int row = begin + block.lane / 4, at = min(row, count - 1), rows = at / kRows;
     Nearest nearest;
 #pragma unroll
     for (int n = 0; n < kWarps / 4; ++n) {
@@ -357,72 +396,83 @@ __device__ __forceinline__ void decide(const Block& block, int count) {
     }
     nearest.add_across(1);
     nearest.add_across(2);
-    const float4 one = block.four(block.plan.zone, at * 8 + 2 * j), two = block.four(block.plan.zone, at * 8 + 2 * j + 1);
-    float square = dot(one, one) + dot(two, two);
-    square += across(square, 1);
-    square += across(square, 2);
-    const int lane = nearest.holder % 4, mine = (nearest.holder / 4 + j / 2) * kTile + lane * 2 + j % 2;
-    float half = 0, norm = 0;
-    Exact exact;
-    if (mine < known) {
-      half = block.floats(block.plan.norms)[2 * mine];
-      norm = block.floats(block.plan.norms)[2 * mine + 1];
-      exact.add(distance_of<T>(block, at, first + mine), first + mine);
-    }
-    half = fmaxf(half, across(half, 1));
-    half = fmaxf(half, across(half, 2));
-    norm = fmaxf(norm, across(norm, 1));
-    norm = fmaxf(norm, across(norm, 2));
-    exact.add_across(1);
-    exact.add_across(2);
-    // The 2^-100 stands for what products lose that are smaller than the least numbers.
-    const float margin = (sqrtf(square) * norm + half) * (2.002f * kSlope) + 0x1p-100f;
-    const bool clear = nearest.other > nearest.best + margin;
-    if (row < count && j == 0) {
-      block.distances()[row] = exact.distance;
-      block.ints(block.plan.picks)[row] = min(exact.code, block.args.num_codes - 1);
-      if (!clear && known > 0) open[1 + atomicAdd(open, 1)] = row;
-    }
-  }
-  __syncthreads();
-  const int left = open[0];
-  if (left == 0) return;
-  double* const nearby = block.distances() + kPyramidPixels;
-  int* const codes = block.ints(block.plan.picks) + kPyramidPixels;
-  for (int n = 0; n < left; ++n) {
-    const int row = open[1 + n];
-    Exact exact;
-    for (int code = block.thread; code < known; code += kThreads)
-      exact.add(distance_of<T>(block, row, first + code), first + code);
+    // Four lanes have a code each.
+    const int mine = (nearest.holder / 4 + j / 2) * kTile + nearest.holder % 4 * 2 + j % 2;
+    const T* const entry =
+        static_cast<const T*>(block.args.codebook) + int64_t(first + min(mine, known - 1)) * block.args.entry;
+    float4 part[8];
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) exact.add_across(step);
-    if (block.lane == 0) {
-      nearby[block.warp] = exact.distance;
-      codes[block.warp] = exact.code;
+    for (int q = 0; q < 8; ++q) part[q] = known > 0 ? load_four(entry + 4 * q) : float4{};
+    float square = 0, norm = 0, product = 0;
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      const float4 z = block.four(block.plan.zone, at * 8 + q);
+      square += dot(z, z);
+      norm += dot(part[q], part[q]);
+      product += dot(z, part[q]);
     }
-    __syncthreads();
-    if (block.thread == 0) {
-      for (int other = 1; other < kWarps; ++other) exact.add(nearby[other], codes[other]);
-      block.distances()[row] = exact.distance;
-      block.ints(block.plan.picks)[row] = min(exact.code, block.args.num_codes - 1);
+    float fine = kFine * (sqrtf(square) * sqrtf(norm) + 0.5f * norm) + kLeast;
+    const float others = *block.beyond() ? -INFINITY : nearest.other;
+    nearest.best = mine < known ? 0.5f * norm - product : INFINITY;
+    nearest.other = INFINITY;
+    nearest.holder = first + mine;
+    fine = mine < known ? fine : 0;
+    nearest.add_across(1);
+    nearest.add_across(2);
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const float most = across(fine, step);
+      fine = most <= fine ? fine : most + fine * 0;  // what is not a number stays such
     }
-    __syncthreads();
+    if (row < count && j == 0)
+      block.found()[row] = {nearest.best - fine, nearest.best + fine, fminf(others, nearest.other - fine),
+                            nearest.holder};
   }
 }
 
+// A row that float32 leaves open, by all codes of all blocks: nearest of the block, to where others look for it.
+template <typename T>
+__device__ __forceinline__ void compare_all(const Block& block, int row, Exact* exact_of_warp, Exact* found) {
+  const int known = block.codes(), first = block.first_code();
+  Exact exact;
+  for (int code = block.thread; code < known; code += kThreads)
+    exact.add(distance_of<T>(block, row, first + code), first + code);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) exact.add_across(step);
+  if (block.lane == 0) exact_of_warp[block.warp] = exact;
+  __syncthreads();
+  if (block.thread == 0) {
+    for (int other = 1; other < kWarps; ++other) exact.add(exact_of_warp[other].distance, exact_of_warp[other].code);
+    *found = exact;
+  }
+  __syncthreads();
+}
+
 // The nearest of all blocks: chosen, and the result. Weights of the upsampling, if another scale follows.
+template <typename T>
 __device__ __forceinline__ void choose(const Block& block, int count, int h, int w, int64_t* out, bool part) {
   const EncodeArgs& args = block.args;
   const int border = args.convolved ? 1 : 0;
+  int* const open = block.ints(block.plan.open);  // how many rows are, and which
+  uint8_t* const open_rows = reinterpret_cast<uint8_t*>(open + 1);
+  uint16_t* const chosen = block.chosen();
   for (int row = block.thread; row < count; row += kThreads) {
-    Exact exact;
+    Found best{INFINITY, INFINITY, INFINITY, 0};
+    float others = INFINITY;
+    bool sound = true;
+#pragma unroll 4
     for (int other = 0; other < block.plan.blocks; ++other) {
-      const double distance =
-          *reinterpret_cast<const double*>(shared_of(block.memory + block.plan.distances + 2 * row, other));
-      exact.add(distance, int(*shared_of(block.memory + block.plan.picks + row, other)));
+      const Found one = *reinterpret_cast<const Found*>(shared_of(block.memory + block.plan.found + 4 * row, other));
+      others = fminf(others, fminf(one.high < best.high ? best.low : one.low, one.others));
+      best = one.high < best.high ? one : best;
+      sound = sound && one.others == one.others && one.high == one.high;
     }
-    block.ints(block.plan.chosen)[row] = exact.code;
-    if (block.rank == 0) out[row] = exact.code;
+    if (sound && others > best.high) {
+      chosen[row] = best.code;
+      if (block.rank == 0) out[row] = best.code;
+    } else {
+      open_rows[atomicAdd(open, 1)] = row;
+    }
   }
   const int down = block.plan.lines + 2 * border;
   for (int at = kThreads - 1 - block.thread; part && at < down + block.plan.stride; at += kThreads) {
@@ -437,6 +487,27 @@ __device__ __forceinline__ void choose(const Block& block, int count, int h, int
         min(max(begin + 3, 0), low - 1)};
   }
   __syncthreads();
+  const int left = *open;  // the same in all blocks
+  if (left == 0) return;
+  const int blocks = (count + kRows - 1) / kRows;
+  uint32_t* const behind = block.memory + block.plan.zone + blocks * kRows * kChannels;  // what the search found is over
+  Exact* const exact = reinterpret_cast<Exact*>(behind);
+  for (int n = 0; n < left; ++n)
+    compare_all<T>(block, open_rows[n], exact + kPyramidPixels, exact + open_rows[n]);
+  cluster_arrive();
+  cluster_wait();
+  for (int n = block.thread; n < left; n += kThreads) {
+    const int row = open_rows[n];
+    Exact best;
+    for (int other = 0; other < block.plan.blocks; ++other) {
+      const Exact one = *reinterpret_cast<const Exact*>(shared_of(behind + 4 * row, other));
+      best.add(one.distance, one.code);
+    }
+    chosen[row] = min(best.code, args.num_codes - 1);
+    if (block.rank == 0) out[row] = chosen[row];
+  }
+  cluster_arrive();
+  cluster_wait();
 }
 
 // The chosen rows of the codebook that the block's lines need, then these lines with their border, upsampled.
@@ -450,7 +521,7 @@ __device__ __forceinline__ void upsample(const Block& block, int h, int w) {
   const int from = index[1].x * w, to = (index[2 * (down - 1) + 1].w + 1) * w;
   for (int at = block.thread / 8; at < to - from; at += kUnits)
     block.four(block.plan.zone, at * 8 + q) =
-        load_four(table + int64_t(block.ints(block.plan.chosen)[from + at]) * args.entry + 4 * q);
+        load_four(table + int64_t(block.chosen()[from + at]) * args.entry + 4 * q);
   __syncthreads();
   for (int at = block.thread / 8; at < down * block.plan.stride; at += kUnits) {
     const int y = at / block.plan.stride, x = at % block.plan.stride;
@@ -479,36 +550,63 @@ template <typename T>
 __device__ __forceinline__ void subtract(const Block& block, int p) {
   const EncodeArgs& args = block.args;
   const int runs = (args.width + kRun - 1) / kRun, groups = block.plan.lines * runs;
+  const int pairs = (groups + 1) / 2;
   int splits = 1;  // of the input channels
-  while (splits < 8 && groups * splits * 2 <= kWarps) splits *= 2;
+  while (splits < 8 && pairs * splits * 2 <= kWarps) splits *= 2;
+  const int kept = max(splits / 2, 1);  // parts of a sum that are left for the end
   if (args.convolved) {
-    for (int task = block.warp; task < groups * splits; task += kWarps) {
-      const int group = task % groups, share = task / groups, y = group / runs, x = group % runs * kRun;
-      float sum[kRun] = {};
-      for (int q = share * 8 / splits; q < (share + 1) * 8 / splits; ++q) {
-        float own[4 * kTaps];
+    // A lane has two output channels of a run of pixels; half of a warp another run.
+    const int half = block.lane / 16, channel = block.lane % 16;
+    for (int begin = 0; begin < pairs * splits; begin += kWarps) {
+      const int task = begin + block.warp, share = task / pairs, group = task % pairs * 2 + half;
+      const bool present = task < pairs * splits && group < groups;
+      float sum[2][kRun] = {};
+      if (task < pairs * splits) {
+        const int y = min(group, groups - 1) / runs, x = min(group, groups - 1) % runs * kRun;
+        for (int q = share * 8 / splits; q < (share + 1) * 8 / splits; ++q) {
+          float own[2][4 * kTaps];
 #pragma unroll
-        for (int n = 0; n < kTaps; ++n) {
-          const float4 four = block.four(block.plan.weights + weight_at(block.lane, q * kTaps + n), 0);
-          own[4 * n] = four.x, own[4 * n + 1] = four.y, own[4 * n + 2] = four.z, own[4 * n + 3] = four.w;
-        }
+          for (int n = 0; n < 2 * kTaps; ++n) {
+            const int o = n / kTaps, at = n % kTaps;
+            const float4 four = block.four(block.plan.weights + weight_at(o * 16 + channel, q * kTaps + at), 0);
+            own[o][4 * at] = four.x, own[o][4 * at + 1] = four.y;
+            own[o][4 * at + 2] = four.z, own[o][4 * at + 3] = four.w;
+          }
 #pragma unroll
-        for (int ty = 0; ty < 3; ++ty) {
+          for (int ty = 0; ty < 3; ++ty) {
 #pragma unroll
-          for (int spot = 0; spot < kRun + 2; ++spot) {
-            const float4 four = block.four(block.plan.strip, ((y + ty) * block.plan.stride + x + spot) * 8 + q);
-            const float input[4] = {four.x, four.y, four.z, four.w};
+            for (int spot = 0; spot < kRun + 2; ++spot) {
+              const float4 four = block.four(block.plan.strip, ((y + ty) * block.plan.stride + x + spot) * 8 + q);
+              const float input[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-            for (int tx = 0; tx < 3; ++tx) {
-              if (spot < tx || spot - tx >= kRun) continue;
+              for (int tx = 0; tx < 3; ++tx) {
+                if (spot < tx || spot - tx >= kRun) continue;
 #pragma unroll
-              for (int i = 0; i < 4; ++i) sum[spot - tx] += input[i] * own[i * kTaps + ty * 3 + tx];
+                for (int i = 0; i < 4; ++i) {
+                  sum[0][spot - tx] += input[i] * own[0][i * kTaps + ty * 3 + tx];
+                  sum[1][spot - tx] += input[i] * own[1][i * kTaps + ty * 3 + tx];
+                }
+              }
             }
           }
         }
       }
+      float* const to = block.floats(block.plan.zone) + (share % kept * groups + group) * kRun * kChannels + channel;
+      // The later half of the parts first; the others are added where they are.
+      if (splits > 1) {
+        if (present && share >= kept) {
 #pragma unroll
-      for (int n = 0; n < kRun; ++n) block.floats(block.plan.zone)[(task * kRun + n) * kChannels + block.lane] = sum[n];
+          for (int n = 0; n < 2 * kRun; ++n) to[n / 2 * kChannels + n % 2 * 16] = sum[n % 2][n / 2];
+        }
+        __syncthreads();
+      }
+      if (present && share < kept) {
+#pragma unroll
+        for (int n = 0; n < 2 * kRun; ++n) {
+          float& at = to[n / 2 * kChannels + n % 2 * 16];
+          at = splits > 1 ? at + sum[n % 2][n / 2] : sum[n % 2][n / 2];
+        }
+      }
     }
     __syncthreads();
   }
@@ -520,7 +618,7 @@ __device__ __forceinline__ void subtract(const Block& block, int p) {
     if (args.convolved) {
       float4 convolved = load_four(static_cast<const T*>(args.bias) + p * kChannels + 4 * q);
       const int at = ((y * runs + x / kRun) * kRun + x % kRun) * 8 + q;
-      for (int share = 0; share < splits; ++share)
+      for (int share = 0; share < kept; ++share)
         convolved = add(convolved, block.four(block.plan.zone, at + share * groups * kRun * 8));
       part = add(scaled(part, 1 - ratio), scaled(convolved, ratio));
     }
@@ -553,7 +651,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       decide<T>(block, count);
       cluster_arrive();
       cluster_wait();
-      choose(block, count, h, w, out, part);
+      choose<T>(block, count, h, w, out, part);
       out += count;
       if (!part) continue;
       upsample<T>(block, h, w);
@@ -582,10 +680,9 @@ EncodePlan lay_out(const EncodeArgs& args, int blocks) {
   plan.norms = take(2 * plan.own);
   plan.rest = take(plan.lines * args.width * kChannels);
   plan.weights = take(args.convolved ? kChannels * kSum : 0);
-  plan.distances = take(2 * (kPyramidPixels + kWarps));
-  plan.picks = take(kPyramidPixels + kWarps);
-  plan.chosen = take(kPyramidPixels);
-  plan.open = take(1 + kPyramidPixels);
+  plan.found = take(kPyramidPixels * int(sizeof(Found) / 4));
+  plan.chosen = take(kPyramidPixels / 2);
+  plan.open = take(2 + kPyramidPixels / 4);
   plan.taps = take((plan.lines + 2 * border + plan.stride) * 8);
   // What the search works on, then in its place the chosen rows or the parts of sums, and the lines upsampled.
   int searched = (kRows + kUnits) * kChannels, upsampled = std::max(groups, kWarps) * kRun * kChannels;

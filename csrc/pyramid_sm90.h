@@ -35,7 +35,7 @@ struct EncodePlan {
   int lines = 0;     // of the map that a block has
   int stride = 0;    // spots of a line with its border
   // Where in a block's shared memory things begin, in words.
-  int norms = 0, rest = 0, weights = 0, distances = 0, picks = 0, chosen = 0, open = 0, taps = 0, zone = 0, strip = 0;
+  int norms = 0, rest = 0, weights = 0, found = 0, chosen = 0, open = 0, taps = 0, zone = 0, strip = 0;
   int words = 0;
 };
 // Looks at sizes only: pointers and strides may be missing.

@@ -774,9 +774,10 @@ def test_a_cluster_encodes_a_picture(room, batch, num_codes, count, scales):
     features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if batch % 2 else features
     codes = multiscale_quantize(features, codebook, phi, scales, backend="cuda")
     assert all(map(torch.equal, codes, multiscale_quantize(features, codebook, phi, scales)))
-    eager = multiscale_quantize(features, codebook, phi, scales, backend="eager")
-    differ = check_codes(features, codebook, phi, scales, codes)
-    assert differ <= check_codes(features, codebook, phi, scales, eager) + 2
+    some = features[-2:]  # of the last clusters, or of their second round
+    eager = multiscale_quantize(some, codebook, phi, scales, backend="eager")
+    differ = check_codes(some, codebook, phi, scales, [one[-2:] for one in codes])
+    assert differ <= check_codes(some, codebook, phi, scales, eager) + 2
 
 
 @gpu_cuda
