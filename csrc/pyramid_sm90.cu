@@ -771,7 +771,7 @@ cudaError_t plan_encode(const EncodeArgs& args, EncodePlan* plan) {
   if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
       error != cudaSuccess)
     return error;
-  // A picture takes about as long as the search of 2,048 codes, and its own share of all codes' search and convolutions.
+  // By what was measured a picture takes .213 ms with four blocks, .167 with eight: half of the former is shared.
   int64_t least = INT64_MAX;
   for (int log2 = 0; log2 < 4; ++log2) {
     EncodePlan one = lay_out(args, 1 << log2);
