@@ -127,6 +127,7 @@ def _encode(batch: int, num_codes: int, small: bool) -> Case:
         small,
         ours,
         _published_encode,
+        ("cuda", "triton"),
         bytes=4 * CHANNELS * (batch * LENGTHS[-1] + num_codes) + _phi_bytes() + 8 * batch * sum(LENGTHS),
         flops=2 * batch * sum(LENGTHS) * num_codes * CHANNELS + _convolution_flops(batch),
         check=_check_encode,

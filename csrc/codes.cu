@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "codes_sm90.h"
+#include "device/early.cuh"
 #include "device/entries.cuh"
 
 namespace unifiedar {
@@ -96,6 +97,8 @@ struct LookupTile {
 // owns every (gridDim.y * blockDim.x)-th pack of its rows. Lanes that share a row read the same code: one broadcast.
 template <typename T, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads, kBlocks) residual_lookup_kernel(const LookupArgs args) {
+  kernels_behind_begin();
+  kernels_before_done();
   int64_t row[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) row[r] = (int64_t(blockIdx.x) * kRows + r) * blockDim.y + threadIdx.y;
@@ -285,12 +288,20 @@ cudaError_t lookup(const LookupArgs& args, bool cumulative, cudaStream_t stream)
   const dim3 block = block_of(args.channels, kVec, slices);
   const dim3 grid(grid_of(args.rows, int64_t(block.y) * kRows), slices);
   if (grid.x == 0) return cudaErrorInvalidConfiguration;
-  if (cumulative) {
-    residual_lookup_kernel<T, kVec, true><<<grid, block, 0, stream>>>(args);
-  } else {
-    residual_lookup_kernel<T, kVec, false><<<grid, block, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  int device = 0, major = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      error != cudaSuccess)
+    return error;
+  cudaLaunchAttribute early = begins_early();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(
+      &config, cumulative ? residual_lookup_kernel<T, kVec, true> : residual_lookup_kernel<T, kVec, false>, args);
 }
 
 template <typename T>

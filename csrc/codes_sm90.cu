@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "device/cluster.cuh"
+#include "device/early.cuh"
 #include "device/entries.cuh"
 
 // One launch instead of eleven: at the sizes of a training step the sums take 5 to 20 us, and the launches of a sort,
@@ -24,7 +25,7 @@ constexpr int kScan = 8;             // codes that a thread has in flight
 constexpr int kGathered = 4;         // listed entries that a thread has in flight
 constexpr int kCounted = 4;          // neighbouring codebook rows whose counts a thread adds up at a time
 constexpr int kSegments = 2;         // codebook rows whose gradient a thread works on at a time
-constexpr int kShort = 8;            // entries of a row that shares a warp with others
+constexpr int kShort = 32;           // entries of a row that shares a warp with others
 constexpr int kMedium = 64;          // of one summed in packs of 16 bytes; longer ones in packs of 4, by more warps
 constexpr int kEntryBits = 18;       // of a listed entry's number; the row in the cluster is above
 constexpr uint32_t kNone = ~0u;      // the key of an entry to be left out, or no listed entry
@@ -569,6 +570,8 @@ __device__ __forceinline__ void sum_short_rows(const ClusterArgs& args, const Wo
 template <typename T, typename Out, int kVec, bool kCumulative>
 __global__ void __launch_bounds__(kThreads, 1) residual_lookup_backward_cluster_kernel(const ClusterArgs args) {
   constexpr int kNarrow = kVec == 1 ? 1 : 4 / sizeof(T);
+  kernels_behind_begin();
+  kernels_before_done();
   Place place;
   place.rank = cluster_rank();
   place.low = blockIdx.x / kBlocks * args.rows;
@@ -619,16 +622,16 @@ cudaError_t launch_clusters(const ClusterArgs& args, const ClusterPlan& plan, cu
         error != cudaSuccess)
       return error;
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kBlocks, 1, 1};
+  cudaLaunchAttribute attributes[2] = {{}, begins_early()};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kBlocks, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.clusters * kBlocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

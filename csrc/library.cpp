@@ -20,6 +20,7 @@
 #include "codes.h"
 #include "depth.h"
 #include "pyramid.h"
+#include "pyramid_sm90.h"
 #include "sample.h"
 
 // These live in libtorch_cuda.so. Weak, so that the library loads beside a torch built without CUDA, where no CUDA
@@ -470,6 +471,76 @@ void next_scale_input(const Tensor& base, const Tensor& codes, const Tensor& cod
   STD_CUDA_CHECK(launch_next_scale_input(args, dtype_of(base), current_stream(base)));
 }
 
+// scales: h, w and convolution of each, on the CPU.
+EncodeArgs encode_sizes(const Tensor& features, int64_t num_codes, bool convolved, const Tensor& scales) {
+  STD_TORCH_CHECK(features.dim() == 4 && features.size(1) == kPyramidChannels && scales.is_cpu() && scales.dim() == 2 &&
+                      scales.size(0) >= 1 && scales.size(0) <= kPyramidScales && scales.size(1) == 3 &&
+                      scales.is_contiguous() && scales.scalar_type() == ScalarType::Long && num_codes > 0,
+                  "multiscale_quantize_cuda: needs features of 32 channels and 1 to 32 scales");
+  EncodeArgs args{};
+  args.batch = int_of(features.size(0));
+  args.height = int_of(features.size(2));
+  args.width = int_of(features.size(3));
+  args.num_codes = int_of(num_codes);
+  args.steps = int_of(scales.size(0));
+  args.convolved = convolved;
+  const int64_t* const values = scales.const_data_ptr<int64_t>();
+  for (int s = 0; s < args.steps; ++s) {
+    const int64_t h = values[3 * s], w = values[3 * s + 1];
+    STD_TORCH_CHECK(h > 0 && h <= args.height && w > 0 && w <= args.width && args.height * args.width <= kPyramidPixels,
+                    "multiscale_quantize_cuda: needs scales within maps of 256 pixels");
+    args.h[s] = static_cast<short>(h);
+    args.w[s] = static_cast<short>(w);
+    args.phi[s] = static_cast<short>(values[3 * s + 2]);
+    args.length += int_of(h * w);
+  }
+  return args;
+}
+
+int64_t multiscale_quantize_blocks(const Tensor& features, int64_t num_codes, bool convolved, const Tensor& scales) {
+  EncodePlan plan;
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  STD_CUDA_CHECK(plan_encode(encode_sizes(features, num_codes, convolved, scales), &plan));
+  return plan.blocks;
+}
+
+void multiscale_quantize(const Tensor& features, const Tensor& codebook, const std::optional<Tensor>& weight,
+                         const std::optional<Tensor>& bias, double ratio, const Tensor& scales, Tensor codes) {
+  EncodeArgs args = encode_sizes(features, codebook.size(0), weight.has_value(), scales);
+  const int last = args.steps - 1, count = args.phi[last] + 1;
+  const auto element = codebook.element_size();
+  bool matches = args.batch > 0 && args.h[last] == args.height && args.w[last] == args.width && codebook.dim() == 2 &&
+                 codebook.size(1) == kPyramidChannels && codebook.stride(1) == 1 && codebook.stride(0) % 4 == 0 &&
+                 codebook.stride(0) >= 0 && reinterpret_cast<uintptr_t>(codebook.data_ptr()) % (4 * element) == 0 &&
+                 codebook.scalar_type() == features.scalar_type() && codes.is_contiguous() &&
+                 codes.scalar_type() == ScalarType::Long && codes.numel() == int64_t(args.batch) * args.length;
+  for (int s = 0; s < args.steps; ++s) matches = matches && args.phi[s] >= 0 && args.phi[s] < count;
+  if (weight.has_value()) {
+    matches = matches && weight->is_contiguous() && weight->scalar_type() == features.scalar_type() &&
+              weight->numel() >= int64_t(count) * 9 * kPyramidChannels * kPyramidChannels &&
+              reinterpret_cast<uintptr_t>(weight->data_ptr()) % 16 == 0 && bias.has_value() && bias->is_contiguous() &&
+              bias->scalar_type() == features.scalar_type() && bias->numel() >= count * kPyramidChannels &&
+              reinterpret_cast<uintptr_t>(bias->data_ptr()) % 16 == 0;
+    args.weight = weight->data_ptr();
+    args.bias = bias.has_value() ? bias->data_ptr() : nullptr;
+  }
+  STD_TORCH_CHECK(matches, "multiscale_quantize_cuda: sizes, strides or dtypes do not match, or are not such as it takes");
+  args.features = features.data_ptr();
+  args.codebook = codebook.data_ptr();
+  args.codes = static_cast<int64_t*>(codes.data_ptr());
+  args.ratio = static_cast<float>(ratio);
+  args.features_b = features.stride(0);
+  args.features_c = int_of(features.stride(1));
+  args.features_y = int_of(features.stride(2));
+  args.features_x = int_of(features.stride(3));
+  args.entry = int_of(codebook.stride(0));
+  EncodePlan plan;
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  STD_CUDA_CHECK(plan_encode(args, &plan));
+  STD_TORCH_CHECK(plan.blocks > 0, "multiscale_quantize_cuda: there is no room for the codebook");
+  STD_CUDA_CHECK(launch_encode(args, plan, dtype_of(features), current_stream(features)));
+}
+
 void sample_codes(const Tensor& logits, const Tensor& noise, const std::optional<Tensor>& guidance_rows,
                   const std::optional<Tensor>& top_k_rows, const std::optional<Tensor>& top_p_rows, bool guided, double guidance,
                   double temperature, int64_t top_k, double top_p, int64_t inner, Tensor out) {
@@ -515,6 +586,8 @@ STABLE_TORCH_LIBRARY_IMPL(unifiedar, CUDA, m) {
   m.impl("residual_lookup_backward_cuda", TORCH_BOX(&unifiedar::residual_lookup_backward));
   m.impl("code_statistics_cuda", TORCH_BOX(&unifiedar::code_statistics));
   m.impl("depth_decode_cuda", TORCH_BOX(&unifiedar::depth_decode));
+  m.impl("multiscale_quantize_cuda", TORCH_BOX(&unifiedar::multiscale_quantize));
+  m.impl("multiscale_quantize_blocks_cuda", TORCH_BOX(&unifiedar::multiscale_quantize_blocks));
   m.impl("next_scale_input_cuda", TORCH_BOX(&unifiedar::next_scale_input));
   m.impl("sample_codes_cuda", TORCH_BOX(&unifiedar::sample_codes));
   m.impl("depth_decode_plan_cuda", TORCH_BOX(&unifiedar::depth_decode_plan));

@@ -84,6 +84,7 @@ extern "C" __attribute__((weak)) void use_device(int device) { host_device = dev
 extern "C" __attribute__((weak)) cudaError_t cudaGetDevice(int* device) { return *device = host_device, cudaSuccess; }
 extern "C" __attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (attribute == cudaDevAttrCooperativeLaunch) return *value = 1, cudaSuccess;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) return *value = device > 0 ? 9 : 8, cudaSuccess;
   if (attribute == cudaDevAttrClusterLaunch) return *value = device > 0, cudaSuccess;
   if (attribute == cudaDevAttrMultiProcessorCount) return *value = 8 * device + 4, cudaSuccess;
   if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin)
@@ -215,8 +216,10 @@ inline void Cluster::enter() {
   _longjmp(cluster->scheduler, 1);
 }
 template <class T> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(T), T args) {
+  if (config->numAttrs == 0 || config->attrs[0].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+    return launch(config->gridDim, config->blockDim, [&] { kernel(args); });
   const unsigned size = config->attrs[0].val.clusterDim.x, threads = config->blockDim.x;
-  if (config->numAttrs != 1 || config->attrs[0].id != cudaLaunchAttributeClusterDimension || threads > 1024 ||
+  if (config->attrs[0].id != cudaLaunchAttributeClusterDimension || threads > 1024 ||
       !config->gridDim.x || config->gridDim.x % size || threads % 32 || config->dynamicSmemBytes > host_shared)
     return cudaErrorInvalidConfiguration;
   host_shared = 48 << 10;

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers import assert_as_good_as_eager, interpreter_skip, kernel_rooms
+from pyramid_adversaries import adversaries, adverse, check_adverse
 from torch.nn.functional import conv2d, normalize
 
 from unifiedar.nn import MultiScaleQuantizer
@@ -554,55 +555,14 @@ def test_what_the_kernels_do_not_take(monkeypatch):
 # ---- adversaries of the search ---------------------------------------------------------------------------------------
 
 
-def near_ties(num_codes, generator):
-    """Codes around one point, at distances from the pixels that differ by float32's rounding and less."""
-    centre = torch.randn(8, generator=generator)
-    spread = 2.0 ** -torch.randint(14, 30, (num_codes, 1), generator=generator).float()
-    return centre + torch.randn(num_codes, 8, generator=generator) * spread
-
-
-def nearer_ties(num_codes, generator):
-    """All at distances whose differences are rounding's."""
-    return torch.randn(8, generator=generator) + torch.randn(num_codes, 8, generator=generator) * 2.0**-21
-
-
-def far_apart(num_codes, generator):
-    return torch.randn(num_codes, 8, generator=generator) * 10.0 ** (
-        12 * torch.rand(num_codes, 1, generator=generator) - 6
-    )
-
-
-def huge(num_codes, generator):
-    """Squares overflow float32: float64 decides all rows."""
-    return torch.randn(num_codes, 8, generator=generator) * 3e25
-
-
-def tiny(num_codes, generator):
-    """Squares are below float32's least: float64 decides all rows."""
-    return torch.randn(num_codes, 8, generator=generator) * 1e-30
-
-
-def small(num_codes, generator):
-    """Squares are among float32's last: they keep a few bits, and a bound relative to them keeps none."""
-    return (torch.randn(8, generator=generator) + torch.randn(num_codes, 8, generator=generator) * 2.0**-6) * 1e-21
-
-
 @triton_float32
-@pytest.mark.parametrize("make", [near_ties, nearer_ties, far_apart, huge, tiny, small])
+@adversaries
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # the interpreter's
 def test_adversaries_of_the_search(room, make):
     """Every code is float64's choice; equal but for less than the bits of a word that codes take, the lowest's."""
-    generator = torch.Generator().manual_seed(3)
-    codebook = make(200, generator).to(room[1])
-    size = codebook.abs().median().item()
-    features = (torch.randn(4, 8, 4, 8, generator=generator) * size).to(room[1])
-    got = multiscale_quantize(features, codebook, None, ((4, 8),), backend="triton")[0]
-    rows = features.double().flatten(2).transpose(1, 2)
-    loss = (rows.unsqueeze(2) - codebook.double()).square().sum(3)
-    chosen, best = loss.gather(2, got.unsqueeze(2))[..., 0], loss.amin(2)
-    assert (chosen <= best * (1 + 2.0**-40)).all()
-    clear = (loss <= best.unsqueeze(2) * (1 + 2.0**-39)).sum(2) == 1
-    assert torch.equal(got[clear], loss.argmin(2)[clear])
+    features, codebook = adverse(make, 8)
+    features, codebook = features.to(room[1]), codebook.to(room[1])
+    check_adverse(features, codebook, multiscale_quantize(features, codebook, None, ((4, 8),), backend="triton")[0])
 
 
 def test_a_run_of_codes_is_a_block_at_least_and_covers_all():
@@ -791,6 +751,70 @@ def test_published_sizes(room, scales, batch):
     assert differ <= check_codes(features[:some], codebook, phi, scales, eager) + 2
     got, eager = (multiscale_inputs(codes, codebook, phi, scales, backend=name) for name in ("triton", "eager"))
     assert_as_good_as_eager(got, eager, oracle_inputs(codes, codebook, phi, scales))
+
+
+@gpu_cuda
+@pytest.mark.parametrize(
+    ("batch", "num_codes", "count", "scales"),
+    [
+        (1, 4096, 4, VAR),
+        (3, 4096, 4, VAR),
+        (32, 4096, 4, VAR),
+        (70, 1000, 1, VAR),
+        (2, 9000, 0, VAR),
+        (5, 33, 2, ((1, 1), (2, 3), (3, 4), (5, 7))),
+        (2, 300, 1, ((4, 8), (1, 64), (4, 64))),
+        (40, 2500, 3, (1, 5, (9, 10))),
+        (1, 1, 1, (1,)),
+        (0, 7, 1, (1, 2)),
+    ],
+)
+def test_a_cluster_encodes_a_picture(room, batch, num_codes, count, scales):
+    features, codebook, phi = tensors(batch, 32, num_codes, scales, count, room)
+    features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if batch % 2 else features
+    codes = multiscale_quantize(features, codebook, phi, scales, backend="cuda")
+    assert all(map(torch.equal, codes, multiscale_quantize(features, codebook, phi, scales)))
+    some = features[-2:]  # of the last clusters, or of their second round
+    eager = multiscale_quantize(some, codebook, phi, scales, backend="eager")
+    differ = check_codes(some, codebook, phi, scales, [one[-2:] for one in codes])
+    assert differ <= check_codes(some, codebook, phi, scales, eager) + 2
+
+
+@gpu_cuda
+@adversaries
+def test_adversaries_of_the_cluster(room, make):
+    features, codebook = adverse(make, 32)
+    if room[2] == torch.float32:
+        features, codebook = features.to(room[1]), codebook.to(room[1])
+        check_adverse(features, codebook, multiscale_quantize(features, codebook, None, ((4, 8),), backend="cuda")[0])
+
+
+@gpu_cuda
+def test_clusters_in_mixed_dtypes_ties_and_what_is_not_finite(room):
+    features, codebook, phi = tensors(3, 32, 600, VAR, 4, ("", "cuda", torch.float32))
+    features = features.to(room[2])
+    got, want = (multiscale_quantize(one, codebook, phi, VAR, backend="cuda") for one in (features, features.float()))
+    assert all(map(torch.equal, got, want))
+    assert (
+        max(one.max() for one in multiscale_quantize(features, codebook.repeat(5, 1), phi, VAR, backend="cuda")) < 600
+    )
+    features[1] = torch.nan
+    features[1, 0, 0, 0] = torch.inf
+    broken = multiscale_quantize(features, codebook, phi, VAR, backend="cuda")
+    assert all(torch.equal(one[::2], other[::2]) for one, other in zip(broken, got, strict=True))
+    assert all(((one >= 0) & (one < 600)).all() for one in broken)
+
+
+@gpu_cuda
+@pytest.mark.parametrize("batch", [1, 32])
+def test_2000_launches_of_clusters_are_equal(room, batch):
+    features, codebook, phi = tensors(batch, 32, 4096, VAR, 4, room)
+    first = multiscale_quantize(features, codebook, phi, VAR, backend="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2000):
+        codes = multiscale_quantize(features, codebook, phi, VAR, backend="cuda")
+        wrong += sum((one != other).sum() for one, other in zip(codes, first, strict=True))
+    assert wrong.item() == 0
 
 
 @gpu_triton

@@ -411,6 +411,71 @@ def _run_lookup_triton(codes, codebook, weight, bias, ratio, scales, what) -> Te
     return out
 
 
+_quantize_cuda = _native.define(
+    "multiscale_quantize_cuda(Tensor features, Tensor codebook, Tensor? weight, Tensor? bias, float ratio, "
+    "Tensor scales, Tensor(a!) codes) -> ()"
+)
+_quantize_blocks_cuda = _native.define(
+    "multiscale_quantize_blocks_cuda(Tensor features, int num_codes, bool convolved, Tensor scales) -> int"
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan_tensor(plan: tuple[int, ...]) -> Tensor:
+    """A plan (S, 3) as the library takes it; made once, on the CPU."""
+    return torch.tensor(plan, dtype=torch.int64).view(-1, 3)
+
+
+@functools.lru_cache(maxsize=256)
+def _room(device: torch.device, height: int, width: int, num_codes: int, convolved: bool, plan: tuple[int, ...]) -> int:
+    """Of how many blocks a cluster is that encodes a picture; 0 if none has room for it."""
+    features = torch.empty((1, 32, height, width), device=device)
+    return _quantize_blocks_cuda(features, num_codes, convolved, _plan_tensor(plan))
+
+
+def _quantize_unfit_cuda(features, codebook, weight, bias, ratio, scales, metric) -> str | None:
+    reason = _native.cuda_unfit(features)
+    if reason is not None:
+        return reason
+    if metric != "l2":
+        return f"needs the metric 'l2', got {metric!r}"
+    for tensor in (features, codebook, weight, bias):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"needs float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
+    found = _native.capability(features)
+    if found < 90:
+        return f"needs compute capability 9.0, got {found / 10}"
+    if codebook.shape[1] != 32:
+        return f"needs 32 channels, got {codebook.shape[1]}"
+    height, width = features.shape[2:]
+    if height * width > 256 or len(scales) > 64:
+        return f"needs maps of at most 256 pixels and 32 scales, got {height * width} and {len(scales) // 2}"
+    if not _room(features.device, height, width, codebook.shape[0], weight.shape[0] > 0, _plan(weight, scales)):
+        return f"needs a codebook that a cluster of blocks has room for, got {codebook.shape[0]} codes"
+    return None
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and aligned as the compiled library reads it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _run_quantize_cuda(features, codebook, weight, bias, ratio, scales, metric) -> Tensor:
+    codes = _quantize_fake(features, codebook, weight, bias, ratio, scales, metric)
+    if not codes.numel():
+        return codes
+    tensors = [_near(features), codebook, *((weight, bias) if weight.shape[0] else ())]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.float() for tensor in tensors]  # exact
+    maps, table, *phi = tensors
+    _quantize_cuda(
+        maps, _aligned(table), *(map(_aligned, phi) if phi else (None, None)), ratio,
+        _plan_tensor(_plan(weight, scales)), codes,
+    )  # fmt: skip
+    return codes
+
+
 _next_cuda = _native.define(
     "next_scale_input_cuda(Tensor base, Tensor codes, Tensor codebook, Tensor? weight, Tensor? bias, float ratio, "
     "int height, int width, int h, int w, int next_h, int next_w, Tensor(a!) total, Tensor(b!) out, "
@@ -483,7 +548,10 @@ _multiscale_quantize = Op(
     "str metric) -> Tensor",
     eager=_quantize_eager,
     fake=_quantize_fake,
-    backends=(Backend("triton", _run_quantize_triton, _quantize_unfit_triton),),
+    backends=(
+        Backend("cuda", _run_quantize_cuda, _quantize_unfit_cuda),
+        Backend("triton", _run_quantize_triton, _quantize_unfit_triton),
+    ),
 )
 
 _multiscale_lookup = Op(
