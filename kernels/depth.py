@@ -1,10 +1,12 @@
 """Triton kernels of the family `depth`: what a depth transformer of any form does with a few rows, in few launches.
 
 A layer is five launches: norm and the products of queries, keys and values; norms and turns of these with attention;
-projection; norm, gate and up with the activation; down. With more than four rows a norm is a launch of its own. Few
-rows read all weights once a depth, so that the weights' bytes and the waits between launches are the time. A product is
-shared out over enough programs to keep all of a GPU busy, each with whole rows of the weights: no sum is shared, and
-runs are bit-equal.
+projection; norm, gate and up with the activation; down. With more than four rows a norm is a launch of its own. Rows
+read all weights once a depth, so that the weights' bytes and the waits between launches are the time. A product of few
+rows is shared out over enough programs to keep all of a GPU busy, each with whole rows of the weights. Of many rows
+(`Wide`) what each program reads of them would be more than the weights: programs have more of the weights' rows, and
+where there are then too few programs, a share of the inputs each, whose products the next norm adds up. The order of a
+sum does not depend on who comes first, and runs are bit-equal.
 
 A launch may begin before the one ahead of it has ended (PDL, sm_90): its weights are on their way to registers by the
 time it is allowed to look at its rows. Every kernel here waits before it reads or writes anything but weights, so each
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["COMPILE_CASES", "Tile", "attend", "enter", "linear", "tile"]
+__all__ = ["COMPILE_CASES", "Tile", "Wide", "attend", "enter", "linear", "parts", "tile", "wide"]
 
 _PACK: tl.constexpr = tl.constexpr(8)  # entries of a row of weights that a thread multiplies on its own
 _VECTOR = 4  # rows, at most, that are multiplied without matrix units; in float32 as many at a time
@@ -65,6 +67,68 @@ def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: in
     # Where the last of 32 rows' entries are masked there are not registers for as many.
     most = 2 if gated or (held == 32 and inputs % chunk) else 4
     return Tile(held, 8, chunk, 8 if inputs > 1024 else 4, min(chunks, most))
+
+
+_MANY = 32  # rows up to which `Tile` serves
+
+
+@dataclass(frozen=True)
+class Wide:
+    """How a product of many rows, in half precision, is shared out.
+
+    Args:
+        rows: of x that a program has.
+        outputs: rows of the weights that it has, of each matrix if gated.
+        parts: of the inputs; a program has one.
+        inputs: entries that it takes at a time.
+        stages: of the ring that they go through.
+        warps: of a program.
+        ahead: entries of its weights that are fetched to the second cache before the launch ahead is waited for.
+    """
+
+    rows: int
+    outputs: int
+    parts: int
+    inputs: int
+    stages: int
+    warps: int
+    ahead: int
+
+
+def wide(rows: int, sizes: list[int], inputs: int, gated: bool = False, shared: bool = False) -> Wide:
+    """The tile for rows of x and weights (size, inputs) side by side, or two such weights, of two bytes an entry.
+
+    Args:
+        rows, inputs: of x.
+        sizes: outputs of each matrix.
+        gated: as `linear` takes it.
+        shared: whether the inputs may be shared out.
+    """
+    held = 64 if rows <= 64 else 128
+    tall = triton.cdiv(rows, held)
+
+    def programs(outputs: int) -> int:
+        return tall * sum(triton.cdiv(size, outputs) for size in (sizes[:1] if gated else sizes))
+
+    def shares(outputs: int) -> int:
+        return max(1, min(_SPREAD // programs(outputs), inputs // 256)) if shared else 1
+
+    outputs = 64
+    while outputs > 16 and programs(outputs) * shares(outputs) < 96:
+        outputs //= 2
+    return Wide(held, outputs, shares(outputs), 64, 6 if held + outputs * (1 + gated) <= 128 else 4, 4, 512)
+
+
+_SPREAD = 132  # programs of which none need wait for room on a large GPU
+
+
+def parts(rows: int, outputs: int, inputs: int, itemsize: int = 2) -> int:
+    """Parts that a product with weights (outputs, inputs) is made in for the next norm to add up; 0 for few rows."""
+    return wide(rows, [outputs], inputs, shared=True).parts if _is_wide(rows, itemsize) else 0
+
+
+def _is_wide(rows: int, itemsize: int) -> bool:
+    return rows > _MANY and itemsize == 2
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -146,33 +210,79 @@ def _statistics(
     return mean, _inverse(tl.sum(total, 1), eps, INPUTS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "parts_part", "parts_row"])
 def depth_norm_kernel(
-    x,  # [rows, INPUTS]
+    x,  # [rows, INPUTS]; written if there are parts
+    parts,  # [PARTS, rows, INPUTS], strides parts_part, parts_row, 1, added to x first; or None
     gain,  # [INPUTS], or None
     shift,  # [INPUTS], or None
-    out,  # like x; written
+    out,  # like x; written; None if NORM is none
     rows,
+    parts_part,
+    parts_row,
     eps,
     INPUTS: tl.constexpr,
-    NORM: tl.constexpr,  # rms, layer
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,  # none, rms, layer
     PDL: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Grid: (rows,). For products of many rows, whose every program would normalise them all."""
     if PDL:
         gdc_launch_dependents()
+    entry = tl.arange(0, BLOCK_S)
+    inside = entry < INPUTS
+    if gain is not None:
+        gains = tl.load(gain + entry, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        shifts = tl.load(shift + entry, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
         gdc_wait()
-    row = tl.program_id(0) + tl.arange(0, 1)
-    mean, inverse = _statistics(x, row, rows, eps, INPUTS, NORM, 1, BLOCK_S)
-    for chunk in tl.static_range(0, (INPUTS + BLOCK_S - 1) // BLOCK_S):
-        gains = _vector(gain, chunk, INPUTS, False, 1, BLOCK_S)
-        shifts = _vector(shift, chunk, INPUTS, False, 1, BLOCK_S)
-        y = _normed(_chunk(x, row, rows, chunk, INPUTS, False, 1, BLOCK_S), gains, shifts, mean, inverse, NORM)
-        if NORM == "rms":
-            y *= inverse[:, None, None]
-        entry = _entries(chunk, False, 1, BLOCK_S)
-        tl.store(out + row[:, None, None] * INPUTS + entry, y.to(out.dtype.element_ty), mask=entry < INPUTS)
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(x + row * INPUTS + entry, mask=inside, other=0.0).to(tl.float32)
+    if parts is not None:
+        at = parts + row * parts_row + entry
+        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            added += tl.load(at + part * parts_part.to(tl.int64), mask=inside, other=0.0).to(tl.float32)
+        kept = (y + added).to(x.dtype.element_ty)
+        tl.store(x + row * INPUTS + entry, kept, mask=inside)
+        y = kept.to(tl.float32)
+    if NORM != "none":
+        if NORM == "layer":
+            y = tl.where(inside, y - tl.sum(y, 0) * (1.0 / INPUTS), 0.0)
+        y *= _inverse(tl.sum(y * y, 0), eps, INPUTS)
+        if gain is not None:
+            y *= gains
+        if shift is not None:
+            y += shifts
+        tl.store(out + row * INPUTS + entry, y.to(out.dtype.element_ty), mask=inside)
+
+
+def _norm(
+    x: torch.Tensor,
+    added: torch.Tensor | None,
+    norm: str,
+    gain: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    eps: float,
+    early: bool,
+) -> torch.Tensor:
+    """x with what is added to it, in place; returns its norm, or itself."""
+    rows, inputs = x.shape
+    out = None if norm == "none" else torch.empty_like(x)
+    part, row = (0, 0) if added is None else added.stride()[:2]
+    depth_norm_kernel[(rows,)](
+        x, added, gain, shift, out, rows, part, row, eps,
+        INPUTS=inputs, PARTS=0 if added is None else len(added), NORM=norm, PDL=early, **_norm_sizes(inputs),
+        **_launch(early),
+    )  # fmt: skip
+    return x if out is None else out
+
+
+def _norm_sizes(inputs: int) -> dict[str, int]:
+    block = triton.next_power_of_2(inputs)
+    return {"BLOCK_S": block, "num_warps": min(16, max(1, block // 256))}
 
 
 @triton.jit
@@ -244,6 +354,72 @@ def _taken(
     return total, total2, squares
 
 
+@triton.jit
+def _own_matrix(
+    tile, weight, weight2, weight3, OUTPUTS: tl.constexpr, OUTPUTS2: tl.constexpr, OUTPUTS3: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of matrices beside each other that of a tile: its number, it, the tile in it, first column, number of outputs."""
+    side = tile * 0
+    column = side
+    outputs = side + OUTPUTS
+    if KIND == "beside":
+        second = tl.cdiv(OUTPUTS, BLOCK_N)
+        third = second + tl.cdiv(OUTPUTS2, BLOCK_N)
+        if tile >= third:
+            weight = weight3
+            outputs = side + OUTPUTS3
+            column = side + (OUTPUTS + OUTPUTS2)
+            tile = tile - third
+            side = side + 2
+        elif tile >= second:
+            weight = weight2
+            outputs = side + OUTPUTS2
+            column = side + OUTPUTS
+            tile = tile - second
+            side = side + 1
+    return side, weight, tile, column, outputs
+
+
+@triton.jit
+def _columns(given, near):
+    """Of a vector of biases and the like, [1, BLOCK_N]; or None."""
+    if given is not None:
+        found = tl.load(given + near).to(tl.float32)[None, :]
+    else:
+        found = None
+    return found
+
+
+@triton.jit
+def _own_bias(side, bias, bias2, bias3, near, KIND: tl.constexpr):
+    """Of the bias of that matrix, [1, BLOCK_N]; None if there is none."""
+    if bias is not None and KIND == "beside":
+        if side == 2:
+            bias = bias3
+        elif side == 1:
+            bias = bias2
+    return _columns(bias, near)
+
+
+@triton.jit
+def _finished(result, gate, added, added2, placed, kept, KIND: tl.constexpr, ACTIVATION: tl.constexpr):
+    """A product with bias, gate, activation and what is added at the end; None for what there is not."""
+    if added is not None:
+        result += added
+    if KIND == "gated":
+        if added2 is not None:
+            gate += added2
+        result *= _activated(gate, ACTIVATION)
+    elif ACTIVATION != "none":
+        result = _activated(result, ACTIVATION)
+    if placed is not None:
+        result += placed
+    if kept is not None:
+        result += kept
+    return result
+
+
 @triton.jit(do_not_specialize=["rows"])
 def depth_linear_kernel(
     x,  # [rows, INPUTS]
@@ -282,26 +458,9 @@ def depth_linear_kernel(
     """Grid: (tiles of all outputs, tiles of rows)."""
     if PDL:
         gdc_launch_dependents()
-    tile = tl.program_id(0)
-    column = tile * 0
-    outputs = column + OUTPUTS
-    if KIND == "beside":
-        second = tl.cdiv(OUTPUTS, BLOCK_N)
-        third = second + tl.cdiv(OUTPUTS2, BLOCK_N)
-        if tile >= third:
-            weight = weight3
-            if bias is not None:
-                bias = bias3
-            outputs = column + OUTPUTS3
-            column = column + (OUTPUTS + OUTPUTS2)
-            tile = tile - third
-        elif tile >= second:
-            weight = weight2
-            if bias is not None:
-                bias = bias2
-            outputs = column + OUTPUTS2
-            column = column + OUTPUTS
-            tile = tile - second
+    side, weight, tile, column, outputs = _own_matrix(
+        tl.program_id(0), weight, weight2, weight3, OUTPUTS, OUTPUTS2, OUTPUTS3, KIND, BLOCK_N
+    )
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     near = output
     if OUTPUTS % BLOCK_N + OUTPUTS2 % BLOCK_N + OUTPUTS3 % BLOCK_N > 0:
@@ -336,17 +495,15 @@ def depth_linear_kernel(
             gate3 = _fetched(weight2, near, 3, INPUTS, UNITS, PARTS, BLOCK_K)
         gain3 = _vector(gain, 3, INPUTS, UNITS, PARTS, BLOCK_K)
         shift3 = _vector(shift, 3, INPUTS, UNITS, PARTS, BLOCK_K)
-    if bias is not None:
-        added = tl.load(bias + near).to(tl.float32)[None, :]
-    if bias2 is not None and KIND == "gated":
-        added2 = tl.load(bias2 + near).to(tl.float32)[None, :]
-    if place is not None:
-        placed = tl.load(place + near).to(tl.float32)[None, :]
+    added = _own_bias(side, bias, bias2, bias3, near, KIND)
+    added2 = _columns(bias2 if KIND == "gated" else None, near)
+    placed = _columns(place, near)
     if PDL:
         gdc_wait()
 
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    kept = None
     if residual is not None:
         at = residual + row[:, None] * residual_row + output[None, :]
         kept = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -423,26 +580,116 @@ def depth_linear_kernel(
 
     AXIS: tl.constexpr = 0 if UNITS else 2
     result = tl.sum(total, AXIS)
+    gate = result
+    if KIND == "gated":
+        gate = tl.sum(total2, AXIS)
     if NORM == "rms":
         inverse = _inverse(tl.sum(squares, 2), eps, INPUTS)
         result *= inverse
-    if bias is not None:
-        result += added
-    if KIND == "gated":
-        gate = tl.sum(total2, AXIS)
-        if NORM == "rms":
-            gate *= inverse
-        if bias2 is not None:
-            gate += added2
-        result *= _activated(gate, ACTIVATION)
-    elif ACTIVATION != "none":
-        result = _activated(result, ACTIVATION)
-    if place is not None:
-        result += placed
-    if residual is not None:
-        result += kept
+        gate *= inverse
+    result = _finished(result, gate, added, added2, placed, kept, KIND, ACTIVATION)
     to = out + row.to(tl.int64)[:, None] * out_row + (column + output)[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _ask(weight, near, begin, INPUTS: tl.constexpr, AHEAD: tl.constexpr):
+    """Brings entries begin .. begin + AHEAD - 1 of rows of weights to the second cache, a line of 64 at a time."""
+    entry = tl.minimum(begin + tl.arange(0, AHEAD // 64) * 64, INPUTS - 1)
+    at = (weight + near[:, None] * INPUTS + entry[None, :]).to(tl.int64)
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [at], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit(do_not_specialize=["rows", "out_part"])
+def depth_wide_kernel(
+    x,  # [rows, INPUTS]
+    weight,  # [OUTPUTS, INPUTS]
+    weight2,  # as in depth_linear_kernel, like the next six
+    weight3,
+    bias,
+    bias2,
+    bias3,
+    place,
+    residual,
+    out,  # [rows, all outputs], strides out_row, 1; of several parts [PARTS, rows, OUTPUTS] float32; written
+    rows,
+    residual_row,
+    out_row,
+    out_part,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    OUTPUTS2: tl.constexpr,
+    OUTPUTS3: tl.constexpr,
+    PARTS: tl.constexpr,  # the first adds what is added
+    KIND: tl.constexpr,  # one, beside, gated
+    ACTIVATION: tl.constexpr,  # none, gelu, gelu_tanh, silu
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (tiles of rows, tiles of all outputs, PARTS). Those who have the same weights come after one another."""
+    if PDL:
+        gdc_launch_dependents()
+    side, weight, tile, column, outputs = _own_matrix(
+        tl.program_id(1), weight, weight2, weight3, OUTPUTS, OUTPUTS2, OUTPUTS3, KIND, BLOCK_N
+    )
+    output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    near = output
+    if OUTPUTS % BLOCK_N + OUTPUTS2 % BLOCK_N + OUTPUTS3 % BLOCK_N > 0:
+        near = tl.minimum(output, outputs - 1)  # loads need no mask, and nobody stores what comes of the rest
+    CHUNKS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
+    SHARE: tl.constexpr = (CHUNKS + PARTS - 1) // PARTS
+    part = tl.program_id(2)
+    begin = part * SHARE
+    end = tl.minimum(begin + SHARE, CHUNKS)
+    added = _own_bias(side, bias, bias2, bias3, near, KIND)
+    added2 = _columns(bias2 if KIND == "gated" else None, near)
+    placed = _columns(place, near)
+    if PDL:
+        if AHEAD > 0:
+            _ask(weight, near, begin * BLOCK_K, INPUTS, AHEAD)
+            if KIND == "gated":
+                _ask(weight2, near, begin * BLOCK_K, INPUTS, AHEAD)
+        gdc_wait()
+
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    entry = tl.arange(0, BLOCK_K)
+    x_at = x + row.to(tl.int64)[:, None] * INPUTS + entry[None, :]
+    at = weight + near[None, :] * INPUTS + entry[:, None]
+    at2 = at
+    if KIND == "gated":
+        at2 = weight2 + near[None, :] * INPUTS + entry[:, None]
+    present = (row < rows)[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total2 = total
+    for chunk in range(begin, end):
+        first = chunk * BLOCK_K
+        if INPUTS % BLOCK_K == 0:
+            y = tl.load(x_at + first, mask=present, other=0.0)
+            more = tl.load(at + first)
+        else:
+            y = tl.load(x_at + first, mask=present & (first + entry < INPUTS)[None, :], other=0.0)
+            more = tl.load(at + first, mask=(first + entry < INPUTS)[:, None], other=0.0)
+        total = tl.dot(y, more, total)
+        if KIND == "gated":
+            if INPUTS % BLOCK_K == 0:
+                more2 = tl.load(at2 + first)
+            else:
+                more2 = tl.load(at2 + first, mask=(first + entry < INPUTS)[:, None], other=0.0)
+            total2 = tl.dot(y, more2, total2)
+
+    inside = present & (output < outputs)[None, :]
+    kept = None
+    if residual is not None:
+        own = residual + row.to(tl.int64)[:, None] * residual_row + output[None, :]
+        kept = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    if PARTS == 1 or part == 0:
+        total = _finished(total, total2, added, added2, placed, kept, KIND, ACTIVATION)
+    to = out + part.to(tl.int64) * out_part + row.to(tl.int64)[:, None] * out_row + (column + output)[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
 def linear(
@@ -451,6 +698,7 @@ def linear(
     biases: list[torch.Tensor] | None,
     out: torch.Tensor,
     *,
+    added: torch.Tensor | None = None,
     norm: str = "none",
     gain: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
@@ -461,56 +709,82 @@ def linear(
     residual: torch.Tensor | None = None,
     early: bool = False,
 ) -> None:
-    """Fills out (rows, all outputs) = activation(norm(x) weights^T + biases) + place + residual.
+    """Fills out (rows, all outputs) = activation(norm(x + added) weights^T + biases) + place + residual.
 
     Args:
         x: (rows, inputs), contiguous; of out and residual the entries are.
         weights: one or three (outputs, inputs), whose products go side by side; with `gated` two, and the product is
             that of the first times the activation of the second's. Contiguous, in the dtype of x.
         biases: as many (outputs,), or None.
-        out: written; may be the residual, and must not be x.
+        out: written; may be the residual, and must not be x. (P, rows, outputs) float32 with P = `parts(...)` is a
+            product in parts, which add up to it.
+        added: (P, rows, inputs), entries contiguous, added to x in place; or None.
         norm: "none", "rms" or "layer", of x, with gain and shift (inputs,) or None, and eps.
-        activation: "none", "gelu", "gelu_tanh" or "silu".
+        activation: "none", "gelu", "gelu_tanh" or "silu"; "none" if in parts.
         place: (outputs,), or None.
         residual: (rows, outputs), or None.
         early: whether to begin before the launch ahead has ended, which must be a kernel of this file or none that
             anything is read of (sm_90).
     """
     rows, inputs = x.shape
-    sizes = [len(one) for one in weights] + [0, 0]
-    one = tile(rows, sizes[0], inputs, gated, x.element_size())
-    if one.units and norm != "none":
-        y = torch.empty_like(x)
-        depth_norm_kernel[(rows,)](
-            x, gain, shift, y, rows, eps, INPUTS=inputs, NORM=norm, PDL=early,
-            BLOCK_S=min(1024, triton.next_power_of_2(inputs)), num_warps=4, **_launch(early),
-        )  # fmt: skip
-        x, norm, gain, shift = y, "none", None, None
+    sizes = [len(one) for one in weights]
+    many = _is_wide(rows, x.element_size())
+    few = tile(rows, sizes[0], inputs, gated, x.element_size())
+    if added is not None or (norm != "none" and (many or few.units)):
+        x, norm, gain, shift = _norm(x, added, norm, gain, shift, eps, early), "none", None, None
     kind = "gated" if gated else "beside" if len(weights) > 1 else "one"
-    tiles = sum(triton.cdiv(size, one.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
-    given = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
-    depth_linear_kernel[tiles, triton.cdiv(rows, one.rows)](
-        x, gain, shift, *given[0], *given[1], place, residual, out,
-        rows, 0 if residual is None else residual.stride(0), out.stride(0), eps,
-        **_constants(one, inputs, sizes, kind, norm, activation, x.is_cuda and x.element_size() == 2, early),
-        num_warps=one.warps, num_stages=2, **_launch(early),
+    own = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
+    residual_row = 0 if residual is None else residual.stride(0)
+    if many:
+        one = wide(rows, sizes, inputs, gated, out.ndim == 3)
+        columns = sum(triton.cdiv(size, one.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
+        depth_wide_kernel[triton.cdiv(rows, one.rows), columns, one.parts](
+            x, *own[0], *own[1], place, residual, out, rows, residual_row, out.stride(-2),
+            out.stride(0) if out.ndim == 3 else 0,
+            **_wide_constants(one, inputs, sizes, kind, activation, early),
+            num_warps=one.warps, num_stages=one.stages, **_launch(early),
+        )  # fmt: skip
+        return
+    tiles = sum(triton.cdiv(size, few.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
+    depth_linear_kernel[tiles, triton.cdiv(rows, few.rows)](
+        x, gain, shift, *own[0], *own[1], place, residual, out, rows, residual_row, out.stride(0), eps,
+        **_constants(few, inputs, sizes, kind, norm, activation, x.is_cuda and x.element_size() == 2, early),
+        num_warps=few.warps, num_stages=2, **_launch(early),
     )  # fmt: skip
+
+
+def _sizes(inputs: int, sizes: list[int], kind: str, activation: str, early: bool) -> dict:
+    second, third = [*sizes[1:], 0, 0][:2] if kind == "beside" else (0, 0)
+    return {
+        "INPUTS": inputs,
+        "OUTPUTS": sizes[0],
+        "OUTPUTS2": second,
+        "OUTPUTS3": third,
+        "KIND": kind,
+        "ACTIVATION": activation,
+        "PDL": early,
+    }
+
+
+def _wide_constants(one: Wide, inputs: int, sizes: list[int], kind: str, activation: str, early: bool) -> dict:
+    return {
+        **_sizes(inputs, sizes, kind, activation, early),
+        "PARTS": one.parts,
+        "AHEAD": one.ahead,
+        "BLOCK_M": one.rows,
+        "BLOCK_N": one.outputs,
+        "BLOCK_K": one.inputs,
+    }
 
 
 def _constants(
     one: Tile, inputs: int, sizes: list[int], kind: str, norm: str, activation: str, half: bool, early: bool
 ) -> dict:
     return {
-        "INPUTS": inputs,
-        "OUTPUTS": sizes[0],
-        "OUTPUTS2": sizes[1] if kind == "beside" else 0,
-        "OUTPUTS3": sizes[2] if kind == "beside" else 0,
-        "KIND": kind,
+        **_sizes(inputs, sizes, kind, activation, early),
         "NORM": norm,
-        "ACTIVATION": activation,
         "AHEAD": one.ahead,
         "PIN": one.units and half,
-        "PDL": early,
         "UNITS": one.units,
         "PARTS": one.warps,
         "BLOCK_M": one.rows,
@@ -811,7 +1085,8 @@ def _case(kernel, types: dict[str, str | None], constants: dict, options: dict, 
 def _linear_case(dtype: str, rows: int, inputs: int, sizes: tuple[int, ...], early: bool, **how) -> tuple:
     kind = "gated" if how.get("gated") else "beside" if len(sizes) > 1 else "one"
     norm, activation = how.get("norm", "none"), how.get("activation", "none")
-    one = tile(rows, sizes[0], inputs, kind == "gated", 4 if dtype == "fp32" else 2)
+    itemsize, in_parts = 4 if dtype == "fp32" else 2, how.get("in_parts", False)
+    many = _is_wide(rows, itemsize)
     pointer, bias = f"*{dtype}", f"*{dtype}" if how.get("bias") else None
     types = {
         "x": pointer,
@@ -825,14 +1100,23 @@ def _linear_case(dtype: str, rows: int, inputs: int, sizes: tuple[int, ...], ear
         "bias3": bias if len(sizes) > 2 else None,
         "place": pointer if how.get("place") else None,
         "residual": pointer if how.get("residual") else None,
-        "out": pointer,
-        **dict.fromkeys(("rows", "residual_row", "out_row"), "i32"),
+        "out": "*fp32" if in_parts else pointer,
+        **dict.fromkeys(("rows", "residual_row", "out_row", "out_part"), "i32"),
         "eps": "fp32",
     }
-    constants = _constants(one, inputs, [*sizes, 0, 0], kind, norm, activation, dtype != "fp32", early)
-    options = {"num_warps": one.warps, "num_stages": 2, **_launch(early)}
     aligned = [name for name, given in types.items() if given == pointer]
-    return _case(depth_linear_kernel, types, constants, options, (*aligned, "residual_row", "out_row"))
+    divisors = (*aligned, "residual_row", "out_row")
+    if many:
+        size = wide(rows, list(sizes), inputs, kind == "gated", in_parts)
+        constants = _wide_constants(size, inputs, list(sizes), kind, activation, early)
+        options = {"num_warps": size.warps, "num_stages": size.stages, **_launch(early)}
+        types = {name: given for name, given in types.items() if name not in ("gain", "shift", "eps")}
+        return _case(depth_wide_kernel, types, constants, options, divisors)
+    one = tile(rows, sizes[0], inputs, kind == "gated", itemsize)
+    constants = _constants(one, inputs, list(sizes), kind, norm, activation, dtype != "fp32", early)
+    options = {"num_warps": one.warps, "num_stages": 2, **_launch(early)}
+    del types["out_part"]
+    return _case(depth_linear_kernel, types, constants, options, divisors)
 
 
 def _cases() -> list[tuple]:
@@ -877,15 +1161,30 @@ def _cases() -> list[tuple]:
             _linear_case("bf16", rows, 10240, (2560,), early, bias=True, residual=True),
             _linear_case("bf16", rows, 1152, (2560,), early, bias=True, place=True),
         ]
-    for dtype, norm, inputs, early in (("bf16", "rms", 1024, True), ("fp16", "layer", 2560, False)):
+    for dtype, rows, early in (("bf16", 64, True), ("fp16", 100, False)):
+        cases += [
+            _linear_case(dtype, rows, 2560, (2560, 2560, 2560), early, bias=True),
+            _linear_case(dtype, rows, 2560, (10240,), early, bias=True, activation="gelu"),
+            _linear_case(dtype, rows, 10240, (2560,), early, bias=True, in_parts=True),
+            _linear_case(dtype, rows, 1024, (3072, 3072), early, activation="silu", gated=True),
+            _linear_case(dtype, rows, 1152, (2560,), early, bias=True, place=True, residual=True),
+        ]
+    for dtype, norm, inputs, in_parts, early in (
+        ("bf16", "rms", 1024, 0, True),
+        ("fp16", "layer", 2560, 3, False),
+        ("bf16", "none", 1536, 5, True),
+    ):
         pointer = f"*{dtype}"
         types = {
-            "x": pointer, "gain": pointer, "shift": pointer if norm == "layer" else None, "out": pointer, "rows": "i32",
-            "eps": "fp32",
+            "x": pointer, "parts": "*fp32" if in_parts else None, "gain": None if norm == "none" else pointer,
+            "shift": pointer if norm == "layer" else None, "out": None if norm == "none" else pointer,
+            **dict.fromkeys(("rows", "parts_part", "parts_row"), "i32"), "eps": "fp32",
         }  # fmt: skip
-        constants = {"INPUTS": inputs, "NORM": norm, "PDL": early, "BLOCK_S": 1024}
-        options = {"num_warps": 4, **_launch(early)}
-        cases.append(_case(depth_norm_kernel, types, constants, options, ("x", "gain", "out")))
+        sizes = _norm_sizes(inputs)
+        options = {"num_warps": sizes.pop("num_warps"), **_launch(early)}
+        constants = {"INPUTS": inputs, "PARTS": in_parts, "NORM": norm, "PDL": early, **sizes}
+        aligned = [name for name, given in types.items() if given and given.startswith("*")]
+        cases.append(_case(depth_norm_kernel, types, constants, options, tuple(aligned)))
     integers = ("rows", "begin", "length", "qkv_row")
     for dtype, heads, groups, width, length, tokens, turned in (
         ("bf16", 16, 8, 128, 16, 1, True),

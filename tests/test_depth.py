@@ -430,6 +430,8 @@ def test_a_device_without_room_for_the_grid_is_told(monkeypatch):
     arguments = (case.hidden, case.codebook, case.weights)
     assert depth._unfit_here(*arguments) is None
     assert wants_packed(*arguments, backend="cuda")
+    many = (case.hidden.repeat(9, 1), *arguments[1:])
+    assert wants_packed(*many, backend="cuda")
     without_room(monkeypatch)
     assert "needs a device that holds all blocks of a grid at once" in depth._unfit_here(*arguments)
     assert not wants_packed(*arguments, backend="cuda")

@@ -254,10 +254,14 @@ def served_by(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backend: 
     if name != "auto" or not hidden.is_cuda:
         return "eager" if name == "auto" else name
     unfit = {"cuda": _unfit_here, "triton": depth_triton.unfit}
-    for one in _depth_decode.backends:
-        if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None):
-            return one.name
-    return "eager"
+    fit = [
+        one.name
+        for one in _depth_decode.backends
+        if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None)
+    ]
+    if len(hidden) > _ROWS and fit[:2] == ["cuda", "triton"]:
+        return "triton"
+    return fit[0]
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -274,6 +278,7 @@ _decode_plan = _native.define(
 
 _PLAN = ("limit", "barrier", "parts", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
 _MOST = 64  # codes of a position
+_ROWS = 32  # of a launch of the kernel. More are several, which read all weights each: Triton's read them once
 
 
 @functools.cache
