@@ -519,8 +519,9 @@ def depth_decode(
         The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
         draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
-        in several launches, and no forms but the default one. "triton" takes all forms, in some five launches a layer
-        and depth: capture it in a CUDA graph, as the module's `decode` does. A row with NaN draws 0 (see
+        in several launches that read all weights each, and no forms but the default one. "triton" takes all forms, in
+        five to seven launches a layer and depth, and reads the weights once however many rows: capture it in a CUDA
+        graph, as the module's `decode` does, which takes it for more than 32 rows. A row with NaN draws 0 (see
         `sample_codes`), and `check` of the result tells. No gradient, no host sync; may be captured in a CUDA graph
         with noise given.
     """
