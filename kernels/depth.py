@@ -24,6 +24,8 @@ __all__ = ["COMPILE_CASES", "Tile", "Wide", "attend", "enter", "linear", "parts"
 
 _PACK: tl.constexpr = tl.constexpr(8)  # entries of a row of weights that a thread multiplies on its own
 _VECTOR = 4  # rows, at most, that are multiplied without matrix units; in float32 as many at a time
+_MANY = 16  # rows, at most, of which each program takes all; beyond it `Wide` serves half precision
+_LARGE = 2**23  # weights beyond which it serves all rows that matrix units multiply
 _FULL = 264  # programs that keep a large GPU busy: two for each of an H100's multiprocessors
 
 
@@ -32,7 +34,7 @@ class Tile:
     """How a product is shared out.
 
     Args:
-        rows: of x that a program holds: 1, 2 or 4 without matrix units, 16 or 32 with them.
+        rows: of x that a program holds: 1, 2 or 4 without matrix units, 16 with them.
         outputs: rows of the weights that a program has.
         inputs: entries that it takes at a time; with matrix units they are shared out over its warps.
         warps: of a program.
@@ -52,24 +54,18 @@ class Tile:
 
 
 def tile(rows: int, outputs: int, inputs: int, gated: bool = False, itemsize: int = 2) -> Tile:
-    """The tile for rows of x and weights (outputs, inputs), or two such weights, of so many bytes an entry."""
-    wide = triton.next_power_of_2(inputs)
+    """The tile for few rows of x and weights (outputs, inputs), or two such weights, of so many bytes an entry."""
+    whole = triton.next_power_of_2(inputs)
     if rows <= _VECTOR or itemsize == 4:
-        held, chunk = min(_VECTOR, triton.next_power_of_2(rows)), min(1024, max(wide, 8))
+        held, chunk = min(_VECTOR, triton.next_power_of_2(rows)), min(1024, max(whole, 8))
         chunks = triton.cdiv(inputs, chunk)
         if gated and held == 1 and chunks == 1:
             return Tile(held, 4, chunk, 4, 1)
         outputs_held = 8 if chunks == 1 or outputs >= 8 * _FULL else 4
         return Tile(held, outputs_held, chunk, 2 * itemsize, min(chunks, 2 if gated else 4))
-    held = 16 if rows <= 16 else 32
-    chunk = min(16384 // held, max(wide, 128))
+    chunk = min(1024, max(whole, 128))
     chunks = triton.cdiv(inputs, chunk)
-    # Where the last of 32 rows' entries are masked there are not registers for as many.
-    most = 2 if gated or (held == 32 and inputs % chunk) else 4
-    return Tile(held, 8, chunk, 8 if inputs > 1024 else 4, min(chunks, most))
-
-
-_MANY = 32  # rows up to which `Tile` serves
+    return Tile(_MANY, 8, chunk, 8 if inputs > 1024 else 4, min(chunks, 2 if gated else 4))
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,8 @@ class Wide:
     stages: int
     warps: int
     ahead: int
+    look: int = 0
+    late: bool = False
 
 
 def wide(rows: int, sizes: list[int], inputs: int, gated: bool = False, shared: bool = False) -> Wide:
@@ -116,19 +114,23 @@ def wide(rows: int, sizes: list[int], inputs: int, gated: bool = False, shared: 
     outputs = 64
     while outputs > 16 and programs(outputs) * shares(outputs) < 96:
         outputs //= 2
-    return Wide(held, outputs, shares(outputs), 64, 6 if held + outputs * (1 + gated) <= 128 else 4, 4, 512)
+    stages = _ROOM // (128 * (held + outputs * (1 + gated)))
+    return Wide(held, outputs, shares(outputs), 64, max(2, stages), 4, 512)
 
 
 _SPREAD = 132  # programs of which none need wait for room on a large GPU
+_ROOM = 98304  # bytes of a ring: two programs fit on a multiprocessor
 
 
 def parts(rows: int, outputs: int, inputs: int, itemsize: int = 2) -> int:
     """Parts that a product with weights (outputs, inputs) is made in for the next norm to add up; 0 for few rows."""
-    return wide(rows, [outputs], inputs, shared=True).parts if _is_wide(rows, itemsize) else 0
+    few = not _is_wide(rows, outputs * inputs, itemsize)
+    return 0 if few else wide(rows, [outputs], inputs, shared=True).parts
 
 
-def _is_wide(rows: int, itemsize: int) -> bool:
-    return rows > _MANY and itemsize == 2
+def _is_wide(rows: int, weights: int, itemsize: int) -> bool:
+    """Whether `Wide` serves rows with so many weights, those of all matrices together."""
+    return itemsize == 2 and rows > (_VECTOR if weights > _LARGE else _MANY)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -625,13 +627,15 @@ def depth_wide_kernel(
     KIND: tl.constexpr,  # one, beside, gated
     ACTIVATION: tl.constexpr,  # none, gelu, gelu_tanh, silu
     AHEAD: tl.constexpr,
+    LOOK: tl.constexpr,
+    LATE: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Grid: (tiles of rows, tiles of all outputs, PARTS). Those who have the same weights come after one another."""
-    if PDL:
+    if PDL and not LATE:
         gdc_launch_dependents()
     side, weight, tile, column, outputs = _own_matrix(
         tl.program_id(1), weight, weight2, weight3, OUTPUTS, OUTPUTS2, OUTPUTS3, KIND, BLOCK_N
@@ -667,6 +671,8 @@ def depth_wide_kernel(
     total2 = total
     for chunk in range(begin, end):
         first = chunk * BLOCK_K
+        if PDL and LOOK > 0:
+            _ask(weight, near, first + LOOK * BLOCK_K, INPUTS, BLOCK_K)
         if INPUTS % BLOCK_K == 0:
             y = tl.load(x_at + first, mask=present, other=0.0)
             more = tl.load(at + first)
@@ -681,6 +687,8 @@ def depth_wide_kernel(
                 more2 = tl.load(at2 + first, mask=(first + entry < INPUTS)[:, None], other=0.0)
             total2 = tl.dot(y, more2, total2)
 
+    if PDL and LATE:
+        gdc_launch_dependents()
     inside = present & (output < outputs)[None, :]
     kept = None
     if residual is not None:
@@ -728,9 +736,9 @@ def linear(
     """
     rows, inputs = x.shape
     sizes = [len(one) for one in weights]
-    many = _is_wide(rows, x.element_size())
+    many = _is_wide(rows, sum(sizes) * inputs, x.element_size())
     few = tile(rows, sizes[0], inputs, gated, x.element_size())
-    if added is not None or (norm != "none" and (many or few.units)):
+    if added is not None or (norm != "none" and few.units):
         x, norm, gain, shift = _norm(x, added, norm, gain, shift, eps, early), "none", None, None
     kind = "gated" if gated else "beside" if len(weights) > 1 else "one"
     own = [*weights, None, None][:3], [*(biases or ()), None, None, None][:3]
@@ -771,6 +779,8 @@ def _wide_constants(one: Wide, inputs: int, sizes: list[int], kind: str, activat
         **_sizes(inputs, sizes, kind, activation, early),
         "PARTS": one.parts,
         "AHEAD": one.ahead,
+        "LOOK": one.look,
+        "LATE": one.late,
         "BLOCK_M": one.rows,
         "BLOCK_N": one.outputs,
         "BLOCK_K": one.inputs,
@@ -1086,7 +1096,7 @@ def _linear_case(dtype: str, rows: int, inputs: int, sizes: tuple[int, ...], ear
     kind = "gated" if how.get("gated") else "beside" if len(sizes) > 1 else "one"
     norm, activation = how.get("norm", "none"), how.get("activation", "none")
     itemsize, in_parts = 4 if dtype == "fp32" else 2, how.get("in_parts", False)
-    many = _is_wide(rows, itemsize)
+    many = _is_wide(rows, sum(sizes) * inputs, itemsize)
     pointer, bias = f"*{dtype}", f"*{dtype}" if how.get("bias") else None
     types = {
         "x": pointer,

@@ -259,8 +259,9 @@ def served_by(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backend: 
         for one in _depth_decode.backends
         if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None)
     ]
-    if len(hidden) > _ROWS and fit[:2] == ["cuda", "triton"]:
-        return "triton"
+    if fit[:2] == ["cuda", "triton"]:
+        rows, dim = len(hidden), weights.head[0].shape[-1]
+        return "triton" if rows > _ROWS or rows * dim > _STATES else "cuda"
     return fit[0]
 
 
@@ -279,6 +280,7 @@ _decode_plan = _native.define(
 _PLAN = ("limit", "barrier", "parts", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
 _MOST = 64  # codes of a position
 _ROWS = 32  # of a launch of the kernel. More are several, which read all weights each: Triton's read them once
+_STATES = 2**16  # numbers of a step's states beyond which Triton's are faster though one launch would do
 
 
 @functools.cache
