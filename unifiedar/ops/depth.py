@@ -259,9 +259,8 @@ def served_by(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backend: 
         for one in _depth_decode.backends
         if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None)
     ]
-    if fit[:2] == ["cuda", "triton"]:
-        rows, dim = len(hidden), weights.head[0].shape[-1]
-        return "triton" if rows > _ROWS or rows * dim > _STATES else "cuda"
+    if len(hidden) > _ROWS and fit[:2] == ["cuda", "triton"]:
+        return "triton"
     return fit[0]
 
 
@@ -279,8 +278,7 @@ _decode_plan = _native.define(
 
 _PLAN = ("limit", "barrier", "parts", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
 _MOST = 64  # codes of a position
-_ROWS = 32  # of a launch of the kernel. More are several, which read all weights each: Triton's read them once
-_STATES = 2**16  # numbers of a step's states beyond which Triton's are faster though one launch would do
+_ROWS = 24  # beyond which Triton's are faster, though a launch of the kernel takes 32
 
 
 @functools.cache
@@ -523,7 +521,7 @@ def depth_decode(
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
         in several launches that read all weights each, and no forms but the default one. "triton" takes all forms, in
         five to seven launches a layer and depth, and reads the weights once however many rows: capture it in a CUDA
-        graph, as the module's `decode` does, which takes it for more than 32 rows. A row with NaN draws 0 (see
+        graph, as the module's `decode` does, which takes it for more than 24 rows. A row with NaN draws 0 (see
         `sample_codes`), and `check` of the result tells. No gradient, no host sync; may be captured in a CUDA graph
         with noise given.
     """
