@@ -10,7 +10,7 @@ from helpers import assert_as_good_as_eager
 
 from unifiedar.nn import DepthStyle, DepthTransformer
 from unifiedar.ops import DepthForm, _native, depth, depth_decode, residual_lookup
-from unifiedar.ops.depth import _flatten, depth_pack, wants_packed
+from unifiedar.ops.depth import _flatten, depth_pack, served_by, wants_packed
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -400,6 +400,23 @@ def test_module_uses_the_kernel_when_asked():
 
 
 @pytest.mark.gpu
+def test_module_leaves_many_rows_to_triton():
+    """Nothing is packed for them; with packed weights the operator itself stays with the kernel."""
+    case, kernel = on_gpu(small_case(rows=34, guidance=2.0))
+    arguments = (case.hidden, case.codebook, case.weights)
+    assert wants_packed(case.hidden[:24], *arguments[1:])
+    assert not wants_packed(*arguments)
+    assert served_by(*arguments) == "triton"
+    temperature, top_k, top_p = case.settings
+    settings = {"guidance": 2.0, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": case.noise}
+    found = case.module.decode(case.hidden, case.codebook, return_logits=True, **settings)
+    for one, other in zip(found, case.run("triton", return_logits=True), strict=True):
+        assert torch.equal(one, other)
+    packed = case.run("auto", packed=depth_pack(case.weights), return_logits=True)
+    assert torch.equal(packed.logits, kernel(return_logits=True).logits)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -430,6 +447,8 @@ def test_a_device_without_room_for_the_grid_is_told(monkeypatch):
     arguments = (case.hidden, case.codebook, case.weights)
     assert depth._unfit_here(*arguments) is None
     assert wants_packed(*arguments, backend="cuda")
+    many = (case.hidden.repeat(9, 1), *arguments[1:])
+    assert wants_packed(*many, backend="cuda")
     without_room(monkeypatch)
     assert "needs a device that holds all blocks of a grid at once" in depth._unfit_here(*arguments)
     assert not wants_packed(*arguments, backend="cuda")

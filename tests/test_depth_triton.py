@@ -40,6 +40,12 @@ def usual_place(request):
     return _place(request.param)
 
 
+@pytest.fixture(params=["cpu-float16", _gpu("bfloat16")])
+def half_place(request):
+    """As `place`, in half precision."""
+    return _place(request.param)
+
+
 def check(module, hidden, codebook, start, **settings):
     """Logits as near to float64 as the definition's, codes that are drawn from them, embeddings summed the same."""
     guidance = settings.get("guidance")
@@ -84,6 +90,15 @@ def test_every_form(style, place):
     check(*moved(module, inputs(module, 3), device, dtype), top_k=20)
 
 
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_every_form_with_many_rows(style, half_place):
+    """Half precision: the products of many rows are another kernel's, and leave sums to the next norm."""
+    device, dtype = half_place
+    quick = device == "cpu"
+    module = built(style, depth=2 if quick and not style.order else DEPTH, layers=1 if quick else 2)
+    check(*moved(module, inputs(module, 34), device, dtype), top_k=20)
+
+
 @pytest.mark.parametrize("guidance", [2.5, "rows"])
 def test_guided_rows_of_the_fullest_form(guidance, usual_place):
     device, dtype = usual_place
@@ -93,10 +108,10 @@ def test_guided_rows_of_the_fullest_form(guidance, usual_place):
     assert len(set(found.codes.flatten().tolist())) > 3
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 33, 64, 130])
 def test_any_number_of_rows(rows, place):
     device, dtype = place
-    if dtype != {"cpu": torch.float32, "cuda": torch.bfloat16}[device] and rows not in (2, 17):
+    if dtype != {"cpu": torch.float32, "cuda": torch.bfloat16}[device] and rows not in (2, 17, 33):
         pytest.skip("one dtype for most numbers")
     case = small_case(rows=rows, dim=64, layers=1, depth=2, hidden_dim=40, dtype=dtype).to(device)
     found = case.run("triton", return_logits=True)
@@ -186,11 +201,11 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5, 18])
+@pytest.mark.parametrize("rows", [1, 3, 5, 18, 70])
 @pytest.mark.parametrize("how", LINEAR.values(), ids=LINEAR)
 def test_products(how, rows, place):
     device, dtype = place
-    if device == "cpu" and how["inputs"] > 3000 and rows in (3, 5):
+    if device == "cpu" and ((how["inputs"] > 3000 and rows in (3, 5)) or (rows == 70 and dtype == torch.float32)):
         pytest.skip("slow where kernels are interpreted")
     if device == "cuda" and dtype != torch.bfloat16 and rows != {torch.float16: 5, torch.float32: 3}[dtype]:
         pytest.skip("one of both ways to multiply is enough")
@@ -225,6 +240,42 @@ def test_products(how, rows, place):
             x, weights, None if biases[0] is None else biases, residual, place=place_, residual=residual
         )
         assert torch.equal(residual, out)
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(33, 520, 24), (65, 1024, 200), (40, 2312, 40), (129, 300, 72)]
+)
+def test_products_in_parts_that_the_next_norm_adds(rows, inputs, outputs, norm, half_place):
+    """x + y weights^T + bias, its norm, and a product of that: the same numbers as one after another."""
+    device, dtype = half_place
+    if device == "cpu" and rows * inputs > 40000 and norm != "layer":
+        pytest.skip("slow where kernels are interpreted")
+    torch.manual_seed(0)
+    kernels, early = _native.kernels("depth"), device == "cuda"
+
+    def drawn(*shape):
+        return torch.randn(*shape).to(device, dtype)
+
+    y, x, bias = drawn(rows, inputs), drawn(rows, outputs), drawn(outputs)
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(device, dtype)
+    count = kernels.parts(rows, outputs, inputs)
+    assert count == min(inputs // 256 or 1, 132)
+    parts, whole = guarded((count, rows, outputs), torch.float32, device)
+    kernels.linear(y, [weight], [bias], parts, early=early)
+    whole()
+    product = F.linear(y.double(), weight.double(), bias.double())
+    assert (parts.double().sum(0) - product).abs().max() <= 1e-5
+    gain, shift, head = drawn(outputs), drawn(outputs), (torch.randn(48, outputs) / outputs**0.5).to(device, dtype)
+    before, out = x.double(), x.new_empty(rows, 48)
+    kernels.linear(
+        x, [head], None, out, added=parts, norm=norm, gain=None if norm == "none" else gain,
+        shift=shift if norm == "layer" else None, eps=1e-5, early=early,
+    )  # fmt: skip
+    eps = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    assert ((x.double() - before - product).abs() <= eps * (before + product).abs() + 2e-5).all()
+    want = reference(x, [head], [None], norm, gain, shift, 1e-5, "none", False, None, None)
+    assert (out.double() - want).abs().max() <= 4 * eps * want.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -372,7 +423,7 @@ def test_the_module_replays_a_graph(noise):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 def test_launches_that_begin_early_change_nothing(rows, monkeypatch):
     """The same bits whether a launch waits for the whole one ahead or only where it must, a thousand times."""
     module = built(FULLEST, layers=3).to("cuda", torch.bfloat16)

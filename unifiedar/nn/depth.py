@@ -386,7 +386,8 @@ class DepthTransformer(nn.Module):
             return_logits: whether to return the logits of every depth, too.
             start: (N or 2N, C), embedding of what is before the codes, where the state does not enter first; else None.
             backend: "auto", "cuda", "triton" or "eager". The CUDA kernel reads a packed copy of the weights, which is
-                made at the first call, kept beside them and made anew when they change.
+                made at the first call, kept beside them and made anew when they change. "auto" takes it for up
+                to 24 rows, Triton's kernels for more.
             graphs: whether the Triton kernels, hundreds of launches, are captured as a CUDA graph at the first call
                 with such shapes, settings and codebook, and replayed from then on. The last few graphs are kept.
 

@@ -254,10 +254,14 @@ def served_by(hidden: Tensor, codebook: Tensor, weights: DepthWeights, backend: 
     if name != "auto" or not hidden.is_cuda:
         return "eager" if name == "auto" else name
     unfit = {"cuda": _unfit_here, "triton": depth_triton.unfit}
-    for one in _depth_decode.backends:
-        if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None):
-            return one.name
-    return "eager"
+    fit = [
+        one.name
+        for one in _depth_decode.backends
+        if one.on_request is None and (one.name not in unfit or unfit[one.name](hidden, codebook, weights) is None)
+    ]
+    if len(hidden) > _ROWS and fit[:2] == ["cuda", "triton"]:
+        return "triton"
+    return fit[0]
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -274,6 +278,7 @@ _decode_plan = _native.define(
 
 _PLAN = ("limit", "barrier", "parts", "x", "q", "y", "h", "cache", "sums", "keys", "bytes")
 _MOST = 64  # codes of a position
+_ROWS = 24  # beyond which Triton's are faster, though a launch of the kernel takes 32
 
 
 @functools.cache
@@ -514,8 +519,9 @@ def depth_decode(
         The sum of embeddings is rounded to the codebook's dtype at every depth, as the published models do. Backends
         draw the same code for the same noise wherever their logits, rounded to the dtype of hidden, are equal; the CUDA
         kernel keeps the states between blocks in float32. It takes up to 32 rows at a time (16 guided positions), more
-        in several launches, and no forms but the default one. "triton" takes all forms, in some five launches a layer
-        and depth: capture it in a CUDA graph, as the module's `decode` does. A row with NaN draws 0 (see
+        in several launches that read all weights each, and no forms but the default one. "triton" takes all forms, in
+        five to seven launches a layer and depth, and reads the weights once however many rows: capture it in a CUDA
+        graph, as the module's `decode` does, which takes it for more than 24 rows. A row with NaN draws 0 (see
         `sample_codes`), and `check` of the result tells. No gradient, no host sync; may be captured in a CUDA graph
         with noise given.
     """

@@ -68,6 +68,7 @@ class _Step:
     def __init__(self, weights: DepthWeights, early: bool):
         self.weights, self.form, self.early = weights, weights.form, early
         self.kernels = _native.kernels("depth")
+        self.parts: Tensor | None = None  # (P, tokens * rows, dim), what the next norm adds to the states first
 
     def linear(
         self,
@@ -77,20 +78,31 @@ class _Step:
         sets: Sequence[int],
         norm: Pair | None = None,
         residual: Tensor | None = None,
+        added: Tensor | None = None,
         **options,
     ) -> None:
         """Products of x (tokens * rows, inputs) with weights side by side, each token's with its set of them."""
         if all(weight.ndim == 2 for weight, _ in pairs):
-            self._linear(x, pairs, out, norm, residual, **options)
+            self._linear(x, pairs, out, norm, residual, added, **options)
             return
         rows = len(x) // len(sets)
         for t, i in enumerate(sets):
             own = [(w, b) if w.ndim == 2 else (w[i], None if b is None else b[i]) for w, b in pairs]
             part = slice(t * rows, (t + 1) * rows)
-            self._linear(x[part], own, out[part], norm, None if residual is None else residual[part], **options)
+            self._linear(
+                x[part], own, out[..., part, :], norm, None if residual is None else residual[part],
+                None if added is None else added[:, part], **options,
+            )  # fmt: skip
 
     def _linear(
-        self, x: Tensor, pairs: Sequence[Pair], out: Tensor, norm: Pair | None, residual: Tensor | None, **options
+        self,
+        x: Tensor,
+        pairs: Sequence[Pair],
+        out: Tensor,
+        norm: Pair | None,
+        residual: Tensor | None,
+        added: Tensor | None,
+        **options,
     ) -> None:
         biases, early = None, self.early
         if any(bias is not None for _, bias in pairs):  # zeros for the one that has none, where others have
@@ -107,9 +119,28 @@ class _Step:
             shift=shift if self.form.norm == "layer" else None,
             eps=self.form.eps,
             residual=residual,
+            added=added,
             early=early,
             **options,
         )
+
+    def normed(
+        self, x: Tensor, pairs: Sequence[Pair], out: Tensor, sets: Sequence[int], norm: Pair | None, **options
+    ) -> None:
+        """As `linear`, after what is still to be added to the states x was."""
+        added, self.parts = self.parts, None
+        self.linear(x, pairs, out, sets, norm, added=None if added is None else added[:, -len(x) :], **options)
+
+    def add(self, y: Tensor, pair: Pair, x: Tensor, sets: Sequence[int]) -> None:
+        """x += y weights^T + bias, now or, of many rows, with the next norm."""
+        outputs, inputs = pair[0].shape[-2:]
+        rows = len(y) if pair[0].ndim == 2 else len(y) // len(sets)
+        count = self.kernels.parts(rows, outputs, inputs, y.element_size())
+        if count:
+            self.parts = y.new_empty(count, len(y), outputs, dtype=torch.float32)
+            self.linear(y, (pair,), self.parts, sets)
+        else:
+            self.linear(y, (pair,), x, sets, residual=x)
 
     def block(self, x: Tensor, block: DepthBlock, cache: Tensor, rope: Tensor | None, begin: int, tokens: int) -> None:
         """What `depth_block` does, in place."""
@@ -117,19 +148,19 @@ class _Step:
         heads, groups = self.weights.num_heads, cache.shape[2]
         width = cache.shape[4]
         qkv = x.new_empty(len(x), (heads + 2 * groups) * width)
-        self.linear(x, (block.query, block.key, block.value), qkv, sets, block.norm1)
+        self.normed(x, (block.query, block.key, block.value), qkv, sets, block.norm1)
         mixed = x.new_empty(len(x), heads * width)
         self.kernels.attend(
             qkv, block.query_norm, block.key_norm, rope, cache, mixed,
             tokens=tokens, begin=begin, heads=heads, norm=block.query_norm is not None, eps=self.form.eps,
             early=self.early,
         )  # fmt: skip
-        self.linear(mixed, (block.proj,), x, sets, residual=x)
+        self.add(mixed, block.proj, x, sets)
         inner = x.new_empty(len(x), block.up[0].shape[-2])
         gated = block.gate is not None
         pairs = (block.up,) if block.gate is None else (block.up, block.gate)
-        self.linear(x, pairs, inner, sets, block.norm2, activation=self.form.activation, gated=gated)
-        self.linear(inner, (block.down,), x, sets, residual=x)
+        self.normed(x, pairs, inner, sets, block.norm2, activation=self.form.activation, gated=gated)
+        self.add(inner, block.down, x, sets)
 
     def entered(self, source: Tensor, pair: Pair | None, out: Tensor, place: Tensor | None, index: int) -> None:
         """out = source through a projection, or as it is, and the place's embedding."""
@@ -226,7 +257,7 @@ def decode(
         norm = weights.norm
         if norm is not None and norm[0].ndim == 2:
             norm = norm[0][d], None if norm[1] is None else norm[1][d]
-        step.linear(last, (weights.head,), logits, [d], norm)
+        step.normed(last, (weights.head,), logits, [d], norm)
         if forced is not None:
             drawn = forced[:, d]
         else:
