@@ -9,13 +9,18 @@ A convolution's bias costs nothing here: it moves means alone (`shift` of the mo
 of an upsampled map leaves it whose weights `phase_weights_kernel` summed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+from unifiedar.kernels._dependent import dependent
 
-__all__ = ["COMPILE_CASES", "add_maps", "chunks", "group_norm", "phase_weights"]
+__all__ = ["COMPILE_CASES", "add_maps", "chunks", "group_norm", "group_norm_whole", "phase_weights", "whole"]
+
+WHOLE = 32 * 1024  # entries of a group, up to which maps are normed in one launch
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,28 @@ def add_tile(channels: int) -> Tile:
     """Half as high again: two maps come in, and sums of distances stay."""
     tile = apply_tile(channels)
     return Tile(tile.pixels // 2, tile.channels, tile.warps)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Groups of a picture that a program of `group_norm_whole_kernel` takes, and its tile."""
+
+    groups: int
+    pixels: int
+    channels: int
+    warps: int
+
+
+def whole(pixels: int, channels: int, groups: int) -> Whole | None:
+    """How maps are normed in one launch, of a size that one program's groups stay in a cache; None for larger ones."""
+    width = channels // groups
+    if pixels * width > WHOLE or width > 128:
+        return None
+    # So many groups that programs begin on 16 bytes, if there are so many.
+    count = min(8 // math.gcd(width, 8), groups)
+    block = triton.next_power_of_2(count * width)
+    height = min(triton.next_power_of_2(pixels), max(4096 // block, 1))
+    return Whole(count, height, block, 8 if height * block >= 4096 else 4)
 
 
 def _run(pixels: int, channels: int) -> int:
@@ -85,8 +112,11 @@ def group_norm_parts_kernel(
     run,  # pixels of a run, a multiple of BLOCK_P
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (batch * chunks * blocks of channels,), neighbours in memory at the same time."""
+    if PDL:
+        cuda.gdc_wait()
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     low = ((tl.program_id(0) // across) % chunks) * run
@@ -108,6 +138,8 @@ def group_norm_parts_kernel(
         apart = tl.where(present, tile - near[None, :], 0.0)
         total += apart
         squares += apart * apart
+    if PDL:
+        cuda.gdc_launch_dependents()
     _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
 
 
@@ -150,8 +182,11 @@ def add_maps_kernel(
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (batch * chunks * blocks of channels,)."""
+    if PDL:
+        cuda.gdc_wait()
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     picture = which // chunks
@@ -177,6 +212,8 @@ def add_maps_kernel(
         apart = tl.where(present, tile - near[None, :], 0.0)
         total += apart
         squares += apart * apart
+    if PDL:
+        cuda.gdc_launch_dependents()
     if PARTS:
         _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
 
@@ -221,8 +258,11 @@ def group_norm_moments_kernel(
     SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # runs at a time
     BLOCK_W: tl.constexpr,  # at least width
+    PDL: tl.constexpr,
 ):
     """Grid: (batch, groups)."""
+    if PDL:
+        cuda.gdc_wait()
     picture = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, BLOCK_W)
     channel = tl.program_id(1) * width + offset
@@ -252,9 +292,97 @@ def group_norm_moments_kernel(
         total += tl.sum(tl.where(present, squares + step * step * share[:, None], 0.0), axis=0)
     variance = tl.sum(total, axis=0) / entries
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    if PDL:
+        cuda.gdc_launch_dependents()
     at = moments + picture * 2 * channels + channel
     tl.store(at, mean - moved, mask=inside)
     tl.store(at + channels, scale, mask=inside)
+
+
+@triton.jit
+def _store_normed(tile, mean, scale, shift, to, present, SILU: tl.constexpr):
+    """Stores a tile's norm, and SiLU of it."""
+    y = (tile - mean[None, :]) * scale[None, :] + shift[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(to, y.to(to.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def group_norm_whole_kernel(
+    x,  # [batch, pixels, channels]
+    weight,  # [channels]
+    bias,  # [channels]
+    shift,  # [channels], read if SHIFT
+    out,  # as x
+    eps,
+    pixels,
+    channels,
+    WIDTH: tl.constexpr,  # channels of a group
+    GROUPS: tl.constexpr,  # that a program takes
+    SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    ONCE: tl.constexpr,  # whether all pixels are one tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # at least WIDTH GROUPS
+    BLOCK_G: tl.constexpr,  # at least GROUPS
+    PDL: tl.constexpr,
+):
+    """Grid: (batch * blocks of groups,). All of a picture's pixels; read again, if not ONCE, out of a cache."""
+    if PDL:
+        cuda.gdc_wait()
+    blocks = tl.cdiv(channels, WIDTH * GROUPS)
+    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    place = tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % blocks) * (WIDTH * GROUPS) + place
+    inside = (place < WIDTH * GROUPS) & (channel < channels)
+    pixel = tl.arange(0, BLOCK_P)
+    start = picture * pixels * channels
+    offset = pixel[:, None] * channels + channel[None, :]
+    present = (pixel < pixels)[:, None] & inside[None, :]
+    first = tl.load(x + start + offset, mask=present, other=0.0)
+    tile = first.to(tl.float32)
+    near = tl.div_rn(tl.sum(tile, axis=0), tl.minimum(pixels, BLOCK_P).to(tl.float32))
+    total = tl.where(present, tile - near[None, :], 0.0)
+    squares = total * total
+    if not ONCE:
+        for begin in range(BLOCK_P, pixels, BLOCK_P):
+            present = (begin + pixel < pixels)[:, None] & inside[None, :]
+            tile = tl.load(x + start + begin * channels + offset, mask=present, other=0.0).to(tl.float32)
+            apart = tl.where(present, tile - near[None, :], 0.0)
+            total += apart
+            squares += apart * apart
+    # Of channels, then of their groups: as `_save_parts` and `group_norm_moments_kernel` do.
+    count = 1.0 * pixels
+    step = tl.div_rn(tl.sum(total, axis=0), count)
+    apart = tl.maximum(tl.sum(squares, axis=0) - count * step * step, 0.0)
+    moved = near + step
+    if SHIFT:
+        added = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
+        moved += added
+    of_group = (place // WIDTH)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+    mean = tl.div_rn(tl.sum(tl.where(of_group, moved[:, None], 0.0), axis=0), 1.0 * WIDTH)
+    mean = tl.sum(tl.where(of_group, mean[None, :], 0.0), axis=1)
+    apart += (moved - mean) * (moved - mean) * count
+    variance = tl.sum(tl.where(of_group, apart[:, None], 0.0), axis=0) / (count * WIDTH)
+    variance = tl.sum(tl.where(of_group, variance[None, :], 0.0), axis=1)
+    if SHIFT:
+        mean -= added
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    low = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    if ONCE:
+        _store_normed(first.to(tl.float32), mean, scale, low, out + start + offset, present, SILU)
+    else:
+        # From the last pixels on, which the nearest cache may still hold.
+        last = (pixels - 1) // BLOCK_P * BLOCK_P
+        for back in range(0, pixels, BLOCK_P):
+            begin = last - back
+            present = (begin + pixel < pixels)[:, None] & inside[None, :]
+            at = start + begin * channels
+            tile = tl.load(x + at + offset, mask=present, other=0.0).to(tl.float32)
+            _store_normed(tile, mean, scale, low, out + at + offset, present, SILU)
 
 
 @triton.jit
@@ -269,8 +397,11 @@ def group_norm_apply_kernel(
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (batch * blocks * blocks of channels,)."""
+    if PDL:
+        cuda.gdc_wait()
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     picture = which // blocks
@@ -283,11 +414,10 @@ def group_norm_apply_kernel(
     shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     present = (pixel < pixels)[:, None] & inside[None, :]
     offset = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
-    y = tl.load(x + offset, mask=present, other=0.0).to(tl.float32)
-    y = (y - mean[None, :]) * scale[None, :] + shift[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=present)
+    tile = tl.load(x + offset, mask=present, other=0.0).to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    _store_normed(tile, mean, scale, shift, out + offset, present, SILU)
 
 
 def _group_block(chunks: int, width: int) -> tuple[int, int]:
@@ -316,7 +446,7 @@ def add_maps(
         x, x if residual is None else residual, shift, out, shift if parts is None else parts,
         pixels, channels, runs, run, width,
         RESIDUAL=residual is not None, PHASES=phases, PARTS=parts is not None,
-        BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps,
+        BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
     )  # fmt: skip
 
 
@@ -344,19 +474,41 @@ def group_norm(
     across = triton.cdiv(channels, tile.channels)
     if not parted:
         group_norm_parts_kernel[(batch * runs * across,)](
-            x, parts, pixels, channels, runs, run, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps
-        )
+            x, parts, pixels, channels, runs, run,
+            BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
+        )  # fmt: skip
     block_n, block_w = _group_block(runs, channels // groups)
     group_norm_moments_kernel[(batch, groups)](
         parts, weight, weight if shift is None else shift, moments, eps,
         pixels, channels, runs, run, channels // groups,
-        SHIFT=shift is not None, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4,
+        SHIFT=shift is not None, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, **dependent(x),
     )  # fmt: skip
     tile = apply_tile(channels)
     blocks = triton.cdiv(pixels, tile.pixels)
     group_norm_apply_kernel[(batch * blocks * across,)](
         x, moments, bias, out, pixels, channels, blocks,
-        SILU=silu, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps,
+        SILU=silu, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
+    )  # fmt: skip
+
+
+def group_norm_whole(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    out: torch.Tensor,
+    one: Whole,
+) -> None:
+    """As `group_norm`, in one launch, for maps that `whole` has a tile for."""
+    batch, channels, height, width = x.shape
+    group_norm_whole_kernel[(batch * triton.cdiv(groups, one.groups),)](
+        x, weight, bias, weight if shift is None else shift, out, eps, height * width, channels,
+        WIDTH=channels // groups, GROUPS=one.groups, SHIFT=shift is not None, SILU=silu,
+        ONCE=height * width <= one.pixels, BLOCK_P=one.pixels, BLOCK_C=one.channels,
+        BLOCK_G=triton.next_power_of_2(one.groups), num_warps=one.warps, **dependent(x),
     )  # fmt: skip
 
 
@@ -375,10 +527,13 @@ def _cases() -> list[tuple]:
     cases: list[tuple] = []
 
     def add(kernel, warps: int, types: dict[str, str], packed: tuple[str, ...], **constants: int | bool) -> None:
-        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        signature = {**names, **dict.fromkeys(constants, "constexpr")}
-        for divisors in (dict.fromkeys(packed, 16), {}) if packed else ({},):
-            cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
+        for arch in (80, 90):
+            launch = {"launch_pdl": True} if arch == 90 and "PDL" in kernel.arg_names else {}
+            fixed = constants | ({"PDL": bool(launch)} if "PDL" in kernel.arg_names else {})
+            names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in fixed}
+            signature = {**names, **dict.fromkeys(fixed, "constexpr")}
+            for divisors in (dict.fromkeys(packed, 16), {}) if packed else ({},):
+                cases.append((kernel, signature, fixed, {"num_warps": warps, **launch}, divisors, (arch,)))
 
     for name, channels, side in (("bf16", 160, 256), ("fp16", 640, 16), ("fp32", 512, 8)):
         tile, runs = tile_of(channels), chunks(side * side, channels)
@@ -398,6 +553,11 @@ def _cases() -> list[tuple]:
         for residual, phases, with_parts in ((True, False, True), (False, True, True), (True, False, False)):
             flags = {"RESIDUAL": residual, "PHASES": phases, "PARTS": with_parts}
             add(add_maps_kernel, tile.warps, types, packed, **flags, **blocks)
+        if one := whole(side * side, channels, 32):
+            constants = {"WIDTH": channels // 32, "GROUPS": one.groups, "SHIFT": True, "SILU": True}
+            constants |= {"ONCE": side * side <= one.pixels, "BLOCK_P": one.pixels, "BLOCK_C": one.channels}
+            constants["BLOCK_G"] = triton.next_power_of_2(one.groups)
+            add(group_norm_whole_kernel, one.warps, types, ("x", "out", "channels"), **constants)
         block_n, block_w = _group_block(runs, channels // 32)
         for shift in (True, False):
             add(group_norm_moments_kernel, 4, types, (), SHIFT=shift, BLOCK_N=block_n, BLOCK_W=block_w)

@@ -10,7 +10,7 @@ from helpers import assert_as_good_as_eager, guarded, kernel_rooms
 from torch import Tensor
 
 from unifiedar.nn import Linear8bit
-from unifiedar.ops import _native, linear_8bit, registry
+from unifiedar.ops import _native, linear, linear_8bit, registry, widen_8bit
 
 ROOMS = [c for c in kernel_rooms() if c.values[0][0] != "cuda" and (c.values[0][0] == "eager" or "float16" in c.id)]
 rooms = pytest.mark.parametrize("room", ROOMS, indirect=True)
@@ -75,6 +75,33 @@ def test_every_entry_of_the_format(room, form):
     got = linear_8bit(unit, weight, torch.full((1,), 0.5, device=room[1]), backend=room[0])[:, 0]
     assert torch.equal(got.float(), weight[0].float() / 2)
     assert got.unique().numel() >= 253  # of 254 or 255, zero has two signs
+
+
+@rooms
+@formats
+def test_many_rows(room, form):
+    """Beyond `MANY` of them the weights are widened first: as good as the definition, in memory of their own."""
+    given = arguments(room, linear.MANY + 3, 24, 48, form)
+    check(room, given)
+    check(room, given | {"bias": None})
+    given["x"] = given["x"].view(linear.MANY + 3, 1, 48)
+    assert check(room, given).shape == (linear.MANY + 3, 1, 24)
+
+
+@rooms
+@formats
+@pytest.mark.parametrize("shape", [(5, 784), (9, 1040), (1, 7), (4, 1024), (0, 16)])
+def test_widened(room, form, shape):
+    """Every backend rounds the same product once."""
+    given = arguments(room, 1, *shape, form)
+    weight, scale = given["weight"], given["scale"]
+    got = widen_8bit(weight, scale, room[2], backend=room[0])
+    assert got.dtype == room[2]
+    assert torch.equal(got, (weight.float() * scale[:, None]).to(room[2]))
+    if room[0] == "triton" and got.numel():
+        out, check_out = guarded(shape, room[2], room[1])
+        _native.kernels("linear").widen_8bit(weight, scale, out)
+        check_out()
 
 
 @rooms
@@ -219,6 +246,22 @@ def test_bad_input(change, error, text):
     given = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4, dtype=torch.int8), "scale": torch.zeros(3), **change}
     with pytest.raises(error, match=f"linear_8bit: .*{text}"):
         linear_8bit(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"weight": torch.zeros(3, 4)}, TypeError, "weight must be int8, float8_e4m3fn"),
+        ({"scale": torch.zeros(4)}, ValueError, r"scale must be \(3,\)"),
+        ({"scale": torch.zeros(3, device="meta")}, ValueError, "scale must be on the device of weight"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float32"),
+        ({"backend": "triton"}, ValueError, "which needs"),
+    ],
+)
+def test_bad_input_of_widening(change, error, text):
+    given = {"weight": torch.zeros(3, 4, dtype=torch.int8), "scale": torch.zeros(3), "dtype": torch.float32, **change}
+    with pytest.raises(error, match=f"widen_8bit: .*{text}"):
+        widen_8bit(**given)
 
 
 def test_says_why_a_backend_does_not_fit():
