@@ -10,6 +10,7 @@ of an upsampled map leaves it whose weights `phase_weights_kernel` summed.
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ from unifiedar.kernels._dependent import dependent
 
 __all__ = ["COMPILE_CASES", "add_maps", "chunks", "group_norm", "group_norm_whole", "phase_weights", "whole"]
 
+# The interpreter knows no assembly.
+_PLAIN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"))
+
+APPLY = 4
 WHOLE = 32 * 1024  # entries of a group, up to which maps are normed in one launch
 
 
@@ -44,6 +49,11 @@ def apply_tile(channels: int) -> Tile:
     """Half as high: addresses of 32 elements that are not read in packs take more than the registers there are."""
     tile = tile_of(channels)
     return Tile(tile.pixels // 2, tile.channels, tile.warps)
+
+
+def apply_tiles(tiles: int) -> int:
+    """How many a program takes, which fetches what channels are multiplied by once, of so many on the whole."""
+    return max(1, min(APPLY, tiles // 2112))
 
 
 def add_tile(channels: int) -> Tile:
@@ -299,13 +309,47 @@ def group_norm_moments_kernel(
     tl.store(at + channels, scale, mask=inside)
 
 
+# y / (1 + 2^(-y log2 e)) with the multiplier's own powers and reciprocals, as exact as float32 sums are; spelled out, a
+# division and subnormal powers take as many instructions again as all else in a norm.
+_SILU: tl.constexpr = tl.constexpr("""{
+.reg .f32 a;
+mul.f32 a, $1, 0fBFB8AA3B;
+ex2.approx.ftz.f32 a, a;
+add.f32 a, a, 0f3F800000;
+rcp.approx.ftz.f32 a, a;
+mul.f32 $0, $1, a;
+}""")
+
+
 @triton.jit
-def _store_normed(tile, mean, scale, shift, to, present, SILU: tl.constexpr):
-    """Stores a tile's norm, and SiLU of it."""
-    y = (tile - mean[None, :]) * scale[None, :] + shift[None, :]
+def _store_normed(apart, scale, shift, to, present, SILU: tl.constexpr):
+    """Stores a tile's norm, of distances to the mean, and SiLU of it."""
+    y = apart * scale[None, :] + shift[None, :]
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        if _PLAIN:
+            y = y / (1.0 + tl.exp(-y))
+        else:
+            y = tl.inline_asm_elementwise(_SILU, "=f,f", [y], tl.float32, is_pure=True, pack=1)
     tl.store(to, y.to(to.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _present(pixel, pixels, inside, EVEN: tl.constexpr):
+    """Which of a tile's entries there are, where all of its pixels are there if EVEN."""
+    if EVEN:
+        return tl.broadcast_to(inside[None, :], [pixel.shape[0], inside.shape[0]])
+    else:
+        return (pixel < pixels)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _of_groups(channel_sums, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Sums over each channel's group, of sums of channels from the first of a group on."""
+    if GROUPS == 1:
+        return tl.zeros([BLOCK_C], tl.float32) + tl.sum(channel_sums, axis=0)
+    of_group = (tl.arange(0, BLOCK_C) // WIDTH)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+    sums = tl.sum(tl.where(of_group, channel_sums[:, None], 0.0), axis=0)
+    return tl.sum(tl.where(of_group, sums[None, :], 0.0), axis=1)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -323,6 +367,7 @@ def group_norm_whole_kernel(
     SHIFT: tl.constexpr,
     SILU: tl.constexpr,
     ONCE: tl.constexpr,  # whether all pixels are one tile
+    EVEN: tl.constexpr,  # whether tiles are full
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,  # at least WIDTH GROUPS
     BLOCK_G: tl.constexpr,  # at least GROUPS
@@ -339,50 +384,60 @@ def group_norm_whole_kernel(
     pixel = tl.arange(0, BLOCK_P)
     start = picture * pixels * channels
     offset = pixel[:, None] * channels + channel[None, :]
-    present = (pixel < pixels)[:, None] & inside[None, :]
-    first = tl.load(x + start + offset, mask=present, other=0.0)
-    tile = first.to(tl.float32)
-    near = tl.div_rn(tl.sum(tile, axis=0), tl.minimum(pixels, BLOCK_P).to(tl.float32))
-    total = tl.where(present, tile - near[None, :], 0.0)
-    squares = total * total
-    if not ONCE:
-        for begin in range(BLOCK_P, pixels, BLOCK_P):
-            present = (begin + pixel < pixels)[:, None] & inside[None, :]
-            tile = tl.load(x + start + begin * channels + offset, mask=present, other=0.0).to(tl.float32)
-            apart = tl.where(present, tile - near[None, :], 0.0)
-            total += apart
-            squares += apart * apart
-    # Of channels, then of their groups: as `_save_parts` and `group_norm_moments_kernel` do.
-    count = 1.0 * pixels
-    step = tl.div_rn(tl.sum(total, axis=0), count)
-    apart = tl.maximum(tl.sum(squares, axis=0) - count * step * step, 0.0)
-    moved = near + step
-    if SHIFT:
-        added = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
-        moved += added
-    of_group = (place // WIDTH)[:, None] == tl.arange(0, BLOCK_G)[None, :]
-    mean = tl.div_rn(tl.sum(tl.where(of_group, moved[:, None], 0.0), axis=0), 1.0 * WIDTH)
-    mean = tl.sum(tl.where(of_group, mean[None, :], 0.0), axis=1)
-    apart += (moved - mean) * (moved - mean) * count
-    variance = tl.sum(tl.where(of_group, apart[:, None], 0.0), axis=0) / (count * WIDTH)
-    variance = tl.sum(tl.where(of_group, variance[None, :], 0.0), axis=1)
-    if SHIFT:
-        mean -= added
-    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    # Channels that are not there are left out once pixels are summed up, not of every pixel.
+    present = _present(pixel, pixels, inside, EVEN)
+    tile = tl.load(x + start + offset, mask=present, other=0.0).to(tl.float32)
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     low = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    moved = tl.zeros([BLOCK_C], tl.float32)
+    if SHIFT:
+        moved = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
+    count = 1.0 * pixels
+    if ONCE:
+        if SHIFT:
+            tile += moved[None, :]
+            if not EVEN:
+                tile = tl.where(present, tile, 0.0)
+        mean = _of_groups(tl.sum(tile, axis=0), GROUPS, WIDTH, BLOCK_C, BLOCK_G)
+        mean = tl.div_rn(mean, count * WIDTH)
+        apart = tile - mean[None, :]
+        if not EVEN:
+            apart = tl.where(present, apart, 0.0)
+        squares = tl.where(inside, tl.sum(apart * apart, axis=0), 0.0)
+    else:
+        near = tl.div_rn(tl.sum(tile, axis=0), tl.minimum(pixels, BLOCK_P).to(tl.float32))
+        total = tile - near[None, :]
+        distance = total * total
+        for begin in range(BLOCK_P, pixels, BLOCK_P):
+            present = _present(begin + pixel, pixels, inside, EVEN)
+            tile = tl.load(x + start + begin * channels + offset, mask=present, other=0.0).to(tl.float32)
+            apart = tile - near[None, :]
+            if not EVEN:
+                apart = tl.where(present, apart, 0.0)
+            total += apart
+            distance += apart * apart
+        # Of channels, then of their groups: as `_save_parts` and `group_norm_moments_kernel` do.
+        step = tl.div_rn(tl.sum(total, axis=0), count)
+        squares = tl.maximum(tl.sum(distance, axis=0) - count * step * step, 0.0)
+        means = near + step + moved
+        mean = tl.div_rn(_of_groups(tl.where(inside, means, 0.0), GROUPS, WIDTH, BLOCK_C, BLOCK_G), 1.0 * WIDTH)
+        squares = tl.where(inside, squares + (means - mean) * (means - mean) * count, 0.0)
+        mean -= moved
+    variance = _of_groups(squares, GROUPS, WIDTH, BLOCK_C, BLOCK_G) / (count * WIDTH)
+    scale = scale / tl.sqrt(variance + eps)
     if PDL:
         cuda.gdc_launch_dependents()
     if ONCE:
-        _store_normed(first.to(tl.float32), mean, scale, low, out + start + offset, present, SILU)
+        _store_normed(apart, scale, low, out + start + offset, present, SILU)
     else:
         # From the last pixels on, which the nearest cache may still hold.
         last = (pixels - 1) // BLOCK_P * BLOCK_P
         for back in range(0, pixels, BLOCK_P):
             begin = last - back
-            present = (begin + pixel < pixels)[:, None] & inside[None, :]
+            present = _present(begin + pixel, pixels, inside, EVEN)
             at = start + begin * channels
             tile = tl.load(x + at + offset, mask=present, other=0.0).to(tl.float32)
-            _store_normed(tile, mean, scale, low, out + at + offset, present, SILU)
+            _store_normed(tile - mean[None, :], scale, low, out + at + offset, present, SILU)
 
 
 @triton.jit
@@ -394,6 +449,7 @@ def group_norm_apply_kernel(
     pixels,
     channels,
     blocks,  # of pixels in a picture
+    tiles,  # of a block
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -405,19 +461,20 @@ def group_norm_apply_kernel(
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     picture = which // blocks
-    pixel = (which % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     at = moments + picture * 2 * channels + channel
     mean = tl.load(at, mask=inside, other=0.0)
     scale = tl.load(at + channels, mask=inside, other=0.0)
     shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    present = (pixel < pixels)[:, None] & inside[None, :]
-    offset = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
-    tile = tl.load(x + offset, mask=present, other=0.0).to(tl.float32)
     if PDL:
         cuda.gdc_launch_dependents()
-    _store_normed(tile, mean, scale, shift, out + offset, present, SILU)
+    for i in range(tiles):
+        pixel = ((which % blocks) * tiles + i) * BLOCK_P + tl.arange(0, BLOCK_P)
+        present = (pixel < pixels)[:, None] & inside[None, :]
+        offset = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
+        tile = tl.load(x + offset, mask=present, other=0.0).to(tl.float32)
+        _store_normed(tile - mean[None, :], scale, shift, out + offset, present, SILU)
 
 
 def _group_block(chunks: int, width: int) -> tuple[int, int]:
@@ -484,9 +541,10 @@ def group_norm(
         SHIFT=shift is not None, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, **dependent(x),
     )  # fmt: skip
     tile = apply_tile(channels)
-    blocks = triton.cdiv(pixels, tile.pixels)
+    tiles = apply_tiles(batch * triton.cdiv(pixels, tile.pixels) * across)
+    blocks = triton.cdiv(pixels, tile.pixels * tiles)
     group_norm_apply_kernel[(batch * blocks * across,)](
-        x, moments, bias, out, pixels, channels, blocks,
+        x, moments, bias, out, pixels, channels, blocks, tiles,
         SILU=silu, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
     )  # fmt: skip
 
@@ -507,8 +565,9 @@ def group_norm_whole(
     group_norm_whole_kernel[(batch * triton.cdiv(groups, one.groups),)](
         x, weight, bias, weight if shift is None else shift, out, eps, height * width, channels,
         WIDTH=channels // groups, GROUPS=one.groups, SHIFT=shift is not None, SILU=silu,
-        ONCE=height * width <= one.pixels, BLOCK_P=one.pixels, BLOCK_C=one.channels,
-        BLOCK_G=triton.next_power_of_2(one.groups), num_warps=one.warps, **dependent(x),
+        ONCE=height * width <= one.pixels, EVEN=height * width % one.pixels == 0,
+        BLOCK_P=one.pixels, BLOCK_C=one.channels, BLOCK_G=triton.next_power_of_2(one.groups), num_warps=one.warps,
+        **dependent(x),
     )  # fmt: skip
 
 
@@ -555,7 +614,12 @@ def _cases() -> list[tuple]:
             add(add_maps_kernel, tile.warps, types, packed, **flags, **blocks)
         if one := whole(side * side, channels, 32):
             constants = {"WIDTH": channels // 32, "GROUPS": one.groups, "SHIFT": True, "SILU": True}
-            constants |= {"ONCE": side * side <= one.pixels, "BLOCK_P": one.pixels, "BLOCK_C": one.channels}
+            constants |= {
+                "ONCE": side * side <= one.pixels,
+                "EVEN": side * side % one.pixels == 0,
+                "BLOCK_P": one.pixels,
+                "BLOCK_C": one.channels,
+            }
             constants["BLOCK_G"] = triton.next_power_of_2(one.groups)
             add(group_norm_whole_kernel, one.warps, types, ("x", "out", "channels"), **constants)
         block_n, block_w = _group_block(runs, channels // 32)

@@ -10,7 +10,8 @@ from helpers import assert_as_good_as_eager, guarded, kernel_rooms
 from torch import Tensor
 
 from unifiedar.nn import Linear8bit
-from unifiedar.ops import _native, linear, linear_8bit, registry, widen_8bit
+from unifiedar.ops import _native, linear_8bit, registry, widen_8bit
+from unifiedar.ops.linear import many_rows
 
 ROOMS = [c for c in kernel_rooms() if c.values[0][0] != "cuda" and (c.values[0][0] == "eager" or "float16" in c.id)]
 rooms = pytest.mark.parametrize("room", ROOMS, indirect=True)
@@ -80,12 +81,15 @@ def test_every_entry_of_the_format(room, form):
 @rooms
 @formats
 def test_many_rows(room, form):
-    """Beyond `MANY` of them the weights are widened first: as good as the definition, in memory of their own."""
-    given = arguments(room, linear.MANY + 3, 24, 48, form)
+    """The weights are widened first: as good as the definition."""
+    given = arguments(room, 129, 32, 48, form)
+    assert many_rows(129, 32, 48)
     check(room, given)
     check(room, given | {"bias": None})
-    given["x"] = given["x"].view(linear.MANY + 3, 1, 48)
-    assert check(room, given).shape == (linear.MANY + 3, 1, 24)
+    given["x"] = given["x"].view(3, 43, 48)
+    assert check(room, given).shape == (3, 43, 32)
+    assert not many_rows(256, 32, 64)
+    check(room, arguments(room, 256, 32, 64, form))
 
 
 @rooms
@@ -141,6 +145,20 @@ def test_writes_what_it_should_and_nothing_else(room, form, shape):
     out, check_out = guarded(shape[:2], room[2], room[1])
     _native.kernels("linear").linear_8bit(*given.values(), out, shape[3])
     check_out()
+
+
+@triton_rooms
+@formats
+@pytest.mark.parametrize("shape", [(70, 72, 1040, 1), (130, 64, 384, 3)])
+def test_x_as_the_left_factor(room, form, shape, monkeypatch):
+    from unifiedar.kernels import linear_few
+
+    monkeypatch.setattr(linear_few, "tile", lambda *_: linear_few.Tile(128, 64, 64, 4, left=True))
+    given = arguments(room, *shape[:3], form)
+    out, check_out = guarded(shape[:2], room[2], room[1])
+    _native.kernels("linear").linear_8bit(*given.values(), out, shape[3])
+    check_out()
+    assert_as_good_as_eager(out, linear_8bit(**given, backend="eager"), oracle(**given))
 
 
 @triton_rooms

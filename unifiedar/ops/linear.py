@@ -13,21 +13,28 @@ from torch import Tensor
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
 
-__all__ = ["MANY", "linear_8bit", "parts_of", "widen_8bit"]
+__all__ = ["linear_8bit", "many_rows", "parts_of", "widen_8bit"]
 
 WEIGHTS = (torch.int8, torch.float8_e4m3fn)
 STEP = 64  # entries of K that parts of a product are multiples of, but for the last
-MANY = 256  # rows, above which it is faster to widen all of a layer's weights of 8 bits first
+
+
+def many_rows(rows: int, outputs: int, inputs: int) -> bool:
+    """Whether it is faster to widen all weights of 8 bits first and leave the product to a library, on an H100.
+
+    Later for a layer of few outputs: over a long K programs share its entries.
+    """
+    return rows > (256 if inputs >= 2 * outputs else 128)
 
 
 def parts_of(rows: int, outputs: int, inputs: int, bits: int = 16) -> int:
     """Parts of K for which there is about one program for each of an H100's multiprocessors, of 64 outputs and up to 64
-    rows, with four steps of K at least. Of weights in 8 bits programs are larger above 64 rows, and parts are of 128
-    entries.
+    rows, with four steps of K at least. Of weights in 8 bits programs are larger above 64 rows, there are more of them
+    above 32, and parts are of 128 entries.
     """
     many = bits == 8 and rows > 64
     programs = -(-outputs // (128 if many and rows > 128 else 64)) * -(-rows // (128 if many else 64))
-    parts = max(1, min(inputs // (4 * STEP), round((200 if many else 132) / max(programs, 1))))
+    parts = max(1, min(inputs // (4 * STEP), round((200 if bits == 8 and rows > 32 else 132) / max(programs, 1))))
     if bits == 16 or parts == 1:
         return parts
     share = -(-inputs // (2 * STEP * parts)) * 2 * STEP
@@ -98,7 +105,8 @@ def _unfit_triton(x, weight, scale, bias) -> str | None:
 
 
 def _run_triton(x, weight, scale, bias):
-    if x.numel() > MANY * x.shape[-1]:
+    outputs, inputs = weight.shape
+    if many_rows(x.numel() // inputs, outputs, inputs):
         wide = _run_widen_triton(weight, scale, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, wide, None if bias is None else bias.to(x.dtype))
@@ -108,10 +116,10 @@ def _run_triton(x, weight, scale, bias):
         if rows.data_ptr() % 16:
             rows = rows.clone()
         bias = None if bias is None else bias.contiguous()
+        # To add parts up takes a launch, which is worth it where programs are few.
+        parts = parts_of(len(rows), outputs, inputs, 8) if outputs < 3072 else 1
         with torch.cuda.device_of(x):
-            _native.kernels("linear").linear_8bit(
-                rows, weight, scale.contiguous(), bias, out.view(-1, len(weight)), parts_of(len(rows), *weight.shape, 8)
-            )
+            _native.kernels("linear").linear_8bit(rows, weight, scale.contiguous(), bias, out.view(-1, outputs), parts)
     return out
 
 
@@ -174,7 +182,7 @@ def linear_8bit(
 
     Note:
         Gradients reach x and bias alone. Autocast is ignored: the product runs in x's dtype. Bit-equal between runs.
-        Triton rounds once, at the end, or, of more rows than `MANY`, the weights times their scales too, which costs no
+        Triton rounds once, at the end, or, of many rows, the weights times their scales too, which costs no
         more than the two roundings of "eager"; there it takes memory for the weights in half precision while it runs.
     """
     function = "linear_8bit"
