@@ -34,7 +34,6 @@ class Tile:
     inputs: int
     stages: int
     warps: int = 4
-    left: bool = False  # whether x is the left factor
 
 
 def tile(rows: int, outputs: int, parts: int, bits: int, hopper: bool) -> Tile:
@@ -47,8 +46,7 @@ def tile(rows: int, outputs: int, parts: int, bits: int, hopper: bool) -> Tile:
         if rows <= 64:
             return Tile(32, 32, 128, 5) if rows <= 32 else Tile(64, 64, 128, 4)
         if rows <= 128 and hopper:
-            # Bytes are fetched 16 at a time and go back widened: half the instructions of wgmma's own fragments.
-            return Tile(128, 64, 64, 4, left=True)
+            return Tile(128, 64, 128, 3)
         many = triton.cdiv(outputs, 128) * triton.cdiv(rows, 256) * parts >= 80
         return Tile(256, 128, 64, 4, 8) if hopper and many else Tile(128, 128, 64, 4, 8)
     return Tile(16, 64, 64, 6) if rows <= 16 else Tile(32, 64, 64, 6) if rows <= 32 else Tile(64, 64, 64, 5)
@@ -149,8 +147,6 @@ def few_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LEFT: tl.constexpr,  # whether x is the left factor
-    FULL: tl.constexpr,  # whether tiles of rows are full enough to fetch the last row in place of those there are not
     PDL: tl.constexpr,
 ):
     """Grid: (tiles of outputs, tiles of rows, parts of K). With a bias or GELU there is one part."""
@@ -163,24 +159,22 @@ def few_linear_kernel(
     end = tl.minimum(begin + steps * _STEP, INPUTS)
     # Outputs beyond the last are that of the last: nobody stores what comes of them.
     from_weight = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * INPUTS + entry[None, :]
-    known = tl.minimum(row, rows - 1) if FULL else row
-    from_x = x + known.to(tl.int64)[:, None] * INPUTS + entry[None, :]
-    there = tl.full([BLOCK_M], True, tl.int1) if FULL else row < rows
-    total = tl.zeros([BLOCK_M, BLOCK_N] if LEFT else [BLOCK_N, BLOCK_M], tl.float32)
+    from_x = x + row.to(tl.int64)[None, :] * INPUTS + entry[:, None]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for at in range(begin, end, BLOCK_K):
         if WHOLE:
-            wide = tl.load(from_weight + at)
-            tokens = tl.load(from_x + at, mask=there[:, None], other=0.0)
+            left = tl.load(from_weight + at)
+            right = tl.load(from_x + at, mask=(row < rows)[None, :], other=0.0)
         else:
             inside = at + entry < end
-            wide = tl.load(from_weight + at, mask=inside[None, :], other=0)
-            tokens = tl.load(from_x + at, mask=inside[None, :] & there[:, None], other=0.0)
+            left = tl.load(from_weight + at, mask=inside[None, :], other=0)
+            right = tl.load(from_x + at, mask=inside[:, None] & (row < rows)[None, :], other=0.0)
         if FORM is not None:
-            wide = _widened(wide, FORM, x.dtype.element_ty)
-        total = tl.dot(tokens, tl.trans(wide), total) if LEFT else tl.dot(wide, tl.trans(tokens), total)
+            left = _widened(left, FORM, x.dtype.element_ty)
+        total = tl.dot(left, right, total)
     if PDL:
         cuda.gdc_launch_dependents()
-    result = total if LEFT else tl.trans(total)
+    result = tl.trans(total)
     if FORM is not None:
         factor = tl.load(scale + output, mask=output < outputs, other=0.0)
         if FORM == "fp8":
@@ -217,8 +211,8 @@ def _launch(
     few_linear_kernel[triton.cdiv(outputs, one.outputs), triton.cdiv(rows, one.rows), parts](
         x, weight, scale, bias, out, rows, outputs, steps,
         INPUTS=inputs, WHOLE=inputs % one.inputs == 0 and (parts == 1 or steps * STEP % one.inputs == 0), FORM=form,
-        ACTIVATED=activated, BLOCK_M=one.rows, BLOCK_N=one.outputs, BLOCK_K=one.inputs, LEFT=one.left, FULL=rows > 32,
-        num_warps=one.warps, num_stages=one.stages, **launch,
+        ACTIVATED=activated, BLOCK_M=one.rows, BLOCK_N=one.outputs, BLOCK_K=one.inputs, num_warps=one.warps,
+        num_stages=one.stages, **launch,
     )  # fmt: skip
 
 
@@ -262,7 +256,6 @@ def _cases() -> list[tuple]:
                 constants |= {} if form else {"scale": None}
                 constants |= {"INPUTS": inputs, "WHOLE": inputs % one.inputs == 0, "FORM": form, "ACTIVATED": whole}
                 constants |= {"BLOCK_M": one.rows, "BLOCK_N": one.outputs, "BLOCK_K": one.inputs, "PDL": bool(launch)}
-                constants |= {"LEFT": one.left, "FULL": rows > 32}
                 types = dict.fromkeys(("x", "weight", "bias"), f"*{feature}")
                 types |= {"out": f"*{feature}" if whole else "*fp32"}
                 types |= {"weight": "*u8", "scale": "*fp32"} if form else {}

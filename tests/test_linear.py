@@ -149,20 +149,6 @@ def test_writes_what_it_should_and_nothing_else(room, form, shape):
 
 @triton_rooms
 @formats
-@pytest.mark.parametrize("shape", [(70, 72, 1040, 1), (130, 64, 384, 3)])
-def test_x_as_the_left_factor(room, form, shape, monkeypatch):
-    from unifiedar.kernels import linear_few
-
-    monkeypatch.setattr(linear_few, "tile", lambda *_: linear_few.Tile(128, 64, 64, 4, left=True))
-    given = arguments(room, *shape[:3], form)
-    out, check_out = guarded(shape[:2], room[2], room[1])
-    _native.kernels("linear").linear_8bit(*given.values(), out, shape[3])
-    check_out()
-    assert_as_good_as_eager(out, linear_8bit(**given, backend="eager"), oracle(**given))
-
-
-@triton_rooms
-@formats
 def test_the_same_every_time(room, form):
     given = arguments(room, 5, 256, 2048, form)
     first = linear_8bit(**given, backend="triton")

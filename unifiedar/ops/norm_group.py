@@ -397,8 +397,8 @@ def group_norm(
             fit.
 
     Note:
-        Moments are float32's (float64 for float64). Triton makes them in two steps, of means and squared distances to
-        them, so that a mean far from zero costs no digits; it rounds once, the eager backend after the shift, the norm
+        Moments are float32's (float64 for float64). Triton makes them of means and squared distances to them, so that
+        a mean far from zero costs no digits; it rounds once, the eager backend after the shift, the norm
         and SiLU. Never under autocast. Equal for a picture alone or among others, and between runs, on Triton.
         Differentiable once; the gradient is the eager backend's. No host sync; may be captured in a CUDA graph.
     """
