@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import assert_as_good_as_eager, guarded, kernel_rooms
 from torch import Tensor
 
-from unifiedar.nn import Linear8bit
+from unifiedar.nn import Linear8bit, gelu_of
 from unifiedar.ops import _native, linear_8bit, registry, widen_8bit
 from unifiedar.ops.linear import many_rows
 
@@ -166,6 +166,20 @@ def test_layers_of_a_large_model(rows, outputs, inputs, form):
 
 
 @pytest.mark.gpu
+@formats
+@pytest.mark.parametrize("rows", [128, 300])
+def test_gelu_of_few_rows_and_of_many(rows, form):
+    given = arguments(("triton", "cuda", torch.float16), rows, 256, 192, form)
+    layer = Linear8bit(given["weight"], given["scale"] * 0.1, given["bias"], torch.float16)
+    with torch.no_grad():
+        eager = F.gelu(
+            linear_8bit(given["x"], layer.weight, layer.scale, layer.bias, backend="eager"), approximate="tanh"
+        )
+        exact = F.gelu(oracle(given["x"], layer.weight, layer.scale, layer.bias), approximate="tanh")
+        assert_as_good_as_eager(gelu_of(layer, given["x"]), eager, exact)
+
+
+@pytest.mark.gpu
 def test_in_a_graph():
     given = arguments(("triton", "cuda", torch.bfloat16), 4, 1024, 1024, "fp8")
     want = linear_8bit(**given, backend="triton")
@@ -197,6 +211,7 @@ def test_compiles_and_checks():
     given = arguments(("eager", "cpu", torch.float32), 3, 5, 16, "int8")
     given["x"].requires_grad_()
     torch.library.opcheck(registry["linear_8bit"].overload, (*given.values(), "auto"))
+    torch.library.opcheck(registry["widen_8bit"].overload, (given["weight"], given["scale"], torch.bfloat16, "auto"))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
