@@ -2,20 +2,31 @@
 
 Three launches. `group_norm_parts_kernel` finds mean and squared distances to it of every channel in a run of pixels;
 `group_norm_moments_kernel` puts the runs and the channels of a group together; `group_norm_apply_kernel` uses them.
-So x is read twice and written once, and no atomics are needed. Everything in between is float32.
+So x is read twice and written once, and no atomics are needed. Everything in between is float32. Where groups are small
+`group_norm_whole_kernel` does it all in one launch, a program for a group. Launches begin while the ones before end.
 
 A convolution's bias costs nothing here: it moves means alone (`shift` of the moments). Where the norm is of a sum,
 `add_maps_kernel` makes the sum and its parts in one pass, also of a map that stands in four phases, as a convolution
 of an upsampled map leaves it whose weights `phase_weights_kernel` summed.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+from unifiedar.kernels._dependent import dependent
 
-__all__ = ["COMPILE_CASES", "add_maps", "chunks", "group_norm", "phase_weights"]
+__all__ = ["COMPILE_CASES", "add_maps", "chunks", "group_norm", "group_norm_whole", "phase_weights", "whole"]
+
+# The interpreter knows no assembly.
+_PLAIN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"))
+
+# Entries of a group, up to which maps are normed in one launch. Of four times as many (640 channels at 32 x 32) that is
+# 1.4 to 1.6 times as fast for 8 pictures and more, but half as fast for one, on an H100.
+WHOLE = 8192
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,29 @@ def add_tile(channels: int) -> Tile:
     """Half as high again: two maps come in, and sums of distances stay."""
     tile = apply_tile(channels)
     return Tile(tile.pixels // 2, tile.channels, tile.warps)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Groups of a picture that a program of `group_norm_whole_kernel` takes, and its tile."""
+
+    groups: int
+    pixels: int
+    channels: int
+    warps: int
+
+
+def whole(pixels: int, channels: int, groups: int) -> Whole | None:
+    """How maps whose groups are small are normed in one launch; None for larger ones.
+
+    It does not depend on how many pictures there are, so neither does what is computed for one.
+    """
+    width = channels // groups
+    if pixels * width > WHOLE or width > 128:
+        return None
+    count = min(triton.cdiv(16, width), groups)
+    block = triton.next_power_of_2(count * width)
+    return Whole(count, min(triton.next_power_of_2(pixels), 2048 // block), block, 4)
 
 
 def _run(pixels: int, channels: int) -> int:
@@ -85,8 +119,11 @@ def group_norm_parts_kernel(
     run,  # pixels of a run, a multiple of BLOCK_P
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (batch * chunks * blocks of channels,), neighbours in memory at the same time."""
+    if PDL:
+        cuda.gdc_wait()
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     low = ((tl.program_id(0) // across) % chunks) * run
@@ -108,6 +145,8 @@ def group_norm_parts_kernel(
         apart = tl.where(present, tile - near[None, :], 0.0)
         total += apart
         squares += apart * apart
+    if PDL:
+        cuda.gdc_launch_dependents()
     _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
 
 
@@ -150,8 +189,11 @@ def add_maps_kernel(
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (batch * chunks * blocks of channels,)."""
+    if PDL:
+        cuda.gdc_wait()
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     picture = which // chunks
@@ -177,6 +219,8 @@ def add_maps_kernel(
         apart = tl.where(present, tile - near[None, :], 0.0)
         total += apart
         squares += apart * apart
+    if PDL:
+        cuda.gdc_launch_dependents()
     if PARTS:
         _save_parts(parts, which, channel, channels, inside, near, total, squares, left.to(tl.float32))
 
@@ -221,8 +265,11 @@ def group_norm_moments_kernel(
     SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # runs at a time
     BLOCK_W: tl.constexpr,  # at least width
+    PDL: tl.constexpr,
 ):
     """Grid: (batch, groups)."""
+    if PDL:
+        cuda.gdc_wait()
     picture = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, BLOCK_W)
     channel = tl.program_id(1) * width + offset
@@ -252,9 +299,142 @@ def group_norm_moments_kernel(
         total += tl.sum(tl.where(present, squares + step * step * share[:, None], 0.0), axis=0)
     variance = tl.sum(total, axis=0) / entries
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    if PDL:
+        cuda.gdc_launch_dependents()
     at = moments + picture * 2 * channels + channel
     tl.store(at, mean - moved, mask=inside)
     tl.store(at + channels, scale, mask=inside)
+
+
+# y / (1 + 2^(-y log2 e)) with the multiplier's own powers and reciprocals, as exact as float32 sums are; spelled out, a
+# division and subnormal powers take as many instructions again as all else in a norm.
+_SILU: tl.constexpr = tl.constexpr("""{
+.reg .f32 a;
+mul.f32 a, $1, 0fBFB8AA3B;
+ex2.approx.ftz.f32 a, a;
+add.f32 a, a, 0f3F800000;
+rcp.approx.ftz.f32 a, a;
+mul.f32 $0, $1, a;
+}""")
+
+
+@triton.jit
+def _store_normed(apart, scale, shift, to, present, SILU: tl.constexpr):
+    """Stores a tile's norm, of distances to the mean, and SiLU of it."""
+    y = apart * scale[None, :] + shift[None, :]
+    if SILU:
+        if _PLAIN:
+            y = y / (1.0 + tl.exp(-y))
+        else:
+            y = tl.inline_asm_elementwise(_SILU, "=f,f", [y], tl.float32, is_pure=True, pack=1)
+    tl.store(to, y.to(to.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _present(pixel, pixels, inside, EVEN: tl.constexpr):
+    """Which of a tile's entries there are, where all of its pixels are there if EVEN."""
+    if EVEN:
+        return tl.broadcast_to(inside[None, :], [pixel.shape[0], inside.shape[0]])
+    else:
+        return (pixel < pixels)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _of_groups(channel_sums, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Sums over each channel's group, of sums of channels from the first of a group on."""
+    if GROUPS == 1:
+        return tl.zeros([BLOCK_C], tl.float32) + tl.sum(channel_sums, axis=0)
+    of_group = (tl.arange(0, BLOCK_C) // WIDTH)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+    sums = tl.sum(tl.where(of_group, channel_sums[:, None], 0.0), axis=0)
+    return tl.sum(tl.where(of_group, sums[None, :], 0.0), axis=1)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def group_norm_whole_kernel(
+    x,  # [batch, pixels, channels]
+    weight,  # [channels]
+    bias,  # [channels]
+    shift,  # [channels], read if SHIFT
+    out,  # as x
+    eps,
+    pixels,
+    channels,
+    WIDTH: tl.constexpr,  # channels of a group
+    GROUPS: tl.constexpr,  # that a program takes
+    SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    ONCE: tl.constexpr,  # whether all pixels are one tile
+    EVEN: tl.constexpr,  # whether tiles are full
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # at least WIDTH GROUPS
+    BLOCK_G: tl.constexpr,  # at least GROUPS
+    PDL: tl.constexpr,
+):
+    """Grid: (batch * blocks of groups,). All of a picture's pixels; read again, if not ONCE, out of a cache."""
+    if PDL:
+        cuda.gdc_wait()
+    blocks = tl.cdiv(channels, WIDTH * GROUPS)
+    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    place = tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % blocks) * (WIDTH * GROUPS) + place
+    inside = (place < WIDTH * GROUPS) & (channel < channels)
+    pixel = tl.arange(0, BLOCK_P)
+    start = picture * pixels * channels
+    offset = pixel[:, None] * channels + channel[None, :]
+    # Channels that are not there are left out once pixels are summed up, not of every pixel.
+    present = _present(pixel, pixels, inside, EVEN)
+    tile = tl.load(x + start + offset, mask=present, other=0.0).to(tl.float32)
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    moved = tl.zeros([BLOCK_C], tl.float32)
+    if SHIFT:
+        moved = tl.load(shift + channel, mask=inside, other=0.0).to(tl.float32)
+    count = 1.0 * pixels
+    if ONCE:
+        if SHIFT:
+            tile += moved[None, :]
+            if not EVEN:
+                tile = tl.where(present, tile, 0.0)
+        mean = _of_groups(tl.sum(tile, axis=0), GROUPS, WIDTH, BLOCK_C, BLOCK_G)
+        mean = tl.div_rn(mean, count * WIDTH)
+        apart = tile - mean[None, :]
+        if not EVEN:
+            apart = tl.where(present, apart, 0.0)
+        squares = tl.where(inside, tl.sum(apart * apart, axis=0), 0.0)
+    else:
+        near = tl.div_rn(tl.sum(tile, axis=0), tl.minimum(pixels, BLOCK_P).to(tl.float32))
+        total = tile - near[None, :]
+        distance = total * total
+        for begin in range(BLOCK_P, pixels, BLOCK_P):
+            present = _present(begin + pixel, pixels, inside, EVEN)
+            tile = tl.load(x + start + begin * channels + offset, mask=present, other=0.0).to(tl.float32)
+            apart = tile - near[None, :]
+            if not EVEN:
+                apart = tl.where(present, apart, 0.0)
+            total += apart
+            distance += apart * apart
+        # Of channels, then of their groups: as `_save_parts` and `group_norm_moments_kernel` do.
+        step = tl.div_rn(tl.sum(total, axis=0), count)
+        squares = tl.maximum(tl.sum(distance, axis=0) - count * step * step, 0.0)
+        means = near + step + moved
+        mean = tl.div_rn(_of_groups(tl.where(inside, means, 0.0), GROUPS, WIDTH, BLOCK_C, BLOCK_G), 1.0 * WIDTH)
+        squares = tl.where(inside, squares + (means - mean) * (means - mean) * count, 0.0)
+        mean -= moved
+    variance = _of_groups(squares, GROUPS, WIDTH, BLOCK_C, BLOCK_G) / (count * WIDTH)
+    scale = scale / tl.sqrt(variance + eps)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    if ONCE:
+        _store_normed(apart, scale, low, out + start + offset, present, SILU)
+    else:
+        # From the last pixels on, which the nearest cache may still hold.
+        last = (pixels - 1) // BLOCK_P * BLOCK_P
+        for back in range(0, pixels, BLOCK_P):
+            begin = last - back
+            present = _present(begin + pixel, pixels, inside, EVEN)
+            at = start + begin * channels
+            tile = tl.load(x + at + offset, mask=present, other=0.0).to(tl.float32)
+            _store_normed(tile - mean[None, :], scale, low, out + at + offset, present, SILU)
 
 
 @triton.jit
@@ -269,25 +449,27 @@ def group_norm_apply_kernel(
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (batch * blocks * blocks of channels,)."""
+    if PDL:
+        cuda.gdc_wait()
     across = tl.cdiv(channels, BLOCK_C)
     which = (tl.program_id(0) // across).to(tl.int64)
     picture = which // blocks
-    pixel = (which % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     at = moments + picture * 2 * channels + channel
     mean = tl.load(at, mask=inside, other=0.0)
     scale = tl.load(at + channels, mask=inside, other=0.0)
     shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    pixel = (which % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     present = (pixel < pixels)[:, None] & inside[None, :]
     offset = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
-    y = tl.load(x + offset, mask=present, other=0.0).to(tl.float32)
-    y = (y - mean[None, :]) * scale[None, :] + shift[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=present)
+    tile = tl.load(x + offset, mask=present, other=0.0).to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    _store_normed(tile - mean[None, :], scale, shift, out + offset, present, SILU)
 
 
 def _group_block(chunks: int, width: int) -> tuple[int, int]:
@@ -316,7 +498,7 @@ def add_maps(
         x, x if residual is None else residual, shift, out, shift if parts is None else parts,
         pixels, channels, runs, run, width,
         RESIDUAL=residual is not None, PHASES=phases, PARTS=parts is not None,
-        BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps,
+        BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
     )  # fmt: skip
 
 
@@ -344,19 +526,42 @@ def group_norm(
     across = triton.cdiv(channels, tile.channels)
     if not parted:
         group_norm_parts_kernel[(batch * runs * across,)](
-            x, parts, pixels, channels, runs, run, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps
-        )
+            x, parts, pixels, channels, runs, run,
+            BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
+        )  # fmt: skip
     block_n, block_w = _group_block(runs, channels // groups)
     group_norm_moments_kernel[(batch, groups)](
         parts, weight, weight if shift is None else shift, moments, eps,
         pixels, channels, runs, run, channels // groups,
-        SHIFT=shift is not None, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4,
+        SHIFT=shift is not None, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, **dependent(x),
     )  # fmt: skip
     tile = apply_tile(channels)
     blocks = triton.cdiv(pixels, tile.pixels)
     group_norm_apply_kernel[(batch * blocks * across,)](
         x, moments, bias, out, pixels, channels, blocks,
-        SILU=silu, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps,
+        SILU=silu, BLOCK_P=tile.pixels, BLOCK_C=tile.channels, num_warps=tile.warps, **dependent(x),
+    )  # fmt: skip
+
+
+def group_norm_whole(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    out: torch.Tensor,
+    one: Whole,
+) -> None:
+    """As `group_norm`, in one launch, for maps that `whole` has a tile for."""
+    batch, channels, height, width = x.shape
+    group_norm_whole_kernel[(batch * triton.cdiv(groups, one.groups),)](
+        x, weight, bias, weight if shift is None else shift, out, eps, height * width, channels,
+        WIDTH=channels // groups, GROUPS=one.groups, SHIFT=shift is not None, SILU=silu,
+        ONCE=height * width <= one.pixels, EVEN=height * width % one.pixels == 0,
+        BLOCK_P=one.pixels, BLOCK_C=one.channels, BLOCK_G=triton.next_power_of_2(one.groups), num_warps=one.warps,
+        **dependent(x),
     )  # fmt: skip
 
 
@@ -375,10 +580,13 @@ def _cases() -> list[tuple]:
     cases: list[tuple] = []
 
     def add(kernel, warps: int, types: dict[str, str], packed: tuple[str, ...], **constants: int | bool) -> None:
-        names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        signature = {**names, **dict.fromkeys(constants, "constexpr")}
-        for divisors in (dict.fromkeys(packed, 16), {}) if packed else ({},):
-            cases.append((kernel, signature, constants, {"num_warps": warps}, divisors))
+        for arch in (80, 90):
+            launch = {"launch_pdl": True} if arch == 90 and "PDL" in kernel.arg_names else {}
+            fixed = constants | ({"PDL": bool(launch)} if "PDL" in kernel.arg_names else {})
+            names = {name: types.get(name, "i32") for name in kernel.arg_names if name not in fixed}
+            signature = {**names, **dict.fromkeys(fixed, "constexpr")}
+            for divisors in (dict.fromkeys(packed, 16), {}) if packed else ({},):
+                cases.append((kernel, signature, fixed, {"num_warps": warps, **launch}, divisors, (arch,)))
 
     for name, channels, side in (("bf16", 160, 256), ("fp16", 640, 16), ("fp32", 512, 8)):
         tile, runs = tile_of(channels), chunks(side * side, channels)
@@ -398,6 +606,18 @@ def _cases() -> list[tuple]:
         for residual, phases, with_parts in ((True, False, True), (False, True, True), (True, False, False)):
             flags = {"RESIDUAL": residual, "PHASES": phases, "PARTS": with_parts}
             add(add_maps_kernel, tile.warps, types, packed, **flags, **blocks)
+        if one := whole(side * side, channels, 32):
+            constants = {"WIDTH": channels // 32, "GROUPS": one.groups, "SHIFT": True, "SILU": True}
+            constants |= {
+                "ONCE": side * side <= one.pixels,
+                "EVEN": side * side % one.pixels == 0,
+                "BLOCK_P": one.pixels,
+                "BLOCK_C": one.channels,
+            }
+            constants["BLOCK_G"] = triton.next_power_of_2(one.groups)
+            # Groups of 20 channels begin on 8 bytes.
+            packed = ("x", "out", "channels") if channels // 32 % 16 == 0 else ()
+            add(group_norm_whole_kernel, one.warps, types, packed, **constants)
         block_n, block_w = _group_block(runs, channels // 32)
         for shift in (True, False):
             add(group_norm_moments_kernel, 4, types, (), SHIFT=shift, BLOCK_N=block_n, BLOCK_W=block_w)

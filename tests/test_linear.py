@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from helpers import assert_as_good_as_eager, guarded, kernel_rooms
 from torch import Tensor
 
-from unifiedar.nn import Linear8bit
-from unifiedar.ops import _native, linear_8bit, registry
+from unifiedar.nn import Linear8bit, gelu_of
+from unifiedar.ops import _native, linear_8bit, registry, widen_8bit
+from unifiedar.ops.linear import many_rows
 
 ROOMS = [c for c in kernel_rooms() if c.values[0][0] != "cuda" and (c.values[0][0] == "eager" or "float16" in c.id)]
 rooms = pytest.mark.parametrize("room", ROOMS, indirect=True)
@@ -78,6 +79,36 @@ def test_every_entry_of_the_format(room, form):
 
 
 @rooms
+@formats
+def test_many_rows(room, form):
+    """The weights are widened first: as good as the definition."""
+    given = arguments(room, 129, 32, 48, form)
+    assert many_rows(129, 32, 48)
+    check(room, given)
+    check(room, given | {"bias": None})
+    given["x"] = given["x"].view(3, 43, 48)
+    assert check(room, given).shape == (3, 43, 32)
+    assert not many_rows(256, 32, 64)
+    check(room, arguments(room, 256, 32, 64, form))
+
+
+@rooms
+@formats
+@pytest.mark.parametrize("shape", [(5, 784), (9, 1040), (1, 7), (4, 1024), (0, 16)])
+def test_widened(room, form, shape):
+    """Every backend rounds the same product once."""
+    given = arguments(room, 1, *shape, form)
+    weight, scale = given["weight"], given["scale"]
+    got = widen_8bit(weight, scale, room[2], backend=room[0])
+    assert got.dtype == room[2]
+    assert torch.equal(got, (weight.float() * scale[:, None]).to(room[2]))
+    if room[0] == "triton" and got.numel():
+        out, check_out = guarded(shape, room[2], room[1])
+        _native.kernels("linear").widen_8bit(weight, scale, out)
+        check_out()
+
+
+@rooms
 def test_large_values_do_not_overflow(room):
     """Entries of 448 times activations of 30, 512 of them, are far beyond float16 before the scale is applied."""
     x = torch.full((2, 512), 30.0, device=room[1], dtype=room[2])
@@ -135,6 +166,20 @@ def test_layers_of_a_large_model(rows, outputs, inputs, form):
 
 
 @pytest.mark.gpu
+@formats
+@pytest.mark.parametrize("rows", [128, 300])
+def test_gelu_of_few_rows_and_of_many(rows, form):
+    given = arguments(("triton", "cuda", torch.float16), rows, 256, 192, form)
+    layer = Linear8bit(given["weight"], given["scale"] * 0.1, given["bias"], torch.float16)
+    with torch.no_grad():
+        eager = F.gelu(
+            linear_8bit(given["x"], layer.weight, layer.scale, layer.bias, backend="eager"), approximate="tanh"
+        )
+        exact = F.gelu(oracle(given["x"], layer.weight, layer.scale, layer.bias), approximate="tanh")
+        assert_as_good_as_eager(gelu_of(layer, given["x"]), eager, exact)
+
+
+@pytest.mark.gpu
 def test_in_a_graph():
     given = arguments(("triton", "cuda", torch.bfloat16), 4, 1024, 1024, "fp8")
     want = linear_8bit(**given, backend="triton")
@@ -166,6 +211,7 @@ def test_compiles_and_checks():
     given = arguments(("eager", "cpu", torch.float32), 3, 5, 16, "int8")
     given["x"].requires_grad_()
     torch.library.opcheck(registry["linear_8bit"].overload, (*given.values(), "auto"))
+    torch.library.opcheck(registry["widen_8bit"].overload, (given["weight"], given["scale"], torch.bfloat16, "auto"))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -219,6 +265,22 @@ def test_bad_input(change, error, text):
     given = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4, dtype=torch.int8), "scale": torch.zeros(3), **change}
     with pytest.raises(error, match=f"linear_8bit: .*{text}"):
         linear_8bit(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"weight": torch.zeros(3, 4)}, TypeError, "weight must be int8, float8_e4m3fn"),
+        ({"scale": torch.zeros(4)}, ValueError, r"scale must be \(3,\)"),
+        ({"scale": torch.zeros(3, device="meta")}, ValueError, "scale must be on the device of weight"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float32"),
+        ({"backend": "triton"}, ValueError, "which needs"),
+    ],
+)
+def test_bad_input_of_widening(change, error, text):
+    given = {"weight": torch.zeros(3, 4, dtype=torch.int8), "scale": torch.zeros(3), "dtype": torch.float32, **change}
+    with pytest.raises(error, match=f"widen_8bit: .*{text}"):
+        widen_8bit(**given)
 
 
 def test_says_why_a_backend_does_not_fit():

@@ -7,7 +7,7 @@ from helpers import assert_as_good_as_eager, guarded, interpreter_skip, kernel_r
 from torch import Tensor, nn
 
 from unifiedar.checkpoints import quantize_rows
-from unifiedar.nn import Linear8bit, ModulatedNorm, gelu_of, in_parts, linear, of_few
+from unifiedar.nn import Linear8bit, ModulatedNorm, gelu_of, in_parts, of_few
 from unifiedar.ops import (
     _native,
     few_linear,
@@ -18,7 +18,7 @@ from unifiedar.ops import (
     parts_norm,
     registry,
 )
-from unifiedar.ops.linear import MANY, parts_of
+from unifiedar.ops.linear import parts_of
 from unifiedar.ops.linear_few import few_rows
 
 ROOMS = [c for c in kernel_rooms() if c.values[0][0] != "cuda"]
@@ -361,18 +361,6 @@ def test_layers_of_8_bits(monkeypatch, form):
     got = of_few(layer, x, bias), gelu_of(layer, x), (branch[0].sum(0) + branch[1]).half()
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
-
-
-def test_weights_of_8_bits_are_widened_first_for_many_rows(monkeypatch):
-    weight, scale = quantize_rows(torch.randn(32, 64), "int8")
-    layer = Linear8bit(weight, scale, torch.zeros(32), torch.float16)
-    asked = []
-    monkeypatch.setattr(linear, "linear_8bit", lambda *args, backend: asked.append(backend))
-    for rows in (MANY, MANY + 1):
-        layer(torch.zeros(rows, 64).half())
-    layer.backend = "triton"
-    layer(torch.zeros(MANY + 1, 64).half())
-    assert asked == ["auto", "eager", "triton"]
 
 
 def test_compile_and_check():

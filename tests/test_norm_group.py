@@ -163,6 +163,24 @@ def test_sums(room, shape, groups, phases, residual):
 
 
 @kernel_room
+@pytest.mark.parametrize("tile", [(1, 64, 32, 4), (2, 16, 64, 4), (3, 128, 64, 8), (16, 8, 512, 8), (32, 16, 1024, 8)])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_whole_in_one_launch(room, tile, shifted):
+    """Blocks of groups with a tail, one tile of pixels and several, the last one not full; a mean far from zero."""
+    _, device, dtype = room
+    from unifiedar.kernels import norm_group
+
+    x, weight, bias = inputs((2, 640, 9, 11), dtype, device, mean=30.0)
+    x[:, 20:40] += 100
+    shift = torch.randn(640, generator=torch.Generator().manual_seed(3)).to(device, dtype) if shifted else None
+    out = torch.empty_like(x)
+    norm_group.group_norm_whole(x, weight, bias, shift, 32, 1e-6, True, out, norm_group.Whole(*tile))
+    exact = formula(x.double() + (0 if shift is None else shift.double()[:, None, None]), weight, bias, 32, 1e-6, True)
+    eager = group_norm(x, weight, bias, 32, shift=shift, silu=True, backend="eager")
+    assert_as_good_as_eager(out, eager, exact)
+
+
+@kernel_room
 @pytest.mark.parametrize("tiles", [2, 3, 100])
 def test_sums_in_runs_of_several_tiles(room, tiles, monkeypatch):
     backend, device, dtype = room
@@ -259,7 +277,7 @@ def test_weights_of_another_dtype_and_strides(room):
 
 @kernel_room
 def test_writes_its_output_and_nothing_else(room):
-    backend, device, dtype = room
+    _, device, dtype = room
     from unifiedar.kernels import norm_group
 
     for shape, groups in SHAPES.values():
@@ -281,8 +299,14 @@ def test_writes_its_output_and_nothing_else(room):
         taps = torch.randn(channels, 3, 3, 24, device=device).to(dtype)
         norm_group.phase_weights(taps.permute(0, 3, 1, 2), weights.permute(0, 3, 1, 2))
         check_weights()
-        want = group_norm(x, weight, bias, groups, silu=True, backend=backend)
-        assert torch.equal(out.permute(0, 3, 1, 2), want)
+        exact = formula(x, weight, bias, groups, 1e-6, True)
+        eager = group_norm(x, weight, bias, groups, silu=True, backend="eager")
+        assert_as_good_as_eager(out.permute(0, 3, 1, 2), eager, exact)
+        if one := norm_group.whole(height * width, channels, groups):
+            out, check_out = guarded((batch, height, width, channels), dtype, device)
+            norm_group.group_norm_whole(x, weight, bias, None, groups, 1e-6, True, out.permute(0, 3, 1, 2), one)
+            check_out()
+            assert_as_good_as_eager(out.permute(0, 3, 1, 2), eager, exact)
 
 
 @rooms_there_are

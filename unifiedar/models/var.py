@@ -403,8 +403,8 @@ class VAR(nn.Module):
 
         Nearly all of a large model, for half the memory of half precision. Embeddings, norms and the classifier stay.
         What it costs in logits: `quality_drawn.logit_cost`. Products still run in half precision, with weights widened
-        on the way (`ops.linear_8bit`): faster up to some 32 rows, slower above, so that a picture on its own takes a
-        tenth to a fifth longer than with weights of half precision.
+        on the way (`ops.linear_8bit`): faster up to some 32 rows, slower above, most at some hundred; of thousands of
+        rows it costs a few percent.
 
         Args:
             form: "int8" or "fp8" (e4m3), one scale an output (see `checkpoints.quantize_rows`). Weights that came from

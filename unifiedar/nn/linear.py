@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from unifiedar.ops import linear_8bit
-from unifiedar.ops.linear import MANY
 
 __all__ = ["Linear8bit"]
 
@@ -52,8 +51,7 @@ class Linear8bit(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.bias if bias is None else bias
-        many = self.backend == "auto" and x.numel() > MANY * x.shape[-1]
-        return linear_8bit(x, self.weight, self.scale, bias, backend="eager" if many else self.backend)
+        return linear_8bit(x, self.weight, self.scale, bias, backend=self.backend)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.to(dtype)` would widen weights of fp8, which count as floating point, and round the scales.

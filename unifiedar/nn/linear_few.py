@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from unifiedar.nn.linear import Linear8bit
 from unifiedar.nn.linear_wide import wide_linear
-from unifiedar.ops import bias_gelu, few_linear, linear_parts
+from unifiedar.ops import bias_gelu, few_linear, linear_parts, widen_8bit
 from unifiedar.ops.linear_few import few_rows
 
 __all__ = ["gelu_of", "in_parts", "of_few"]
@@ -46,15 +46,18 @@ def gelu_of(layer: nn.Linear | Linear8bit, x: Tensor) -> Tensor:
     if takes_few(layer, x):
         scale = layer.scale if isinstance(layer, Linear8bit) else None
         return few_linear(x, layer.weight, layer.bias, scale=scale, activation="gelu")
-    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == layer.weight.dtype
+    eight = isinstance(layer, Linear8bit) and layer.backend != "eager"
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and (eight or x.dtype == layer.weight.dtype)
     if (
         half
         and _plain(layer)
         and layer.bias is not None
+        and layer.bias.dtype == x.dtype
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
     ):
         # On a GPU this is GELU's tanh form on the product's float32 sums, in the same kernel.
-        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.mT, use_gelu=True)
+        weight = widen_8bit(layer.weight, layer.scale, x.dtype) if isinstance(layer, Linear8bit) else layer.weight
+        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), weight.mT, use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
     if layer.bias is not None and learns(layer, x):
         return bias_gelu(wide_linear(x, layer.weight), layer.bias)

@@ -30,7 +30,7 @@ from unifiedar.ops.codes_multiscale import (
     next_scale_input,
 )
 from unifiedar.ops.depth import DepthBlock, DepthCodes, DepthForm, DepthWeights, depth_decode
-from unifiedar.ops.linear import linear_8bit
+from unifiedar.ops.linear import linear_8bit, widen_8bit
 from unifiedar.ops.linear_few import few_linear, linear_parts, parts_norm
 from unifiedar.ops.linear_gelu import bias_gelu
 from unifiedar.ops.norm import modulated_norm, packed_norm_rope, qk_norm_rope
@@ -82,4 +82,5 @@ __all__ = [
     "residual_lookup",
     "residual_quantize",
     "sample_codes",
+    "widen_8bit",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unifiedar.ops import _checks, _native
 from unifiedar.ops._op import Backend, Op
-from unifiedar.ops.linear import MANY, STEP, WEIGHTS, _eager, _scaled, _split, parts_of
+from unifiedar.ops.linear import STEP, WEIGHTS, _eager, _scaled, _split, many_rows, parts_of
 from unifiedar.ops.norm import _gated_eager, _tokens_unfit
 
 __all__ = ["few_linear", "few_rows", "linear_parts", "parts_norm"]
@@ -191,7 +191,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias)):
         return False
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows > MANY if eight else rows * min(weight.shape) > FEW:
+    if many_rows(rows, *weight.shape) if eight else rows * min(weight.shape) > FEW:
         return False
     if _unfit_triton(x, weight) is not None:
         return False

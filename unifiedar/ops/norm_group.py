@@ -200,13 +200,15 @@ def _run_norm_triton(
     out = torch.empty_like(x)
     if out.numel():
         kernels = _native.kernels("norm_group")
-        moments = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
-        shift = None if shift is None else shift.contiguous()
+        given = (x, weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous())
+        one = kernels.whole(x.shape[2] * x.shape[3], x.shape[1], groups) if parts is None else None
         with torch.cuda.device_of(x):
-            kernels.group_norm(
-                x, weight.contiguous(), bias.contiguous(), shift, groups, eps, silu,
-                _parts(x) if parts is None else parts, moments, out, parted=parts is not None,
-            )  # fmt: skip
+            if one is not None:
+                kernels.group_norm_whole(*given, groups, eps, silu, out, one)
+                return out
+            moments = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
+            known = parts is not None
+            kernels.group_norm(*given, groups, eps, silu, parts if known else _parts(x), moments, out, parted=known)
     return out
 
 
@@ -395,8 +397,8 @@ def group_norm(
             fit.
 
     Note:
-        Moments are float32's (float64 for float64). Triton makes them in two steps, of means and squared distances to
-        them, so that a mean far from zero costs no digits; it rounds once, the eager backend after the shift, the norm
+        Moments are float32's (float64 for float64). Triton makes them of means and squared distances to them, so that
+        a mean far from zero costs no digits; it rounds once, the eager backend after the shift, the norm
         and SiLU. Never under autocast. Equal for a picture alone or among others, and between runs, on Triton.
         Differentiable once; the gradient is the eager backend's. No host sync; may be captured in a CUDA graph.
     """
