@@ -557,7 +557,9 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, const Planned& planne
   const int held_length = kOfKeys ? args.keys : args.queries, passed_length = kOfKeys ? args.queries : args.keys;
   const HeadsView of_queries[2] = {args.q, args.grad}, of_keys[2] = {args.k, args.v};
   const HeadsView results[2] = {kOfKeys ? args.grad_k : args.grad_q, kOfKeys ? args.grad_v : args.grad_q};
-  cudaError_t error = cudaSuccess;
+  const auto kernel = attention_backward_sm90_kernel<Shape>;
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
   const auto describe = [&](CUtensorMap* map, const HeadsView& view, int heads, int length, int rows) {
     if (error == cudaSuccess)
       error = describe_tensor(map, view, dtype, args.batch, heads, length, args.width, rows);
@@ -601,10 +603,6 @@ cudaError_t launch_tile(const AttentionBackwardArgs& args, const Planned& planne
   kernel_args.softmax_scale = args.softmax_scale;
   const int64_t tiles = int64_t(kernel_args.tiles) * kernel_args.rows;
   if (tiles > INT32_MAX || int64_t(kernel_args.group) * kernel_args.tiles > INT32_MAX) return cudaErrorNotSupported;
-  const auto kernel = attention_backward_sm90_kernel<Shape>;
-  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Shape::kBytes);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -546,7 +546,10 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
   const auto describe = [&](CUtensorMap* map, const HeadsView& view, int heads, int length, int rows) {
     return describe_tensor(map, view, dtype, args.batch, heads, length, args.width, rows);
   };
-  cudaError_t error = describe(&kernel_args.q, args.q, args.heads, args.queries, kHeldRows);
+  const auto kernel = attention_forward_sm90_kernel<Shape>;
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
+  if (error == cudaSuccess) error = describe(&kernel_args.q, args.q, args.heads, args.queries, kHeldRows);
   if (error == cudaSuccess) error = describe(&kernel_args.k, args.k, key_heads, args.keys, Shape::kKeys);
   if (error == cudaSuccess) error = describe(&kernel_args.v, args.v, key_heads, args.keys, Shape::kKeys);
   if (error == cudaSuccess) error = describe(&kernel_args.out, args.out, args.heads, args.queries, kHeldRows);
@@ -584,10 +587,6 @@ cudaError_t launch_tile(const AttentionArgs& args, DType dtype, int processors, 
     error = cudaMemsetAsync(args.taken, 0, sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
   }
-  const auto kernel = attention_forward_sm90_kernel<Shape>;
-  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Shape::kBytes);
-  if (error != cudaSuccess) return error;
   kernel<<<int(std::min(blocks, tiles)), Shape::kThreads, Shape::kBytes, stream>>>(kernel_args);
   return cudaGetLastError();
 }

@@ -263,7 +263,8 @@ inline EncodeTiled* find_encode_tiled() {
                                                                       : nullptr;
 }
 
-// A tensor [batch, heads, length, width] in boxes of `rows` by 64 channels.
+// A tensor [batch, heads, length, width] in boxes of `rows` by 64 channels. The driver wants the thread to have a context,
+// which one of autograd's that has launched nothing yet has not: only after a call of the runtime that needs it.
 inline cudaError_t describe_tensor(CUtensorMap* map, const HeadsView& view, DType dtype, int batch, int heads,
                                    int length, int width, int rows) {
   static EncodeTiled* const encode = find_encode_tiled();
@@ -277,7 +278,7 @@ inline cudaError_t describe_tensor(CUtensorMap* map, const HeadsView& view, DTyp
       encode(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
              view.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // the runtime has the driver's numbers
 }
 
 // Whether tiles of one warpgroup are taken, two blocks a multiprocessor, in place of those of two or three, which share

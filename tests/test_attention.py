@@ -3,6 +3,8 @@
 import functools
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -804,6 +806,34 @@ def test_no_host_sync(room, in_tensor):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+FRESH = """
+import threading, torch
+from unifiedar.ops import block_causal_attention
+
+leaves = [torch.randn(1, 2, 100, 64, device="cuda", dtype={dtype}, requires_grad=True) for _ in range(3)]
+run = lambda: block_causal_attention(*leaves, [40, 60], backend="cuda")
+out = run()
+if {forward}:
+    thread = threading.Thread(target=lambda: found.append(run()))
+    found = []
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], out)
+else:
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out, leaves, out.detach()))
+"""
+
+
+@pytest.mark.gpu
+@gpu_cuda
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "gradients"])
+def test_first_work_of_a_thread(room, forward):
+    """A thread that has launched nothing yet has no context, which the driver wants where tensors are described."""
+    script = FRESH.format(dtype=room[2], forward=forward)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
