@@ -25,6 +25,12 @@ __all__ = ["COMPILE_CASES", "MANY", "Wide", "multiply", "parts", "takes", "wide"
 
 MANY = 16  # rows beyond which half precision is multiplied here
 _LARGE = 2**23  # weights beyond which all rows that matrix units multiply are
+_HELD = 64  # rows of x that a program has
+_CHUNK = 64  # inputs that it takes at a time
+_WARPS = 4
+_AHEAD: tl.constexpr = tl.constexpr(512)  # inputs of its weights, fetched before the launch ahead is waited for
+_SPREAD = 132  # programs of which none need wait for room on a large GPU
+_ROOM = 98304  # bytes of a ring: two programs fit on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -32,22 +38,14 @@ class Wide:
     """How a product of many rows, in half precision, is shared out.
 
     Args:
-        rows: of x that a program has.
-        outputs: rows of the weights that it has, of each matrix if gated.
+        outputs: rows of the weights that a program has, of each matrix if gated.
         parts: of the inputs; a program has one.
-        inputs: entries that it takes at a time.
         stages: of the ring that they go through.
-        warps: of a program.
-        ahead: entries of its weights that are fetched to the second cache before the launch ahead is waited for.
     """
 
-    rows: int
     outputs: int
     parts: int
-    inputs: int
     stages: int
-    warps: int
-    ahead: int
 
 
 def wide(rows: int, sizes: list[int], inputs: int, gated: bool = False, shared: bool = False) -> Wide:
@@ -59,8 +57,7 @@ def wide(rows: int, sizes: list[int], inputs: int, gated: bool = False, shared: 
         gated: as `linear` takes it.
         shared: whether the inputs may be shared out.
     """
-    held = 64
-    tall = triton.cdiv(rows, 2 * held)  # two that have the same weights fit on a multiprocessor
+    tall = triton.cdiv(rows, 2 * _HELD)  # two that have the same weights fit on a multiprocessor
 
     def programs(outputs: int) -> int:
         return tall * sum(triton.cdiv(size, outputs) for size in (sizes[:1] if gated else sizes))
@@ -71,12 +68,8 @@ def wide(rows: int, sizes: list[int], inputs: int, gated: bool = False, shared: 
     outputs = 64
     while outputs > 16 and programs(outputs) * shares(outputs) < 96:
         outputs //= 2
-    stages = _ROOM // (128 * (held + outputs * (1 + gated)))
-    return Wide(held, outputs, shares(outputs), 64, max(2, stages), 4, 512)
-
-
-_SPREAD = 132  # programs of which none need wait for room on a large GPU
-_ROOM = 98304  # bytes of a ring: two programs fit on a multiprocessor
+    stages = _ROOM // (2 * _CHUNK * (_HELD + outputs * (1 + gated)))
+    return Wide(outputs, shares(outputs), max(2, stages))
 
 
 def parts(rows: int, outputs: int, inputs: int, itemsize: int = 2) -> int:
@@ -91,9 +84,9 @@ def takes(rows: int, weights: int, itemsize: int) -> bool:
 
 
 @triton.jit
-def _ask(weight, near, begin, INPUTS: tl.constexpr, AHEAD: tl.constexpr):
-    """Brings entries begin .. begin + AHEAD - 1 of rows of weights to the second cache, a line of 64 at a time."""
-    entry = tl.minimum(begin + tl.arange(0, AHEAD // 64) * 64, INPUTS - 1)
+def _ask(weight, near, begin, INPUTS: tl.constexpr):
+    """Brings entries of rows of weights, from `begin` on, to the second cache, a line of 64 at a time."""
+    entry = tl.minimum(begin + tl.arange(0, _AHEAD // 64) * 64, INPUTS - 1)
     at = (weight + near[:, None] * INPUTS + entry[None, :]).to(tl.int64)
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,l", [at], tl.int32, is_pure=False, pack=1)
@@ -122,7 +115,6 @@ def depth_wide_kernel(
     PARTS: tl.constexpr,  # the first adds what is added
     KIND: tl.constexpr,  # one, beside, gated
     ACTIVATION: tl.constexpr,  # none, gelu, gelu_tanh, silu
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,10 +137,9 @@ def depth_wide_kernel(
     added2 = columns(bias2 if KIND == "gated" else None, near)
     placed = columns(place, near)
     if PDL:
-        if AHEAD > 0:
-            _ask(weight, near, begin * BLOCK_K, INPUTS, AHEAD)
-            if KIND == "gated":
-                _ask(weight2, near, begin * BLOCK_K, INPUTS, AHEAD)
+        _ask(weight, near, begin * BLOCK_K, INPUTS)
+        if KIND == "gated":
+            _ask(weight2, near, begin * BLOCK_K, INPUTS)
         gdc_wait()
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -214,10 +205,10 @@ def multiply(
     rows, inputs = x.shape
     one = wide(rows, sizes, inputs, kind == "gated", out.ndim == 3)
     tiles = sum(triton.cdiv(size, one.outputs) for size in (sizes if kind == "beside" else sizes[:1]))
-    depth_wide_kernel[triton.cdiv(rows, one.rows), tiles, one.parts](
+    depth_wide_kernel[triton.cdiv(rows, _HELD), tiles, one.parts](
         x, *weights, *biases, place, residual, out, rows, 0 if residual is None else residual.stride(0), out.stride(-2),
         out.stride(0) if out.ndim == 3 else 0, **_constants(one, inputs, sizes, kind, activation, early),
-        num_warps=one.warps, num_stages=one.stages, **launch(early),
+        num_warps=_WARPS, num_stages=one.stages, **launch(early),
     )  # fmt: skip
 
 
@@ -225,10 +216,9 @@ def _constants(one: Wide, inputs: int, sizes: list[int], kind: str, activation: 
     return {
         **shared_constants(inputs, sizes, kind, activation, early),
         "PARTS": one.parts,
-        "AHEAD": one.ahead,
-        "BLOCK_M": one.rows,
+        "BLOCK_M": _HELD,
         "BLOCK_N": one.outputs,
-        "BLOCK_K": one.inputs,
+        "BLOCK_K": _CHUNK,
     }
 
 
@@ -237,7 +227,7 @@ def _case(dtype: str, rows: int, inputs: int, outputs: tuple[int, ...], early: b
     one = wide(rows, list(outputs), inputs, kind == "gated", how.get("in_parts", False))
     types = {**linear_types(dtype, len(outputs), **how), "out_part": "i32"}
     constants = _constants(one, inputs, list(outputs), kind, how.get("activation", "none"), early)
-    options = {"num_warps": one.warps, "num_stages": one.stages, **launch(early)}
+    options = {"num_warps": _WARPS, "num_stages": one.stages, **launch(early)}
     aligned = [name for name, given in types.items() if given == f"*{dtype}"]
     return case(depth_wide_kernel, types, constants, options, (*aligned, "residual_row", "out_row"))
 

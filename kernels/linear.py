@@ -61,10 +61,10 @@ def widen_8bit_kernel(
     # Nothing that runs before writes weights, so they are fetched before the wait; and they are not read again, as what
     # is written here is.
     entries = tl.load(weight + at, mask=inside, other=0, eviction_policy="evict_first")
-    factor = tl.load(scale + output, mask=output < outputs, other=0.0)
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+    factor = tl.load(scale + output, mask=output < outputs, other=0.0)  # which may be a copy that was just made
     if FORM == "fp8":
         factor *= 256.0
     wide = _widened(entries, FORM, out.dtype.element_ty).to(tl.float32) * factor[:, None]
