@@ -1,19 +1,32 @@
-// A step of VAR's residual pyramid for few pictures, where time is chains of loads and waits: many small tiles, all of a
-// tile's loads on their way before the first is used, and the convolution's sum divided among the warps of a block.
+// A step of VAR's residual pyramid. For few pictures time is chains of loads and waits: many small tiles, all of a tile's
+// loads on their way before the first is used, and the convolution's sum divided among the warps of a block. For many,
+// larger tiles, whose borders and weights weigh less.
 #include "pyramid.h"
 
-#include <algorithm>
+#include <climits>
 
+#include "device/early.cuh"
 #include "device/wide.cuh"
 
 namespace unifiedar {
 namespace {
 
 constexpr int kChannels = kPyramidChannels, kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kTall = 2, kWide = 4, kPixels = kTall * kWide;  // a tile, a pixel a warp
 constexpr int kTaps = 9, kSum = kChannels * kTaps;
-constexpr int kBlocks = 132 * 2;  // that are on the device at a time
-static_assert(kPixels == kWarps && kChannels == 32, "a thread has one number of a tile");
+static_assert(kChannels == 32, "a channel a lane");
+
+// Pixels that a block computes together. `kPad` are the words from a pixel's sums to the next one's: such that threads
+// of different pixels read from different banks.
+template <int kTall_, int kWide_, int kPad_>
+struct Tile {
+  static constexpr int kTall = kTall_, kWide = kWide_, kPad = kPad_;
+  static constexpr int kPixels = kTall * kWide, kOwn = kPixels * kChannels / kThreads;  // numbers a thread has at the end
+  static int64_t count(const PyramidArgs& args) {
+    return int64_t((args.height + kTall - 1) / kTall) * ((args.width + kWide - 1) / kWide) * args.batch;
+  }
+};
+using Small = Tile<2, 4, 36>;
+using Large = Tile<4, 8, 33>;
 
 // Weights of cubic convolution (a = -0.75) of the four neighbours of `at`, of which the second is at floor(at).
 __device__ __forceinline__ void cubic(float at, float (&weight)[4]) {
@@ -28,158 +41,218 @@ __device__ __forceinline__ void cubic(float at, float (&weight)[4]) {
 // from all banks.
 __device__ __forceinline__ int weight_at(int row, int pack) { return row * kSum + (pack ^ (row & 7)) * 4; }
 
-// Grid: blocks that take every so many tiles. A warp's lanes are channels.
-template <typename T, bool kPhi>
+// Grid: (tiles of all pictures,). A warp's lanes are channels, but for the end, where a thread has
+// neighbouring channels of a pixel and a warp neighbouring pixels, as the maps lie.
+template <typename T, bool kPhi, typename Tile>
 __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_constant__ PyramidArgs args) {
+  constexpr int kTall = Tile::kTall, kWide = Tile::kWide, kPixels = Tile::kPixels, kOwn = Tile::kOwn;
   constexpr int kBorder = kPhi ? 1 : 0, kRow = kWide + 2 * kBorder, kSpots = (kTall + 2 * kBorder) * kRow;
-  alignas(16) __shared__ float weights[kPhi ? kChannels * kSum : 1];
-  alignas(16) __shared__ float spots[kSpots][kChannels];  // the scale, upsampled
-  __shared__ float parts[kPhi ? kWarps : 1][kPixels][kChannels];
+  constexpr int kPad = Tile::kPad, kParts = kPixels * kPad;
+  static_assert(kWarps * kParts <= kChannels * kSum, "sums lie where the weights lay");
+  alignas(16) __shared__ float pool[kPhi ? kChannels * kSum : 1];  // the weights, until all have theirs; then sums
+  alignas(16) __shared__ float spots[kSpots][kChannels + 4];       // the scale, upsampled
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int across = (args.width + kWide - 1) / kWide, tiles = (args.height + kTall - 1) / kTall * across;
+  const int tile = int(blockIdx.x) % tiles, top = tile / across * kTall, left = tile % across * kWide;
+  const int64_t picture = int(blockIdx.x) / tiles;
+  kernels_behind_begin();
+  kernels_before_done();
 
-  for (int tile = int(blockIdx.x); tile < tiles * args.batch; tile += int(gridDim.x)) {
-    const int64_t picture = tile / tiles;
-    const int top = tile % tiles / across * kTall, left = tile % tiles % across * kWide;
-    // This thread's number of the tile.
-    const int my_y = top + warp / kWide, my_x = left + warp % kWide;
-    const bool present = my_y < args.height && my_x < args.width;
-    float base = 0, bias = 0;
+  // This thread's numbers of the tile.
+  const int my = int(threadIdx.x) % kPixels, my_c = int(threadIdx.x) / kPixels * kOwn;
+  const int my_y = top + my / kWide, my_x = left + my % kWide;
+  const bool present = my_y < args.height && my_x < args.width;
+  float base[kOwn] = {}, bias[kOwn] = {};
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
     if (present)
-      base = wide(static_cast<const T*>(args.base)[picture * args.base_b + lane * args.base_c + my_y * args.base_y +
-                                                      my_x * args.base_x]);
-    if (kPhi) bias = wide(static_cast<const T*>(args.bias)[lane]);
+      base[n] = wide(static_cast<const T*>(args.base)[picture * args.base_b + (my_c + n) * args.base_c +
+                                                         my_y * args.base_y + my_x * args.base_x]);
+    if (kPhi) bias[n] = wide(static_cast<const T*>(args.bias)[my_c + n]);
+  }
 
-    constexpr int kOwn = (kSpots + kWarps - 1) / kWarps;
-    int source[kOwn];  // lanes 0 to 15: where the row of one of a spot's 16 neighbours begins, -1: zeros
+  constexpr int kLooks = (kSpots + kWarps - 1) / kWarps;
+  int source[kLooks];  // lanes 0 to 15: where the row of one of a spot's 16 neighbours begins, -1: zeros
 #pragma unroll
-    for (int s = 0; s < kOwn; ++s) {
-      const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
-      source[s] = -1;
-      if (lane >= 16 || y < 0 || y >= args.height || x < 0 || x >= args.width) continue;
-      const float at_y = (float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f;
-      const float at_x = (float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f;
-      const int i = min(max(int(floorf(at_y)) + lane / 4 - 1, 0), args.h - 1);
-      const int j = min(max(int(floorf(at_x)) + lane % 4 - 1, 0), args.w - 1);
-      int64_t row = i * args.w + j;
-      if (args.codes) row = args.codes[picture * args.code_b + row];
-      if (row >= 0 && row < args.num_codes) source[s] = int(row) * args.table_entry;
+  for (int s = 0; s < kLooks; ++s) {
+    const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
+    source[s] = -1;
+    if (lane >= 16 || y < 0 || y >= args.height || x < 0 || x >= args.width) continue;
+    // Of a scale as large as the map only the pixel itself counts.
+    if ((args.h == args.height && lane / 4 != 1) || (args.w == args.width && lane % 4 != 1)) continue;
+    const float at_y = (float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f;
+    const float at_x = (float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f;
+    const int i = min(max(int(floorf(at_y)) + lane / 4 - 1, 0), args.h - 1);
+    const int j = min(max(int(floorf(at_x)) + lane % 4 - 1, 0), args.w - 1);
+    int64_t row = i * args.w + j;
+    if (args.codes) row = args.codes[picture * args.code_b + row];
+    if (row >= 0 && row < args.num_codes) source[s] = int(row) * args.table_entry;
+  }
+  constexpr int kPacks = kChannels * kSum / 4 / kThreads;
+  Four<T> held[kPacks];  // the convolution; on its way while codes and rows are
+  if (kPhi) {
+#pragma unroll
+    for (int n = 0; n < kPacks; ++n)
+      held[n] = static_cast<const Four<T>*>(args.weight)[int(threadIdx.x) + n * kThreads];
+  }
+  const T* table = static_cast<const T*>(args.table) + picture * args.table_b + lane * args.table_c;
+#pragma unroll
+  for (int s = 0; s < kLooks; ++s) {
+    const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
+    float value[16];
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      const int at = __shfl_sync(~0u, source[s], n);
+      value[n] = at < 0 ? 0 : wide(table[at]);
     }
-    constexpr int kPacks = kChannels * kSum / 4 / kThreads;
-    Four<T> held[kPacks];  // the convolution, once; on its way while codes and rows are
-    const bool first = kPhi && tile == int(blockIdx.x);
-    if (first) {
+    float down[4], along[4], sum = 0;
+    cubic((float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f, down);
+    cubic((float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f, along);
 #pragma unroll
-      for (int n = 0; n < kPacks; ++n)
-        held[n] = static_cast<const Four<T>*>(args.weight)[int(threadIdx.x) + n * kThreads];
+    for (int a = 0; a < 4; ++a) {
+      float line = 0;
+#pragma unroll
+      for (int b = 0; b < 4; ++b) line += along[b] * value[4 * a + b];
+      sum += down[a] * line;
     }
-    __syncthreads();  // nobody reads the last tile's any more
-    const T* table = static_cast<const T*>(args.table) + picture * args.table_b + lane * args.table_c;
+    if (spot < kSpots) spots[spot][lane] = sum;
+  }
+  if (kPhi) {
 #pragma unroll
-    for (int s = 0; s < kOwn; ++s) {
-      const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
-      float value[16];
-#pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        const int at = __shfl_sync(~0u, source[s], n);
-        value[n] = at < 0 ? 0 : wide(table[at]);
-      }
-      float down[4], along[4], sum = 0;
-      cubic((float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f, down);
-      cubic((float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f, along);
-#pragma unroll
-      for (int a = 0; a < 4; ++a) {
-        float line = 0;
-#pragma unroll
-        for (int b = 0; b < 4; ++b) line += along[b] * value[4 * a + b];
-        sum += down[a] * line;
-      }
-      if (spot < kSpots) spots[spot][lane] = sum;
+    for (int n = 0; n < kPacks; ++n) {
+      const int pack = int(threadIdx.x) + n * kThreads;
+      *reinterpret_cast<float4*>(pool + weight_at(pack / (kSum / 4), pack % (kSum / 4))) = {
+          wide(held[n].value[0]), wide(held[n].value[1]), wide(held[n].value[2]), wide(held[n].value[3])};
     }
-    if (first) {
+  }
+  __syncthreads();
+
+  float part[kOwn];
 #pragma unroll
-      for (int n = 0; n < kPacks; ++n) {
-        const int pack = int(threadIdx.x) + n * kThreads;
-        *reinterpret_cast<float4*>(weights + weight_at(pack / (kSum / 4), pack % (kSum / 4))) = {
-            wide(held[n].value[0]), wide(held[n].value[1]), wide(held[n].value[2]), wide(held[n].value[3])};
-      }
+  for (int n = 0; n < kOwn; ++n) part[n] = spots[(my / kWide + kBorder) * kRow + my % kWide + kBorder][my_c + n];
+  if constexpr (kPhi) {
+    // This warp's four input channels of all pixels; a lane is an output channel.
+    float own[4 * kTaps];
+#pragma unroll
+    for (int n = 0; n < kTaps; ++n) {
+      const float4 four = *reinterpret_cast<const float4*>(pool + weight_at(lane, warp * kTaps + n));
+      own[4 * n] = four.x, own[4 * n + 1] = four.y, own[4 * n + 2] = four.z, own[4 * n + 3] = four.w;
     }
     __syncthreads();
-
-    float part = spots[(warp / kWide + kBorder) * kRow + warp % kWide + kBorder][lane];
-    if constexpr (kPhi) {
-      // This warp's four input channels of all pixels; a lane is an output channel.
-      float own[4 * kTaps], sum[kPixels] = {};
+    float sum[kPixels] = {};
 #pragma unroll
-      for (int n = 0; n < kTaps; ++n) {
-        const float4 four = *reinterpret_cast<const float4*>(weights + weight_at(lane, warp * kTaps + n));
-        own[4 * n] = four.x, own[4 * n + 1] = four.y, own[4 * n + 2] = four.z, own[4 * n + 3] = four.w;
+    for (int spot = 0; spot < kSpots; ++spot) {
+      const float4 four = *reinterpret_cast<const float4*>(&spots[spot][4 * warp]);
+      const float input[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int pixel = 0; pixel < kPixels; ++pixel) {
+        const int ty = spot / kRow - pixel / kWide, tx = spot % kRow - pixel % kWide;
+        if (ty < 0 || ty > 2 || tx < 0 || tx > 2) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[pixel] += input[i] * own[i * kTaps + ty * 3 + tx];
       }
-#pragma unroll
-      for (int spot = 0; spot < kSpots; ++spot) {
-        const float4 four = *reinterpret_cast<const float4*>(&spots[spot][4 * warp]);
-        const float input[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int pixel = 0; pixel < kPixels; ++pixel) {
-          const int ty = spot / kRow - pixel / kWide, tx = spot % kRow - pixel % kWide;
-          if (ty < 0 || ty > 2 || tx < 0 || tx > 2) continue;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[pixel] += input[i] * own[i * kTaps + ty * 3 + tx];
-        }
-      }
-#pragma unroll
-      for (int pixel = 0; pixel < kPixels; ++pixel) parts[warp][pixel][lane] = sum[pixel];
-      __syncthreads();
-      float convolved = bias;
-#pragma unroll
-      for (int other = 0; other < kWarps; ++other) convolved += parts[other][warp][lane];
-      part = (1 - args.ratio) * part + args.ratio * convolved;
     }
-    if (!present) continue;
-    const int64_t size = int64_t(args.height) * args.width, pixel = int64_t(my_y) * args.width + my_x;
-    args.total[(picture * size + pixel) * kChannels + lane] = base + part;
-    static_cast<T*>(args.out)[(picture * kChannels + lane) * size + pixel] = narrow<T>(base + part);
+#pragma unroll
+    for (int pixel = 0; pixel < kPixels; ++pixel) pool[warp * kParts + pixel * kPad + lane] = sum[pixel];
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      float convolved = bias[n];
+#pragma unroll
+      for (int other = 0; other < kWarps; ++other) convolved += pool[other * kParts + my * kPad + my_c + n];
+      part[n] = (1 - args.ratio) * part[n] + args.ratio * convolved;
+    }
+  }
+  if (!present) return;
+  const int64_t size = int64_t(args.height) * args.width, pixel = int64_t(my_y) * args.width + my_x;
+  float* total = args.total + (picture * size + pixel) * kChannels + my_c;
+  T* out = static_cast<T*>(args.out) + (picture * kChannels + my_c) * size + pixel;
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
+    part[n] += base[n];
+    out[n * size] = narrow<T>(part[n]);
+  }
+  if constexpr (kOwn == 4) {
+    *reinterpret_cast<float4*>(total) = {part[0], part[1], part[2], part[3]};
+  } else {
+    static_assert(kOwn == 1, "numbers of one or four channels");
+    total[0] = part[0];
   }
 }
 
-// Grid: (rows of the next scale, of all pictures,). A warp's lanes are channels.
-template <typename T>
+// Grid: (blocks of 8 / kSplit rows of the next scale, of all pictures,). kSplit warps have a row, eight lanes a pixel of
+// it and a lane four channels.
+template <typename T, int kSplit>
 __global__ void __launch_bounds__(kThreads) next_mean_kernel(const __grid_constant__ PyramidArgs args) {
   __shared__ float parts[kWarps][kChannels];
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int rows = args.next_h * args.next_w, picture = int(blockIdx.x) / rows, row = int(blockIdx.x) % rows;
-  const int i = row / args.next_w, j = row % args.next_w;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, channel = lane % 8 * 4;
+  const int rows = args.next_h * args.next_w, at = (int(blockIdx.x) * kWarps + warp) / kSplit;
+  kernels_behind_begin();
+  kernels_before_done();
+  const bool present = at < rows * args.batch;
+  const int picture = present ? at / rows : 0, row = at % rows, i = row / args.next_w, j = row % args.next_w;
   const int top = i * args.height / args.next_h, bottom = ((i + 1) * args.height + args.next_h - 1) / args.next_h;
   const int left = j * args.width / args.next_w, right = ((j + 1) * args.width + args.next_w - 1) / args.next_w;
   const int across = right - left, count = (bottom - top) * across;
-  const float* from = args.total + int64_t(picture) * args.height * args.width * kChannels + lane;
-  float sum = 0;
+  const float* from = args.total + int64_t(picture) * args.height * args.width * kChannels + channel;
+  float sum[4] = {};
 #pragma unroll 8
-  for (int n = warp; n < count; n += kWarps)
-    sum += from[((top + n / across) * args.width + left + n % across) * kChannels];
-  parts[warp][lane] = sum;
-  __syncthreads();
-  if (warp > 0) return;
+  for (int n = warp % kSplit * 4 + lane / 8; n < count; n += 4 * kSplit) {
+    const float4 four = *reinterpret_cast<const float4*>(
+        from + ((top + n / across) * args.width + left + n % across) * kChannels);
+    sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
+  }
 #pragma unroll
-  for (int other = 1; other < kWarps; ++other) sum += parts[other][lane];
-  static_cast<T*>(args.following)[int64_t(blockIdx.x) * kChannels + lane] =
-      narrow<T>(sum / float(bottom - top) / float(across));
+  for (int c = 0; c < 4; ++c) {
+    sum[c] += __shfl_xor_sync(~0u, sum[c], 8);
+    sum[c] += __shfl_xor_sync(~0u, sum[c], 16);
+  }
+  // A lane goes on with one channel.
+  if (lane < 8) *reinterpret_cast<float4*>(&parts[warp][channel]) = {sum[0], sum[1], sum[2], sum[3]};
+  if (kSplit > 1) __syncthreads();
+  if (kSplit == 1) __syncwarp();
+  if (!present || warp % kSplit) return;
+  float whole = 0;
+#pragma unroll
+  for (int other = 0; other < kSplit; ++other) whole += parts[warp + other][lane];
+  static_cast<T*>(args.following)[int64_t(at) * kChannels + lane] =
+      narrow<T>(whole / float(bottom - top) / float(across));
+}
+
+cudaError_t start(void (*kernel)(PyramidArgs), int64_t blocks, const PyramidArgs& args, bool early,
+                  cudaStream_t stream) {
+  cudaLaunchAttribute attribute = begins_early();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <typename T, typename Tile>
+auto kernel_of(const PyramidArgs& args) {
+  return args.weight ? next_scale_kernel<T, true, Tile> : next_scale_kernel<T, false, Tile>;
 }
 
 template <typename T>
 cudaError_t launch_step(const PyramidArgs& args, cudaStream_t stream) {
-  const int64_t tiles = int64_t((args.height + kTall - 1) / kTall) * ((args.width + kWide - 1) / kWide) * args.batch;
-  const unsigned blocks = unsigned(std::min<int64_t>(tiles, kBlocks));
-  if (args.weight) {
-    next_scale_kernel<T, true><<<blocks, kThreads, 0, stream>>>(args);
-  } else {
-    next_scale_kernel<T, false><<<blocks, kThreads, 0, stream>>>(args);
-  }
-  if (args.following) {
-    const unsigned rows = unsigned(args.next_h * args.next_w * args.batch);
-    next_mean_kernel<T><<<rows, kThreads, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  int device = 0, major = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      error != cudaSuccess)
+    return error;
+  // As many blocks as an H100 runs at a time, two a multiprocessor.
+  const bool early = major >= 9, many = Small::count(args) > 2 * 132;
+  const int64_t tiles = many ? Large::count(args) : Small::count(args);
+  const auto kernel = many ? kernel_of<T, Large>(args) : kernel_of<T, Small>(args);
+  if (tiles > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (const cudaError_t error = start(kernel, tiles, args, early, stream); error != cudaSuccess || !args.following)
+    return error;
+  const int64_t rows = int64_t(args.next_h) * args.next_w, pixels = int64_t(args.height) * args.width;
+  if (pixels >= 32 * rows) return start(next_mean_kernel<T, kWarps>, rows * args.batch, args, early, stream);
+  return start(next_mean_kernel<T, 1>, (rows * args.batch + kWarps - 1) / kWarps, args, early, stream);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["DRAW", "compile_on_host"]
+__all__ = ["CSRC", "DRAW", "compile_on_host"]
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 

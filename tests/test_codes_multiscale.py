@@ -253,7 +253,7 @@ def test_steps_of_a_generation(room, shape):
 @pytest.mark.parametrize("scales", [VAR, ((1, 1), (3, 5), (17, 23)), ((4, 4), (2, 1), (9, 6))], ids=str)
 @pytest.mark.parametrize("batch", [1, 40])
 def test_steps_of_32_channels(room, batch, scales, count):
-    """What the compiled kernel takes; 40 pictures are more tiles than blocks."""
+    """What the compiled kernel takes; 40 pictures of VAR's are enough for its larger tiles."""
     check_steps(room, (batch, 32, 70, scales, count))
 
 
@@ -814,6 +814,27 @@ def test_2000_launches_of_clusters_are_equal(room, batch):
     for _ in range(2000):
         codes = multiscale_quantize(features, codebook, phi, VAR, backend="cuda")
         wrong += sum((one != other).sum() for one, other in zip(codes, first, strict=True))
+    assert wrong.item() == 0
+
+
+@gpu_cuda
+@pytest.mark.parametrize("batch", [1, 40], ids=["small tiles", "large tiles"])
+def test_200_drawings_by_steps_are_equal(room, batch):
+    """Each launch begins beside the end of the one before, whose sum it reads."""
+    features, codebook, phi = tensors(batch, 32, 4096, VAR, 4, room)
+    codes = random_codes(batch, 4096, VAR, "cuda")
+
+    def work():
+        total, found = features, []
+        for step, one in enumerate(codes):
+            total, following = next_scale_input(total, one, codebook, phi, VAR, step, backend="cuda")
+            found.append(total if following is None else following)
+        return found
+
+    first = work()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(200):
+        wrong += sum((one != other).sum() for one, other in zip(work(), first, strict=True))
     assert wrong.item() == 0
 
 

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from host_cuda import compile_on_host
+from host_cuda import CSRC, DRAW, compile_on_host
 
 from unifiedar.ops import Phi, next_scale_input
 
@@ -24,21 +24,31 @@ extern "C" int step(const void* base, const int64_t* codes, const void* table, c
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return compile_on_host(["pyramid.cu"], EXPORTS, tmp_path_factory.mktemp("pyramid"))
+    wide = (CSRC / "device/wide.cuh").read_text(encoding="utf-8")
+    instead = {"device/wide.cuh": wide + DRAW}
+    return compile_on_host(["pyramid.cu"], EXPORTS, tmp_path_factory.mktemp("pyramid"), instead)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("convolved", [True, False], ids=["phi", "no phi"])
 @pytest.mark.parametrize(
-    "sizes", [((1, 1), (2, 2), (16, 16)), ((2, 3), (5, 9), (5, 9)), ((4, 1), (1, 1), (7, 3))], ids=str
+    ("sizes", "batch"),
+    [
+        (((1, 1), (2, 2), (16, 16)), 3),
+        (((2, 3), (5, 9), (5, 9)), 3),
+        (((4, 1), (1, 1), (7, 3)), 3),
+        (((1, 2), (13, 18)), 12),  # enough for the larger tiles
+        (((3, 2), (5, 9), (5, 9)), 30),
+    ],
+    ids=str,
 )
-def test_step(library, sizes, convolved, dtype):
+def test_step(library, sizes, batch, convolved, dtype):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
-    batch, (height, width) = 3, sizes[-1]
+    height, width = sizes[-1]
     features = normal(batch, height, width, 32).permute(0, 3, 1, 2)
     wide = torch.full((41, 40), torch.nan, dtype=dtype)
     codebook = wide[:40, 3:35]
