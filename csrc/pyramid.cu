@@ -28,13 +28,40 @@ struct Tile {
 using Small = Tile<2, 4, 36>;
 using Large = Tile<4, 8, 33>;
 
-// Weights of cubic convolution (a = -0.75) of the four neighbours of `at`, of which the second is at floor(at).
-__device__ __forceinline__ void cubic(float at, float (&weight)[4]) {
+// Of a line of pixels or spots: its four neighbours in the scale, as lines of the part that a block has, and their weights.
+struct alignas(16) Neighbours {
+  int line[4];
+  float weight[4];
+};
+
+// Where pixel `at` lies in a scale; `step` is a pixel's size there.
+__device__ __forceinline__ float source_of(int at, float step) { return (float(at) + 0.5f) * step - 0.5f; }
+
+__device__ __forceinline__ int within(int at, int size) { return min(max(at, 0), size - 1); }
+
+// Cubic convolution (a = -0.75). `low` is the first line of the scale that the block has.
+__device__ __forceinline__ Neighbours neighbours(int at, int size, int whole, float step, int low) {
+  Neighbours found;
+  const float source = source_of(at, step), below = floorf(source);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float d = fabsf(at - floorf(at) - float(i - 1));
-    weight[i] = d <= 1 ? (1.25f * d - 2.25f) * d * d + 1 : ((-0.75f * d + 3.75f) * d - 6) * d + 3;
+    const float d = fabsf(source - below - float(i - 1));
+    found.weight[i] = d <= 1 ? (1.25f * d - 2.25f) * d * d + 1 : ((-0.75f * d + 3.75f) * d - 6) * d + 3;
+    found.line[i] = within(int(below) + i - 1, size) - low;
+    if (size == whole) {  // the pixel itself, whatever lies beside it, in four quarters, whose sum is it
+      found.weight[i] = 0.25f;
+      found.line[i] = within(at, size) - low;
+    }
   }
+  return found;
+}
+
+// `step` words lie between lines.
+__device__ __forceinline__ float upsampled(const float* lines, int step, const Neighbours& of) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum += of.weight[i] * lines[of.line[i] * step];
+  return sum;
 }
 
 // Where 16 bytes of the weights lie: four channels of a row's 288 words, so that eight rows next to each other are read
@@ -46,11 +73,17 @@ __device__ __forceinline__ int weight_at(int row, int pack) { return row * kSum 
 template <typename T, bool kPhi, typename Tile>
 __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_constant__ PyramidArgs args) {
   constexpr int kTall = Tile::kTall, kWide = Tile::kWide, kPixels = Tile::kPixels, kOwn = Tile::kOwn;
-  constexpr int kBorder = kPhi ? 1 : 0, kRow = kWide + 2 * kBorder, kSpots = (kTall + 2 * kBorder) * kRow;
-  constexpr int kPad = Tile::kPad, kParts = kPixels * kPad;
-  static_assert(kWarps * kParts <= kChannels * kSum, "sums lie where the weights lay");
-  alignas(16) __shared__ float pool[kPhi ? kChannels * kSum : 1];  // the weights, until all have theirs; then sums
-  alignas(16) __shared__ float spots[kSpots][kChannels + 4];       // the scale, upsampled
+  constexpr int kBorder = kPhi ? 1 : 0, kLines = kTall + 2 * kBorder, kRow = kWide + 2 * kBorder;
+  constexpr int kSpots = kLines * kRow, kPad = Tile::kPad, kParts = kPixels * kPad;
+  // Of the scale, which is no larger than the map: what a tile's spots have for neighbours.
+  constexpr int kHigh = kLines + 4, kBroad = kRow + 4, kLooks = (kHigh * kBroad + kWarps - 1) / kWarps;
+  constexpr int kPart = kLooks * kWarps * kChannels, kUsed = kPart + kHigh * kRow * kChannels;
+  constexpr int kWeights = kPhi ? kChannels * kSum : 0;
+  static_assert(kLooks <= 32 && (!kPhi || kWarps * kParts <= kWeights));
+  // The part of the scale and its lines, upsampled; then the weights, until all have theirs; then sums.
+  alignas(16) __shared__ float pool[kUsed > kWeights ? kUsed : kWeights];
+  alignas(16) __shared__ float spots[kSpots][kChannels + 4];  // the scale, upsampled
+  __shared__ Neighbours down[kLines], along[kRow];
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int across = (args.width + kWide - 1) / kWide, tiles = (args.height + kTall - 1) / kTall * across;
   const int tile = int(blockIdx.x) % tiles, top = tile / across * kTall, left = tile % across * kWide;
@@ -71,22 +104,16 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
     if (kPhi) bias[n] = wide(static_cast<const T*>(args.bias)[my_c + n]);
   }
 
-  constexpr int kLooks = (kSpots + kWarps - 1) / kWarps;
-  int source[kLooks];  // lanes 0 to 15: where the row of one of a spot's 16 neighbours begins, -1: zeros
-#pragma unroll
-  for (int s = 0; s < kLooks; ++s) {
-    const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
-    source[s] = -1;
-    if (lane >= 16 || y < 0 || y >= args.height || x < 0 || x >= args.width) continue;
-    // Of a scale as large as the map only the pixel itself counts.
-    if ((args.h == args.height && lane / 4 != 1) || (args.w == args.width && lane % 4 != 1)) continue;
-    const float at_y = (float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f;
-    const float at_x = (float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f;
-    const int i = min(max(int(floorf(at_y)) + lane / 4 - 1, 0), args.h - 1);
-    const int j = min(max(int(floorf(at_x)) + lane % 4 - 1, 0), args.w - 1);
-    int64_t row = i * args.w + j;
+  const int first_y = top - kBorder, first_x = left - kBorder;
+  const int low_i = within(int(floorf(source_of(first_y, args.step_y))) - 1, args.h);
+  const int low_j = within(int(floorf(source_of(first_x, args.step_x))) - 1, args.w);
+  const int high = within(int(floorf(source_of(first_y + kLines - 1, args.step_y))) + 2, args.h) - low_i + 1;
+  const int broad = within(int(floorf(source_of(first_x + kRow - 1, args.step_x))) + 2, args.w) - low_j + 1;
+  int source = -1;  // lane n: where the row of this warp's vector n of the scale begins, -1: zeros
+  if (const int at = warp + lane * kWarps; at < high * broad) {
+    int64_t row = (low_i + at / broad) * args.w + low_j + at % broad;
     if (args.codes) row = args.codes[picture * args.code_b + row];
-    if (row >= 0 && row < args.num_codes) source[s] = int(row) * args.table_entry;
+    if (row >= 0 && row < args.num_codes) source = int(row) * args.table_entry;
   }
   constexpr int kPacks = kChannels * kSum / 4 / kThreads;
   Four<T> held[kPacks];  // the convolution; on its way while codes and rows are
@@ -95,28 +122,34 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
     for (int n = 0; n < kPacks; ++n)
       held[n] = static_cast<const Four<T>*>(args.weight)[int(threadIdx.x) + n * kThreads];
   }
-  const T* table = static_cast<const T*>(args.table) + picture * args.table_b + lane * args.table_c;
-#pragma unroll
-  for (int s = 0; s < kLooks; ++s) {
-    const int spot = warp + s * kWarps, y = top - kBorder + spot / kRow, x = left - kBorder + spot % kRow;
-    float value[16];
-#pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      const int at = __shfl_sync(~0u, source[s], n);
-      value[n] = at < 0 ? 0 : wide(table[at]);
-    }
-    float down[4], along[4], sum = 0;
-    cubic((float(y) + 0.5f) * (float(args.h) / float(args.height)) - 0.5f, down);
-    cubic((float(x) + 0.5f) * (float(args.w) / float(args.width)) - 0.5f, along);
-#pragma unroll
-    for (int a = 0; a < 4; ++a) {
-      float line = 0;
-#pragma unroll
-      for (int b = 0; b < 4; ++b) line += along[b] * value[4 * a + b];
-      sum += down[a] * line;
-    }
-    if (spot < kSpots) spots[spot][lane] = sum;
+  if (const int at = int(threadIdx.x); at < kLines) {
+    down[at] = neighbours(first_y + at, args.h, args.height, args.step_y, low_i);
+  } else if (at < kLines + kRow) {
+    along[at - kLines] = neighbours(first_x + at - kLines, args.w, args.width, args.step_x, low_j);
   }
+  const T* table = static_cast<const T*>(args.table) + picture * args.table_b + lane * args.table_c;
+  float value[kLooks];
+#pragma unroll
+  for (int n = 0; n < kLooks; ++n) {
+    const int at = __shfl_sync(~0u, source, n);
+    value[n] = at < 0 ? 0 : wide(table[at]);
+  }
+#pragma unroll
+  for (int n = 0; n < kLooks; ++n) pool[(warp + n * kWarps) * kChannels + lane] = value[n];
+  __syncthreads();
+#pragma unroll 2
+  for (int n = warp; n < high * kRow; n += kWarps)
+    pool[kPart + n * kChannels + lane] = upsampled(pool + n / kRow * broad * kChannels + lane, kChannels, along[n % kRow]);
+  __syncthreads();
+#pragma unroll 2
+  for (int spot = warp; spot < kSpots; spot += kWarps) {
+    const int y = first_y + spot / kRow, x = first_x + spot % kRow;
+    float sum = 0;
+    if (y >= 0 && y < args.height && x >= 0 && x < args.width)
+      sum = upsampled(pool + kPart + spot % kRow * kChannels + lane, kRow * kChannels, down[spot / kRow]);
+    spots[spot][lane] = sum;
+  }
+  __syncthreads();  // nobody reads the lines any more
   if (kPhi) {
 #pragma unroll
     for (int n = 0; n < kPacks; ++n) {
@@ -125,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2) next_scale_kernel(const __grid_co
           wide(held[n].value[0]), wide(held[n].value[1]), wide(held[n].value[2]), wide(held[n].value[3])};
     }
   }
-  __syncthreads();
+  if (kPhi) __syncthreads();
 
   float part[kOwn];
 #pragma unroll
@@ -237,12 +270,14 @@ auto kernel_of(const PyramidArgs& args) {
 }
 
 template <typename T>
-cudaError_t launch_step(const PyramidArgs& args, cudaStream_t stream) {
+cudaError_t launch_step(PyramidArgs args, cudaStream_t stream) {
   int device = 0, major = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
       error != cudaSuccess)
     return error;
+  args.step_y = float(args.h) / float(args.height);
+  args.step_x = float(args.w) / float(args.width);
   // As many blocks as an H100 runs at a time, two a multiprocessor.
   const bool early = major >= 9, many = Small::count(args) > 2 * 132;
   const int64_t tiles = many ? Large::count(args) : Small::count(args);

@@ -25,6 +25,7 @@ struct PyramidArgs {
   int base_c, base_y, base_x, table_entry, table_c;
   int batch, height, width, h, w, next_h, next_w, num_codes;
   float ratio;
+  float step_y, step_x;  // h / height and w / width: the launcher sets them
 };
 
 cudaError_t launch_next_scale_input(const PyramidArgs& args, DType dtype, cudaStream_t stream);
