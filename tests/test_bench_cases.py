@@ -155,12 +155,14 @@ def test_every_family_lists_cases(family, device):
 
 @pytest.mark.parametrize("model", ["width-1024", "vila-u-256", "vila-u-384", "rq-1.4b", "rq-3.8b", "qwen3-tts-0.6b"])
 def test_depth_decoding_has_cases_of_few_and_many_rows(model):
-    """And the way without a kernel of its own, in a graph, is a peer in each; one row has no unconditional partner."""
+    """And the way without a kernel of its own, in a graph, is a peer in each, the compiled one where it does not take
+    minutes; one row has no unconditional partner."""
     cases = {case.name: case for case in family_cases("depth", "cuda") if case.name.startswith(f"{model}/")}
     assert {f"{model}/r{rows}" for rows in (1, 2, 8, 16, 64)} <= set(cases)
     for case in cases.values():
         peers = [variant.name for variant in case.variants if variant.role == "peer"]
-        assert {"depth cache", "depth cache, CUDA graph", "depth cache, torch.compile"} <= set(peers)
+        assert {"depth cache", "depth cache, CUDA graph"} <= set(peers)
+        assert ("depth cache, torch.compile" in peers) == (case.shape["D"] == 4 or case.shape["R"] <= 2)
         positions = case.shape["R"] if model.startswith("qwen") else max(case.shape["R"] // 2, 1)
         noise = 4 * positions * case.shape["D"] * case.shape["K"]
         assert (case.bytes - noise) % 2 == 0
