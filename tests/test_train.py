@@ -163,6 +163,21 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["tower", "unified"])
+def test_a_graph_trains_as_steps_do(data, tmp_path, stage):
+    options = ["--steps", 12, "--device", "cuda", "--deterministic"]
+    if stage == "unified":
+        small_model().save(tmp_path / "start")
+        options += ["--tower", tmp_path / "start"]
+    else:
+        options += ["--align", 0.5]
+    assert run(stage, data, tmp_path / "steps", *options) == 0
+    assert run(stage, data, tmp_path / "graph", *options, "--graph") == 0
+    steps, graph = weights(tmp_path / "steps"), weights(tmp_path / "graph")
+    assert all(torch.equal(steps[name], graph[name]) for name in steps)
+
+
 def test_ranks_average_their_gradients(tmp_path):
     """Two ranks end with the same weights, and with those of one process that minimises the mean of their losses."""
     script = Path(__file__).with_name("two_ranks.py")

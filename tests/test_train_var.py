@@ -132,6 +132,14 @@ def test_export_is_close(tmp_path, capsys, precision):
     assert "has no tokenizer in it" in capsys.readouterr().err
 
 
+def test_graph_without_a_gpu_is_one_line(data, tmp_path, capsys):
+    vae = new_tokenizer(tmp_path / "vae")
+    for name, options in (("steps", []), ("graph", ["--graph"])):
+        assert run("var", data, tmp_path / name, "--vae", vae, "--steps", 2, *options) == 0
+    assert "--graph: a step is no CUDA graph on the CPU; going on without" in capsys.readouterr().err
+    assert equal(*(checkpoints.load_tensors(tmp_path / name / "model") for name in ("steps", "graph")))
+
+
 def test_labels_may_be_styles(data, tmp_path):
     vae = new_tokenizer(tmp_path / "vae")
     assert run("var", data, tmp_path / "out", "--vae", vae, "--steps", 1, "--labels", "style") == 0
@@ -290,6 +298,8 @@ def test_progressive_training(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "train", lambda self, losses, validate: seen.append(losses) or True)
     assert run("var", data, tmp_path / "other", *options) == 0
     losses = seen[0]
+    assert {losses.phase(step) for step in range(100)} == {None, 2, 3, 4}
+    assert all((losses.phase(step) is None) == (new < 1) for step, (_, new) in enumerate(losses.growth))
     logits, codes = torch.randn(3, 14, 24), torch.randint(24, (3, 14))
     each = -logits.double().log_softmax(2).gather(2, codes[..., None])[..., 0].mean(0)
     found = losses.of(logits, codes, 0.25)
@@ -499,6 +509,31 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         losses(1, 0)["loss"].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--accumulate", 2, "--end-decay", 0.08], ["--progressive", 0.9]])
+@pytest.mark.parametrize("stage", ["vae", "var"])
+def test_a_graph_trains_as_steps_do(data, tmp_path, stage, options):
+    """Bit for bit, whatever is dropped; a run resumed as steps goes on from a graph's checkpoint."""
+    options = ["--steps", 40, "--save-every", 10, "--device", "cuda", "--deterministic", *options]
+    if stage == "vae":
+        if "--progressive" in options or "--end-decay" in options:
+            pytest.skip("of VAR alone")
+        options += ["--revive-every", 7]
+    else:
+        options += ["--vae", new_tokenizer(tmp_path / "vae"), "--drop-path", 0.5, "--cond-drop", 0.5]
+        if "--progressive" in options:
+            options += ["--first-scales", 2, "--scale-warmup", 3]
+    assert run(stage, data, tmp_path / "steps", *options) == 0
+    assert run(stage, data, tmp_path / "graph", *options, "--graph") == 0
+    assert run(stage, data, tmp_path / "parts", *options, "--graph", "--minutes", 0) == 3
+    assert run(stage, data, tmp_path / "parts", *options, "--graph", "--resume") == 0
+    steps, graph, parts = (checkpoints.load_tensors(tmp_path / n / "model") for n in ("steps", "graph", "parts"))
+    assert equal(steps, graph)
+    assert equal(steps, parts)
+    for one, other in zip(log(tmp_path / "steps"), log(tmp_path / "graph"), strict=True):
+        assert {**one, "pictures_per_second": 0} == {**other, "pictures_per_second": 0}
 
 
 # ---- what is refused

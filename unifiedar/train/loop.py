@@ -7,7 +7,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from unifiedar.devices import DeviceError, add_device_argument, usable_device
 from unifiedar.nn import Codebook
 from unifiedar.train.batches import Pictures, step_seed
+from unifiedar.train.captured import Recorder
 
 __all__ = ["Loop", "add_arguments", "cosine", "fail", "lin0", "load_pictures", "sheet"]
 
@@ -78,6 +80,7 @@ def add_arguments(
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default: %(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of matmuls (default: bf16)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the heavy parts")
+    parser.add_argument("--graph", action="store_true", help="forward and backward as one CUDA graph (one GPU)")
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU algorithms (slower)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
     add_device_argument(parser)
@@ -152,6 +155,10 @@ class Loop(Generic[M]):
             for all of a step. The losses must call these parts, and the model, as functions, not their methods. A stage
             that gives it has the option.
         decay: step to the weight decay of matrices; None: `--weight-decay` throughout.
+
+    Attributes:
+        phase: for `--graph`, step to a key: steps of one key compute the same of other data and noise, a step of key
+            None is like no other. A stage whose steps are not all alike sets it.
     """
 
     def __init__(
@@ -227,6 +234,18 @@ class Loop(Generic[M]):
         self.copied: list[tuple[Tensor, Tensor]] = [(a, p) for a, p in pairs if id(p) in moved]
         self.copied += zip(self.averaged.buffers(), self.model.buffers(), strict=True)
         self.begin = 0
+        self.generators = [torch.Generator(self.device) for _ in range(args.accumulate)]
+        self.phase: Callable[[int], Hashable] = lambda step: 0
+        self.recorder: Recorder | None = None
+        if args.graph:
+            if self.world > 1 or self.device.type != "cuda":
+                where = "with several ranks" if self.world > 1 else "on the CPU"
+                if self.rank == 0:
+                    print(
+                        f"unifiedar train: --graph: a step is no CUDA graph {where}; going on without", file=sys.stderr
+                    )
+            else:
+                self.recorder = Recorder(self.parameters, self.generators)
         self.writer: Any = None
         if self.rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -297,6 +316,13 @@ class Loop(Generic[M]):
         """The function, compiled if that was asked for."""
         return torch.compile(function) if self.args.compile else function
 
+    def generator(self, step: int, part: int) -> torch.Generator:
+        """What a part of a step draws from: it begins anew each time, and in a capture where it stands."""
+        found = self.generators[part]
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            found.manual_seed(step_seed(self.args.seed, step * self.args.accumulate + part, self.rank))
+        return found
+
     def _rate(self, step: int) -> float:
         return self.args.lr * self.schedule(step, self.args.warmup, self.args.steps)
 
@@ -310,6 +336,21 @@ class Loop(Generic[M]):
         parts = flat.split([g.numel() for g in gradients])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+
+    def _gradients(self, losses: Callable[[int, int], dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+        """Clipped gradients in place of those there are; returns what was lost, and their norm."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        seen: dict[str, Tensor] = {}
+        for part in range(self.args.accumulate):
+            values = losses(step, part)
+            (values["loss"] / self.args.accumulate).backward()
+            for name, value in values.items():
+                seen[name] = seen.get(name, 0) + value.detach() / self.args.accumulate
+        if self.world > 1 and not self.sharded:  # FSDP does it in the backward
+            self._average_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        return {**seen, "gradient_norm": norm.full_tensor() if isinstance(norm, DTensor) else norm}
 
     @torch.no_grad()
     def _average_weights(self, step: int) -> None:
@@ -343,28 +384,23 @@ class Loop(Generic[M]):
         complete = True
         for step in range(self.begin, args.steps):
             torch.manual_seed(step_seed(args.seed, step, self.rank))
-            self.model.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(step)
             if self.decay is not None:
                 self.optimizer.param_groups[0]["weight_decay"] = self.decay(step)
-            self.optimizer.zero_grad(set_to_none=True)
-            seen: dict[str, Tensor] = {}
-            for part in range(args.accumulate):
-                values = losses(step, part)
-                (values["loss"] / args.accumulate).backward()
-                for name, value in values.items():
-                    seen[name] = seen.get(name, 0) + value.detach() / args.accumulate
-            if self.world > 1 and not self.sharded:  # FSDP does it in the backward
-                self._average_gradients()
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            gradients = partial(self._gradients, losses, step)
+            if self.recorder is None:
+                seen = gradients()
+            else:
+                for part in range(args.accumulate):  # a replay does not ask for them
+                    self.generator(step, part)
+                seen = self.recorder.run(self.phase(step), gradients)
             self.optimizer.step()
             self._average_weights(step)
             done = step + 1
             bar.update()
             if done % 50 == 0 or done == args.steps:
-                self._report(done, {**seen, "gradient_norm": norm}, bar)
+                self._report(done, seen, bar)
             over = args.minutes is not None and self._over(done, time.monotonic() - started > 60 * args.minutes)
             if done % args.sheet_every == 0 or done == args.steps or over:
                 self._gather()

@@ -17,7 +17,7 @@ from torch import Tensor
 from unifiedar import tokenizer as tokenizers
 from unifiedar.models import VILAU
 from unifiedar.quality import Measure
-from unifiedar.train.batches import Pictures, augment, collage, pad_ids, step_generator
+from unifiedar.train.batches import Pictures, augment, collage, pad_ids
 from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["main", "sigmoid_loss"]
@@ -103,7 +103,7 @@ class _Losses:
 
     def __call__(self, step: int, part: int) -> dict[str, Tensor]:
         args, loop, tower, pictures = self.args, self.loop, self.tower, self.pictures
-        generator = step_generator(args.seed, step * args.accumulate + part, loop.rank, loop.device)
+        generator = loop.generator(step, part)
         size = args.batch // args.accumulate
         index = torch.randint(len(pictures), (size,), generator=generator, device=loop.device)
         concept, style = pictures.concepts[index], pictures.styles[index]
@@ -186,4 +186,5 @@ def main(argv: Sequence[str]) -> int:
         figures = m.rebuilt(probe.images) | m.nearest_text(probe.images, probe.concepts)
         return {"reconstructions": sheet(pairs, 8)}, {f"{kind}_{k}": v for k, v in figures.items()}
 
+    loop.phase = lambda step: step >= args.align * args.steps
     return loop.finish(loop.train(_Losses(args, loop, train), validate))

@@ -24,7 +24,7 @@ from unifiedar.data.emoji import caption
 from unifiedar.models import VILAU
 from unifiedar.models.vilau import BOS, EOS, IM_END, IM_START
 from unifiedar.quality import Measure
-from unifiedar.train.batches import Pictures, augment, collage, step_generator
+from unifiedar.train.batches import Pictures, augment, collage
 from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 
 __all__ = ["Sequences", "main"]
@@ -127,7 +127,7 @@ class _Losses:
     def __call__(self, step: int, part: int) -> dict[str, Tensor]:
         args, loop, model, seq = self.args, self.loop, self.model, self.sequences
         model.tower.eval()
-        generator = step_generator(args.seed, step * args.accumulate + part, loop.rank, loop.device)
+        generator = loop.generator(step, part)
         half, count = args.batch // args.accumulate // 2, len(self.pictures)
         draw, name = torch.randint(count, (2, half), generator=generator, device=loop.device)
         u = torch.rand(half, generator=generator, device=loop.device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unifiedar.models import VQVAE
-from unifiedar.train.batches import Pictures, augment, step_generator
+from unifiedar.train.batches import Pictures, augment
 from unifiedar.train.loop import Loop, add_arguments, fail, load_pictures, sheet
 from unifiedar.train.tower import edge_loss
 
@@ -84,6 +84,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def revives(args: argparse.Namespace, step: int) -> bool:
+    """Whether unused codes begin anew in a step."""
+    return bool(step % args.revive_every == 0 and step < args.revive * args.steps)
+
+
 class _Losses:
     """Losses of one part of one step."""
 
@@ -96,7 +101,7 @@ class _Losses:
 
     def __call__(self, step: int, part: int) -> dict[str, Tensor]:
         args, loop, model = self.args, self.loop, self.model
-        generator = step_generator(args.seed, step * args.accumulate + part, loop.rank, loop.device)
+        generator = loop.generator(step, part)
         index = torch.randint(
             len(self.pictures), (args.batch // args.accumulate,), generator=generator, device=loop.device
         )
@@ -104,7 +109,7 @@ class _Losses:
         with loop.autocast():
             features = self.encode(images)
         values: dict[str, Tensor] = {}
-        if part == 0 and step % args.revive_every == 0 and step < args.revive * args.steps:
+        if part == 0 and revives(args, step):
             revive(model, features.detach().float(), generator)
         quantized, _, values["codes"] = model.quantize(features)
         with loop.autocast():
@@ -144,4 +149,5 @@ def main(argv: Sequence[str]) -> int:
         figures = {"psnr_db": float(decibels.mean()), "codes_used": float(used.double().mean())}
         return {"reconstructions": sheet(pairs, 8)}, {f"{kind}_{k}": v for k, v in figures.items()}
 
+    loop.phase = lambda step: None if revives(args, step) else 0
     return loop.finish(loop.train(_Losses(args, loop, train), validate))

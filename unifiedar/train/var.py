@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from unifiedar.checkpoints import CheckpointError
 from unifiedar.models import VAR, VQVAE
-from unifiedar.train.batches import Pictures, step_generator
+from unifiedar.train.batches import Pictures
 from unifiedar.train.loop import Loop, add_arguments, fail, lin0, load_pictures, sheet
 
 __all__ = ["main", "scale_means"]
@@ -146,6 +146,13 @@ class _Losses:
             settings = {"until": args.progressive, "first": args.first_scales, "scale_warmup": args.scale_warmup}
             self.growth = growth(args.steps, args.warmup, len(self.lengths), **settings)
 
+    def phase(self, step: int) -> int | None:
+        """How many scales are learned; None while the newest one's loss grows, which no two steps have alike."""
+        if self.growth is None:
+            return len(self.lengths)
+        count, newest = self.growth[step]
+        return count if newest == 1 else None
+
     def of(self, logits: Tensor, codes: Tensor, newest: float = 1.0) -> dict[str, Tensor]:
         """Losses and accuracies of logits (B, L, K) for codes (B, L): of all, and of each scale.
 
@@ -166,7 +173,7 @@ class _Losses:
 
     def __call__(self, step: int, part: int) -> dict[str, Tensor]:
         args, loop, learned = self.args, self.loop, self.learned
-        generator = step_generator(args.seed, step * args.accumulate + part, loop.rank, loop.device)
+        generator = loop.generator(step, part)
         size = args.batch // args.accumulate
         index = torch.randint(len(learned), (size,), generator=generator, device=loop.device)
         count, newest = (len(self.lengths), 1.0) if self.growth is None else self.growth[step]
@@ -233,6 +240,7 @@ def main(argv: Sequence[str]) -> int:
     train, held_out = load_pictures(args, loop.device, size)
     learned = _Learned(train, vae, args.labels)
     losses = _Losses(args, loop, learned)
+    loop.phase = losses.phase
     probe, kind = (held_out, "held_out") if len(held_out) else (train, "train")
     probed = _Learned(probe, vae, args.labels)
     shown = torch.linspace(0, len(train) - 1, min(16, len(train)), device=loop.device).long()
