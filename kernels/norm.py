@@ -141,9 +141,14 @@ def qk_norm_rope_kernel(
 ):
     """Grid: (tiles of tokens * heads of queries, keys and values * batch,)."""
     tiles = tl.cdiv(length, BLOCK_L)
-    tile = tl.program_id(0) % tiles
-    row = tl.program_id(0) // tiles
-    batch, head = (row // programs).to(tl.int64), row % programs
+    if rope is None and v is None:  # the heads of a token, which lie together, at the same time
+        head = tl.program_id(0) % programs
+        row = tl.program_id(0) // programs
+        batch, tile = (row // tiles).to(tl.int64), row % tiles
+    else:
+        tile = tl.program_id(0) % tiles
+        row = tl.program_id(0) // tiles
+        batch, head = (row // programs).to(tl.int64), row % programs
     token = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     channel = tl.arange(0, BLOCK_D)
     wide = token.to(tl.int64)[:, None] * _UNIT
