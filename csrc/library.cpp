@@ -434,7 +434,8 @@ void next_scale_input(const Tensor& base, const Tensor& codes, const Tensor& cod
   args.ratio = static_cast<float>(ratio);
   const int64_t pixels = args.batch * height * width;
   bool matches = base.dim() == 4 && base.size(1) == kPyramidChannels && base.size(2) == height && base.size(3) == width &&
-                 pixels > 0 && h > 0 && w > 0 && codes.dim() >= 2 && codes.size(0) == args.batch && codes.size(1) == h * w &&
+                 pixels > 0 && h > 0 && h <= height && w > 0 && w <= width && codes.dim() >= 2 &&
+                 codes.size(0) == args.batch && codes.size(1) == h * w &&
                  table.size(table.dim() - 1) == kPyramidChannels && total.is_contiguous() && out.is_contiguous() &&
                  following.is_contiguous() && total.scalar_type() == ScalarType::Float &&
                  total.numel() == pixels * kPyramidChannels && out.numel() == total.numel() &&

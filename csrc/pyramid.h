@@ -23,7 +23,7 @@ struct PyramidArgs {
   void* following;       // [batch, next_h next_w, 32]; or null
   int64_t base_b, code_b, table_b;
   int base_c, base_y, base_x, table_entry, table_c;
-  int batch, height, width, h, w, next_h, next_w, num_codes;
+  int batch, height, width, h, w, next_h, next_w, num_codes;  // h <= height, w <= width
   float ratio;
   float step_y, step_x;  // h / height and w / width: the launcher sets them
 };
