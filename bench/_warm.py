@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from bench._case import family_cases
+from bench._case import family_cases, release
 from bench._time import describe_error
 
 __all__ = ["Outcome", "Task", "run_once", "share_caches", "warm"]
@@ -90,6 +90,8 @@ def run_once(task: Task) -> Outcome:
             _call(variant.bind(inputs), device, task.further_s / len(case.variants))
         except Exception as error:  # a peer may fail in any way, and the report says how
             errors[variant.name] = describe_error(error)
+        if case.apart:
+            release(case, device)
     ours = next(one.name for one in case.variants if one.role == "ours")
     failed = _OURS + errors[ours] if ours in errors else None
     return Outcome(len(chosen) - len(errors), errors, failed, time.perf_counter() - begun)

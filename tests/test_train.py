@@ -1,5 +1,6 @@
 """Training: both stages end to end on a tiny model, resuming, the losses, the codebook's updates, what is refused."""
 
+import contextlib
 import copy
 import json
 import math
@@ -20,6 +21,7 @@ from unifiedar.models import VILAU
 from unifiedar.nn import ResidualQuantizer
 from unifiedar.train import tower, unified
 from unifiedar.train.batches import Pictures, augment, collage, pad_ids, step_generator
+from unifiedar.train.captured import Recorder
 from unifiedar.train.loop import Loop
 from unifiedar.train.unified import IGNORED, Sequences
 
@@ -161,6 +163,39 @@ def test_a_step_does_not_wait_for_the_gpu(data, tmp_path, monkeypatch, stage):
         losses(1, 0)["loss"].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_recorder_captures_what_repeats(monkeypatch):
+    """By a graph that only counts: which calls are made, which replayed, and whose gradients stand afterwards."""
+    made, replayed, registered = [], [], []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            registered.append(generator)
+
+        def replay(self):
+            replayed.append(self)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    parameter, generator = torch.nn.Parameter(torch.zeros(())), torch.Generator()
+    recorder = Recorder([parameter], [generator])
+
+    def gradients():
+        made.append(True)
+        parameter.grad = torch.tensor(float(len(made)))
+        return {"loss": parameter.grad}
+
+    # Key, calls made by then, replays by then, and the gradient, which is that of the last call or of the capture.
+    for key, calls, replays, gradient in (
+        *((0, 1, 0, 1), (0, 2, 0, 2), (0, 3, 1, 3), (0, 3, 2, 3)),
+        *((None, 4, 2, 4), (0, 4, 3, 3)),
+        *((1, 5, 3, 5), (1, 6, 3, 6), (1, 7, 4, 7), (1, 7, 5, 7)),
+        (0, 8, 5, 8),
+    ):
+        assert recorder.run(key, gradients)["loss"] == gradient
+        assert (len(made), len(replayed), float(parameter.grad)) == (calls, replays, gradient)
+    assert registered == [generator, generator]
 
 
 @pytest.mark.gpu
